@@ -1,0 +1,25 @@
+"""Checkpoints and adapters in and out."""
+
+from qlora_builders.checkpoint.hf_config import arch_from_config, config_from_arch, read_arch
+from qlora_builders.checkpoint.hf_llama import load_checkpoint, save_checkpoint
+from qlora_builders.checkpoint.merge import merge_adapter, save_merged
+from qlora_builders.checkpoint.peft_adapter import (
+    adapter_plan,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+)
+
+__all__ = [
+    "adapter_plan",
+    "arch_from_config",
+    "config_from_arch",
+    "load_adapter",
+    "load_checkpoint",
+    "merge_adapter",
+    "read_adapter",
+    "read_arch",
+    "save_adapter",
+    "save_checkpoint",
+    "save_merged",
+]

@@ -1,0 +1,92 @@
+"""The `qlora` command: finds the recipe of a verb and runs it.
+
+Only the standard library is imported here, and a recipe is loaded after its config is known to be
+right, so help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_builders import __version__
+from qlora_builders.errors import QLoRAError, did_you_mean
+
+VERBS = {
+    "finetune": "train adapters or all weights on a data file",
+    "generate": "answer prompts with a checkpoint, or a checkpoint and an adapter",
+    "evaluate": "loss, perplexity and exact match on a data file",
+    "merge": "add an adapter to the weights and write a Hugging Face folder",
+    "inspect": "show which component fills each linear, and what trains",
+    "configs": "list, show, copy and validate the shipped configs",
+}
+# `python recipes/inspect.py` would hide the standard library's module from everything it imports.
+RECIPE_FILES = {"inspect": "inspect_plan.py"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (2 for anything the user can put right)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print(f"qlora {__version__}")
+        return 0
+    verb, *rest = words
+    if verb not in VERBS:
+        print(f"error: unknown command {verb!r}{did_you_mean(verb, VERBS)}", file=sys.stderr)
+        return 2
+    if verb == "configs":
+        return _browse(rest)
+    from qlora_builders.config.entry import run_recipe
+
+    return run_recipe(lambda cfg: load_recipe(recipe_path(verb))(cfg), verb, rest)
+
+
+def usage() -> str:
+    """What `qlora --help` prints."""
+    verbs = "\n".join(f"  {verb:<10} {summary}" for verb, summary in VERBS.items())
+    return (
+        "usage: qlora COMMAND [KEY=VALUE ...]\n\n"
+        f"{verbs}\n\n"
+        "qlora COMMAND --help lists the keys of a command; qlora --version prints the version.\n"
+        "Try: qlora finetune experiment=demo_qlora"
+    )
+
+
+def recipe_path(verb: str) -> Path:
+    """The recipe's file, in a wheel or a checkout."""
+    from qlora_builders.config.shipped import shipped_dir
+
+    return shipped_dir("recipes") / RECIPE_FILES.get(verb, f"{verb}.py")
+
+
+def load_recipe(path: Path) -> Callable[[Any], object]:
+    """The `main` of a recipe file; recipes are scripts, so none is importable by name."""
+    spec = importlib.util.spec_from_file_location(f"qlora_recipe_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look their module up here
+    spec.loader.exec_module(module)
+    recipe_main: Callable[[Any], object] = module.main
+    return recipe_main
+
+
+def _browse(words: Sequence[str]) -> int:
+    from qlora_builders.config import browse
+    from qlora_builders.config.entry import report
+
+    try:
+        return browse.main(words)
+    except QLoRAError as error:
+        report(error)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

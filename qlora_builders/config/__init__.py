@@ -1,0 +1,1 @@
+"""Configs: typed schema, hydra composition, allow-listed components, entry point of the recipes."""

@@ -1,0 +1,183 @@
+"""Value checks of a composed config: every problem is collected, so one run shows them all."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import reduce
+from typing import Any
+
+from qlora_builders.config.schema import (
+    REQUIRED,
+    DataConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    Knob,
+    MergeConfig,
+    MethodConfig,
+    knobs,
+)
+from qlora_builders.config.shipped import demo_path
+from qlora_builders.errors import ConfigError, nearest
+
+SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+METHOD_OPTIONS = {
+    "full": (),
+    "lora": ("rank", "alpha", "dropout", "use_rslora", "targets"),
+    "qlora": ("rank", "alpha", "dropout", "use_rslora", "targets", "block_size"),
+}
+
+
+def check(cfg: Any) -> list[str]:
+    """Every value that a root config (`FinetuneConfig` ...) may not hold, one message each."""
+    problems = []
+    for key, knob in knobs(type(cfg)).items():
+        value = value_of(cfg, key)
+        for element in value if isinstance(value, list) else [value]:
+            problems += _check_value(knob, element)
+    if hasattr(cfg, "device"):
+        problems += _check_device(cfg.device)
+    if isinstance(cfg, FinetuneConfig):
+        problems += _check_method(cfg.method) + _check_finetune(cfg)
+    if isinstance(cfg, GenerateConfig):
+        problems += _check_generate(cfg)
+    if isinstance(cfg, MergeConfig):
+        problems += _check_shard_size(cfg.max_shard_size)
+    return problems
+
+
+def required(cfg: Any) -> list[str]:
+    """What a run still needs from its user although every value given is fine."""
+    needed = [
+        f"{key} is required: write {key}=..."
+        for key in knobs(type(cfg))
+        if value_of(cfg, key) == REQUIRED
+    ]
+    if isinstance(cfg, FinetuneConfig):
+        needed += _demo_rows("data.train", cfg.data.train, cfg.data)
+    if isinstance(cfg, EvaluateConfig):
+        if cfg.data.eval is None:
+            needed.append("data.eval is required: write data.eval=FILE")
+        else:
+            needed += _demo_rows("data.eval", cfg.data.eval, cfg.data)
+    if isinstance(cfg, GenerateConfig) and cfg.prompt is None and cfg.prompts_file is None:
+        needed.append("a prompt is required: write prompt='...' or prompts_file=FILE")
+    return needed
+
+
+def value_of(cfg: Any, key: str) -> Any:
+    """`training.batch_size` of a config."""
+    return reduce(getattr, key.split("."), cfg)
+
+
+def size_in_bytes(size: str) -> int:
+    """`"5GB"` -> 5000000000; powers of 1000, as Hugging Face counts them."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", size.strip().upper())
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(
+            f"max_shard_size={size!r} is not a size: write a number with KB, MB or GB, such as 5GB"
+        )
+    return int(float(match[1]) * SHARD_UNITS[match[2]])
+
+
+def _check_value(knob: Knob, value: Any) -> list[str]:
+    """Choices and bounds of one value; null is left to the type."""
+    if value is None:
+        return []
+    if knob.choices is not None and value not in knob.choices:
+        near = nearest(str(value), knob.choices)
+        hint = f"; did you mean {near!r}?" if near else ""
+        allowed = ", ".join(knob.choices)
+        return [f"{knob.key}={value!r} is not allowed; allowed: {allowed}{hint}"]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{knob.key}={value} must be a finite number"]
+    compare = {
+        ">=": lambda bound: value >= bound,
+        ">": lambda bound: value > bound,
+        "<=": lambda bound: value <= bound,
+        "<": lambda bound: value < bound,
+    }
+    return [
+        f"{knob.key}={value} must be {sign} {bound}"
+        for sign, bound in knob.bounds.items()
+        if bound is not None and not compare[sign](bound)
+    ]
+
+
+def _check_device(device: str) -> list[str]:
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        return []
+    return [f"device={device!r} is not allowed; allowed: auto, cpu, cuda, cuda:N"]
+
+
+def _check_method(method: MethodConfig) -> list[str]:
+    """An option that a shipped method does not take would silently do nothing."""
+    if method.name not in METHOD_OPTIONS:
+        return []  # a preset of the user's own takes what it likes
+    taken = METHOD_OPTIONS[method.name]
+    problems = []
+    for option in METHOD_OPTIONS["qlora"]:
+        value = getattr(method, option)
+        given = value not in (None, [])
+        if given and option not in taken:
+            problems.append(
+                f"method.{option}={value} has no effect: method={method.name} does not take it"
+            )
+        if not given and option in taken:
+            problems.append(f"method.{option}={value}: method={method.name} needs a value")
+    return problems
+
+
+def _check_finetune(cfg: FinetuneConfig) -> list[str]:
+    problems = []
+    if not isinstance(cfg.optimizer.get("component"), str):
+        problems.append("optimizer.component is missing: name the class, such as torch.optim.AdamW")
+    lr = cfg.optimizer.get("lr")
+    if lr is not None and not (_is_number(lr) and 0 < lr < math.inf):
+        problems.append(f"optimizer.lr={lr!r} must be a number > 0")
+    if cfg.training.eval_every is not None and cfg.data.eval is None:
+        problems.append(
+            f"training.eval_every={cfg.training.eval_every} needs data.eval, which is null"
+        )
+    warmup, steps = cfg.lr_schedule.warmup_steps, cfg.training.max_steps
+    if warmup is not None and steps is not None and warmup > steps:
+        problems.append(f"lr_schedule.warmup_steps={warmup} must be <= training.max_steps={steps}")
+    return problems
+
+
+def _check_generate(cfg: GenerateConfig) -> list[str]:
+    problems = []
+    if cfg.prompt is not None and cfg.prompts_file is not None:
+        problems.append("prompt and prompts_file are both given; give one of them")
+    if cfg.system is not None and not cfg.chat:
+        problems.append("system is a chat message and has no effect with chat=false")
+    if cfg.temperature == 0:
+        problems += [
+            f"{name}={value} has no effect at temperature=0; set a temperature such as 0.7"
+            for name, value in (("top_k", cfg.top_k), ("top_p", cfg.top_p))
+            if value is not None
+        ]
+    return problems
+
+
+def _check_shard_size(size: str) -> list[str]:
+    try:
+        size_in_bytes(size)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _demo_rows(key: str, source: str, data: DataConfig) -> list[str]:
+    """The demo holds instruct rows only, so another format means that a file was forgotten."""
+    if data.format == "instruct" or not source.startswith(str(demo_path(""))):
+        return []
+    return [
+        f"{key} is required: the demo file has instruct rows, but data.format={data.format};"
+        f" write {key}=FILE"
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

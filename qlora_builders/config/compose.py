@@ -1,0 +1,186 @@
+"""From YAML files and `key=value` overrides to a typed config, with hydra's compose API.
+
+Only the composition is hydra's: no working directory changes, no output folders, no logging. What
+the user wrote is compared with the schema first, so that a typo is named with its nearest valid
+spelling; what hydra and OmegaConf still refuse is translated into the same kind of message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf, ValidationError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # a dependency of omegaconf
+
+from qlora_builders.config.checks import check, required
+from qlora_builders.config.overrides import (
+    groups,
+    prepare_override,
+    primary_config,
+    quote,
+    unknown_key,
+)
+from qlora_builders.config.schema import ROOTS
+from qlora_builders.config.shipped import demo_path, shipped_dir
+from qlora_builders.errors import ConfigError, did_you_mean
+
+
+def compose(
+    verb: str, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None
+) -> Any:
+    """The checked config of a verb: an instance of its root in `schema.ROOTS`.
+
+    Args:
+        verb: finetune, generate, evaluate, merge or inspect.
+        overrides: `key=value` and `group=option`, as on the command line.
+        config_dir: a folder with more configs, in the same groups as the shipped ones.
+
+    Raises:
+        ConfigError: for everything that is wrong with files, overrides or values.
+    """
+    tree = compose_tree(verb, overrides, config_dir=config_dir)
+    cfg = to_config(tree)
+    problems = check(cfg)
+    if verb != "inspect":  # a plan can be shown without the files that training needs
+        problems += required(cfg)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return cfg
+
+
+def compose_tree(
+    verb: str, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None
+) -> DictConfig:
+    """The composed config before its interpolations are resolved and its values checked."""
+    if verb not in ROOTS:
+        raise ConfigError(f"no config for {verb!r}{did_you_mean(verb, ROOTS)}")
+    folders = config_folders(config_dir)
+    prepared = [prepare_override(override, verb, folders) for override in overrides]
+    _register()
+    main, *others = (str(folder) for folder in folders)
+    if others:
+        prepared.append(f"hydra.searchpath=[{','.join(quote('file://' + o) for o in others)}]")
+    previous = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(config_dir=main, version_base="1.3"):
+            return hydra.compose(primary_config(verb), overrides=prepared)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(_translate(error, verb)) from error
+    finally:
+        GlobalHydra.instance().hydra = previous
+
+
+def to_config(tree: DictConfig) -> Any:
+    """Resolve every interpolation and turn the tree into dataclass instances."""
+    try:
+        return OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error, error.full_key)) from error
+
+
+def save_config(cfg: Any, path: str | Path) -> None:
+    """Write a config as YAML, in one step: a half-written file never has the final name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(to_yaml(cfg), "utf-8")
+    partial.replace(path)
+
+
+def to_yaml(cfg: Any) -> str:
+    """A config as the YAML that `save_config` writes and `--print-config` shows."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
+
+
+def config_folders(config_dir: str | Path | None = None) -> list[Path]:
+    """The shipped folder and the user's own, which may add configs but not replace any.
+
+    Raises:
+        ConfigError: if `config_dir` is not a folder, or has a file with a shipped one's name.
+    """
+    shipped = shipped_dir("configs")
+    if config_dir is None:
+        return [shipped]
+    own = Path(config_dir).expanduser().resolve()
+    if not own.is_dir():
+        raise ConfigError(f"--config-dir {str(config_dir)!r} is not a folder")
+    for file in sorted(own.rglob("*.yaml")):
+        if (shipped / file.relative_to(own)).exists():
+            raise ConfigError(f"{str(file)!r} has the name of a shipped config; rename it")
+    return [shipped, own]
+
+
+def _translate(error: Exception, verb: str) -> str:
+    """One readable line from hydra's and OmegaConf's exceptions."""
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read the override {error.override!r}: quote text with commas, braces,"
+            " brackets or colons, as in components='[{match: \"layers.[0-3].**\", kind: linear}]'"
+        )
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{mark.name}, line {mark.line + 1}: not valid YAML: {error.problem}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        near = did_you_mean(option, error.options or [])
+        return f"{group}={option}: no such config{near}"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__ or cause.__context__
+    file = re.search(r"In '([^']+)'", str(error))
+    where = f"{file[1]}.yaml: " if file else ""
+    if cause is None:
+        name = re.search(r"Could not override '([^']+)'", str(error))
+        if name:
+            return f"{where}unknown group {name[1]!r}{did_you_mean(name[1], groups(verb))}"
+        return where + _first_line(error, None)
+    if isinstance(cause, ConfigKeyError) and cause.full_key:
+        return where + unknown_key(str(cause.full_key), verb)
+    return where + _first_line(cause, cause.full_key)
+
+
+def _first_line(error: BaseException, key: object) -> str:
+    text = str(error).strip().splitlines()[0]
+    if "Ambiguous value" in text:
+        text += "; write [1,2] for a list"
+    if isinstance(error, ValidationError):
+        text = text.replace(" of type 'str'", "")
+        text = re.sub(r"field '.*' is not Optional", "null is not allowed here", text)
+        text = re.sub(r"^Invalid value.*not a ListConfig.*", "takes a list, such as [a,b]", text)
+    return f"{key}: {text}" if key else text
+
+
+def _demo_eval(train: str) -> str | None:
+    """The demo's eval rows say nothing about a model trained on other data."""
+    return str(demo_path("eval.jsonl")) if train == str(demo_path("train.jsonl")) else None
+
+
+def _any_of(names: Sequence[str]) -> str:
+    """`[q_proj, v_proj]` -> `{q_proj,v_proj}`, the choice of the rule language."""
+    return names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
+
+
+def _register() -> None:
+    """Schemas and resolvers, again at each call: both registries belong to the whole process.
+
+    `now`, which output_dir uses, is hydra's own.
+    """
+    for verb, root in ROOTS.items():
+        ConfigStore.instance().store(name=f"{verb}_schema", node=root, provider="qlora_builders")
+    resolvers = {
+        "demo": lambda name: str(demo_path(name)),
+        "demo_eval": _demo_eval,
+        "any_of": _any_of,
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)

@@ -1,0 +1,102 @@
+"""How a recipe becomes a command: options, composed config, and errors a person can read.
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(main, "finetune"))
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from qlora_builders.config.compose import compose, to_yaml
+from qlora_builders.config.help import help_text
+from qlora_builders.config.instantiate import allow_prefixes, resolve_component
+from qlora_builders.config.schema import ROOTS, knobs
+from qlora_builders.errors import ConfigError, QLoRAError
+
+USER_ERROR = 2
+INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+def run_recipe(main: Callable[[Any], object], verb: str, argv: Sequence[str] | None = None) -> int:
+    """Run `main(cfg)` with the config that the command line composes; returns the exit code.
+
+    Args:
+        main: the recipe; it gets an instance of the verb's root dataclass.
+        verb: finetune, generate, evaluate, merge or inspect.
+        argv: the command line after the program's name; None: the process's own.
+    """
+    try:
+        return _run(main, verb, sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (QLoRAError, ImportError) as error:
+        if isinstance(error, ImportError) and not _is_missing_extra(error):
+            raise
+        report(error)
+        return USER_ERROR
+
+
+def report(error: Exception) -> None:
+    """Print what went wrong, one line per problem, to stderr."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """argparse whose complaints are ConfigErrors, printed like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
+def _run(main: Callable[[Any], object], verb: str, argv: Sequence[str]) -> int:
+    options, overrides = _parse(argv)
+    if options.help:
+        print(help_text(verb, str(ROOTS[verb].__doc__)))
+        return 0
+    cfg = compose(verb, overrides, config_dir=options.config_dir)
+    if options.print_config:
+        print(to_yaml(cfg), end="")
+        return 0
+    with allow_prefixes(options.allow):
+        check_components(cfg)
+        main(cfg)
+    return 0
+
+
+def check_components(cfg: Any) -> None:
+    """Resolve every `component:` node before anything slow happens.
+
+    Raises:
+        ConfigError: see `instantiate`.
+    """
+    for key in knobs(type(cfg)):
+        node = getattr(cfg, key, None)
+        if isinstance(node, dict) and "component" in node:
+            resolve_component(node, key=key)
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split a command line into our options and hydra's overrides, in any order."""
+    parser = OptionParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config-dir")
+    parser.add_argument("--allow", action="append", default=[])
+    parser.add_argument("--print-config", action="store_true")
+    options, overrides = parser.parse_known_args(argv)
+    for override in overrides:
+        if override.startswith("-"):
+            key = override.lstrip("-")
+            hint = f"; write {key}, without dashes" if "=" in key else "; see --help"
+            raise ConfigError(f"unknown option {override!r}{hint}")
+    return options, overrides
+
+
+def _is_missing_extra(error: ImportError) -> bool:
+    """Whether `errors.optional_import` raised this; any other ImportError is a bug of ours."""
+    return type(error) is ImportError and isinstance(error.__cause__, ImportError)

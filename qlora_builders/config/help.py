@@ -1,0 +1,88 @@
+"""`qlora VERB --help`: usage, every key with its default and meaning, and examples."""
+
+from __future__ import annotations
+
+from textwrap import fill
+from typing import Any, get_origin
+
+from omegaconf import OmegaConf
+
+from qlora_builders.config.compose import compose_tree, config_folders
+from qlora_builders.config.overrides import group_options, groups
+from qlora_builders.config.schema import ROOTS, Knob, knobs
+
+OPTIONS = """\
+  --help              this text
+  --config-dir DIR    a folder with configs of your own
+  --allow PREFIX      a package whose classes configs may name, like torch.optim
+  --print-config      print the resolved config and stop"""
+
+EXAMPLES = {
+    "finetune": (
+        "qlora finetune experiment=demo_qlora",
+        "qlora finetune checkpoint.dir=Llama-3.2-1B data.train=rows.jsonl training.max_steps=200",
+        "qlora finetune method=lora method.rank=8 method.targets=[q_proj,v_proj]",
+        "qlora finetune 'components=[{match: \"layers.0.**\", kind: linear}]'",
+    ),
+    "inspect": (
+        "qlora inspect model.arch=llama3_1_8b method.rank=64",
+        "qlora inspect 'components=[{match: \"layers.*.mlp.*\", kind: linear}]'",
+    ),
+    "generate": (
+        "qlora generate adapter.path=runs/NAME/adapter prompt='Hello, who are you?'",
+        "qlora generate checkpoint.dir=merged prompts_file=prompts.txt temperature=0.7 top_p=0.9",
+    ),
+    "evaluate": (
+        "qlora evaluate adapter.path=runs/NAME/adapter exact_match=20",
+        "qlora evaluate checkpoint.dir=merged data.eval=rows.jsonl output=result.json",
+    ),
+    "merge": (
+        "qlora merge adapter.path=runs/NAME/adapter output_dir=merged",
+        "qlora merge adapter.path=runs/NAME/adapter base=Llama-3.2-1B output_dir=merged",
+    ),
+}
+
+
+def help_text(verb: str, summary: str) -> str:
+    """The whole help page of a verb, made from the schema and the shipped configs."""
+    lines = [f"usage: qlora {verb} [OPTION ...] [KEY=VALUE ...]", "", summary, "", OPTIONS, ""]
+    folders = config_folders()
+    defaults = compose_tree(verb)
+    choices = {group: group_options(group, folders) for group in groups(verb)}
+    if choices:
+        lines.append("groups (GROUP=NAME):")
+        lines += [f"  {group + '=':<14}{' | '.join(names)}" for group, names in choices.items()]
+        lines.append("")
+    lines.append("keys (KEY=VALUE):")
+    for knob in knobs(ROOTS[verb]).values():
+        lines += _knob_lines(knob)
+        if get_origin(knob.type) is dict:
+            preset = OmegaConf.select(defaults, knob.key)
+            lines += [f"  {knob.key}.{name}={value}" for name, value in preset.items()]
+    lines += ["", "examples:", *(f"  {example}" for example in EXAMPLES[verb])]
+    return "\n".join(lines)
+
+
+def _knob_lines(knob: Knob) -> list[str]:
+    meaning = knob.meaning
+    if knob.choices is not None and not isinstance(knob.default, list):
+        meaning = f"{' | '.join(knob.choices)}: {meaning}"
+    limits = [f"{sign} {bound}" for sign, bound in knob.bounds.items() if bound is not None]
+    if limits:
+        meaning += f" ({', '.join(limits)})"
+    margin = " " * 6
+    text = fill(meaning, width=96, initial_indent=margin, subsequent_indent=margin)
+    return [f"  {knob.key}={_spell(knob.default)}", text]
+
+
+def _spell(value: Any) -> str:
+    """A default as it would be typed."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{...}"
+    if isinstance(value, list):
+        return f"[{','.join(value)}]"
+    return str(value)

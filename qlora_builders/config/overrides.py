@@ -1,0 +1,106 @@
+"""What a command line may override: the key is checked, the value spelled for hydra's grammar.
+
+A typo must not reach hydra, whose messages do not know the schema; a prompt or a path must not
+either, because commas, braces and quotes mean something in hydra's grammar.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import get_origin
+
+from omegaconf import OmegaConf
+
+from qlora_builders.config.schema import ROOTS, knobs
+from qlora_builders.config.shipped import shipped_dir
+from qlora_builders.errors import ConfigError, did_you_mean
+
+OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]+)=(.*)", re.DOTALL)
+QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1)[^\\])*\1""", re.DOTALL)
+
+
+def primary_config(verb: str) -> str:
+    """The YAML a verb starts from; inspect shows what finetune would build, so it has none."""
+    return "finetune" if verb == "inspect" else verb
+
+
+def group_options(group: str, folders: Sequence[Path]) -> list[str]:
+    """The options of a group: `method` -> full, lora, qlora."""
+    found = {
+        file.relative_to(folder / group).with_suffix("").as_posix()
+        for folder in folders
+        for file in (folder / group).rglob("*.yaml")
+    }
+    return sorted(found)
+
+
+def known_keys(verb: str) -> list[str]:
+    """Every key that an override of this verb may name: leaves, sections and groups."""
+    leaves = list(knobs(ROOTS[verb]))
+    sections = {key[:dot] for key in leaves for dot in _dots(key)}
+    return sorted({*leaves, *sections, *groups(verb)})
+
+
+def _dots(key: str) -> Iterator[int]:
+    return (match.start() for match in re.finditer(r"\.", key))
+
+
+def groups(verb: str) -> list[str]:
+    """The groups in the defaults list of the verb's primary config."""
+    primary = OmegaConf.load(shipped_dir("configs") / f"{primary_config(verb)}.yaml")
+    return [str(name) for item in primary.defaults if not isinstance(item, str) for name in item]
+
+
+def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
+    """Check an override's key against the schema and spell its value for hydra's grammar."""
+    match = OVERRIDE.fullmatch(override)
+    if match is None:
+        raise ConfigError(f"{override!r} is not KEY=VALUE, such as training.batch_size=8")
+    sign, key, value = match[1], match[2].strip(), match[3]
+    if sign == "~":
+        raise ConfigError(f"{override!r}: keys cannot be removed; write {key}=null to unset one")
+    if key in groups(verb) and not value.lstrip().startswith("{"):
+        _check_option(key, value, folders)
+        return f"{key}={value}"
+    leaves = knobs(ROOTS[verb])
+    parent = next((key[:dot] for dot in _dots(key) if key[:dot] in leaves), None)
+    if parent is not None and get_origin(leaves[parent].type) in (dict, list):
+        return f"++{key}={value}"  # optimizer.eps: arguments are checked against the component
+    if key not in known_keys(verb):
+        raise ConfigError(unknown_key(key, verb))
+    if key in leaves and leaves[key].type in (str, str | None):
+        return f"{key}={value if value == 'null' else quote(value)}"
+    return f"{key}={value}"
+
+
+def _check_option(group: str, option: str, folders: Sequence[Path]) -> None:
+    options = group_options(group, folders)
+    if option not in options:
+        raise ConfigError(f"{group}={option}: no such config{did_you_mean(option, options)}")
+
+
+def quote(value: str) -> str:
+    """Take text literally: commas, braces and quotes in a prompt or path are not grammar."""
+    if QUOTED.fullmatch(value):
+        return value
+    escaped = re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    return f"'{escaped}'"
+
+
+def unknown_key(key: str, verb: str) -> str:
+    """The message for a key that the schema lacks, with the spelling that was probably meant."""
+    known = known_keys(verb)
+    last = key.rpartition(".")[2]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    near += [other for other in known if other.rpartition(".")[2] == last]
+    near += difflib.get_close_matches(key, known, n=1)
+    if key == "experiment":
+        hint = "; an experiment file starts with the line '# @package _global_'"
+    elif near:
+        hint = f"; did you mean {near[0]!r}?"
+    else:
+        hint = f"; 'qlora {verb} --help' lists the keys"
+    return f"unknown key {key!r}{hint}"

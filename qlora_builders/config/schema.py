@@ -1,0 +1,291 @@
+"""Every config key: its type, its one default, its unit and meaning, and the values it may take.
+
+One dataclass per section and one root per verb. Recipes receive instances of the roots, so they
+read `cfg.training.batch_size` and never a string key with a second default. What a field may hold
+is written beside it (`knob`); what several fields may hold together is in `checks.py`.
+`qlora VERB --help` prints this file.
+"""
+
+# ruff: noqa: RUF009  (knob returns a dataclasses.field with a default_factory)
+
+from __future__ import annotations
+
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, get_type_hints
+
+# Marks a key that the user has to set. OmegaConf's own mark, ???, cannot replace a default.
+REQUIRED = "<required>"
+DTYPES = ("float32", "bfloat16", "float16")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def knob(
+    default: Any,
+    meaning: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A config field: default, meaning with unit, allowed values (of each element for a list)."""
+    metadata = {
+        "meaning": meaning,
+        "choices": choices,
+        "bounds": {">=": at_least, ">": above, "<=": at_most, "<": below},
+    }
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def device_knob() -> Any:
+    return knob("auto", "auto, cpu, cuda or cuda:N; auto: the GPU if there is one")
+
+
+def compute_dtype_knob() -> Any:
+    meaning = "dtype of matmuls; auto: bfloat16 where native, else float32"
+    return knob("auto", meaning, choices=("auto", *DTYPES))
+
+
+def quantize_knob() -> Any:
+    meaning = (
+        "the base in memory: nf4, none, or auto: as its adapter was trained (no adapter: none)"
+    )
+    return knob("auto", meaning, choices=("auto", "nf4", "none"))
+
+
+@dataclass
+class CheckpointConfig:
+    """The base weights."""
+
+    dir: str = knob("${demo:base}", "folder of the base weights; default: the shipped demo base")
+    format: str = knob("auto", "layout of that folder", choices=("auto", "hf"))
+
+
+@dataclass
+class ModelConfig:
+    """The architecture."""
+
+    arch: str | None = knob(None, "name of a published size; null: the checkpoint's config.json")
+
+
+@dataclass
+class MethodConfig:
+    """A preset that writes the component plan; an option that the preset does not take is null."""
+
+    name: str = knob("qlora", "name of the preset: qlora, lora or full")
+    rank: int | None = knob(16, "rank of the adapters", at_least=1)
+    alpha: float | None = knob(32.0, "adapter scale: alpha / rank multiplies B A x", above=0)
+    dropout: float | None = knob(0.0, "adapter input dropout, probability", at_least=0, below=1)
+    use_rslora: bool | None = knob(False, "scale by alpha / sqrt(rank) instead")
+    block_size: int | None = knob(64, "weights per NF4 scale", at_least=1)
+    targets: list[str] = knob(list(PROJECTIONS), "projections that get an adapter")
+    components: list[dict[str, Any]] = knob([], "rules of the preset")
+    train: list[str] = knob([], "parameters the preset trains beside adapters, as patterns")
+
+
+@dataclass
+class AdapterConfig:
+    """The adapter on top of the base."""
+
+    path: str | None = knob(None, "adapter folder (PEFT layout); null: the base alone")
+
+
+@dataclass
+class RequiredAdapterConfig:
+    """The adapter to merge."""
+
+    path: str = knob(REQUIRED, "adapter folder (PEFT layout)")
+
+
+@dataclass
+class TokenizerConfig:
+    """The tokenizer."""
+
+    path: str | None = knob(None, "folder with tokenizer.json; null: checkpoint.dir")
+
+
+@dataclass
+class ColumnsConfig:
+    """Which columns of the data hold what."""
+
+    prompt: str = knob("prompt", "format=instruct: the question")
+    completion: str = knob("completion", "format=instruct: the answer")
+    system: str | None = knob(None, "format=instruct: the system message; null: none")
+    text: str = knob("text", "format=text: the text")
+
+
+@dataclass
+class DataConfig:
+    """Training and evaluation rows."""
+
+    train: str = knob("${demo:train.jsonl}", "file or hub id to train on (finetune only)")
+    eval: str | None = knob(
+        "${demo_eval:${data.train}}",
+        "file or hub id for the eval loss; null: none; default: the demo's with its data.train",
+    )
+    format: str = knob("instruct", "what a row holds", choices=("chat", "instruct", "text"))
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    max_seq_len: int = knob(512, "tokens per row; longer rows are cut and counted", at_least=2)
+    train_on: str = knob(
+        "assistant",
+        "tokens that carry loss: every answer, the last answer, everything (format=text: always)",
+        choices=("assistant", "completion", "all"),
+    )
+    max_rows: int | None = knob(None, "rows read from each file; null: all", at_least=1)
+
+
+@dataclass
+class LRScheduleConfig:
+    """The learning rate over the run, as a factor of optimizer.lr."""
+
+    name: str = knob("cosine", "shape after warm-up", choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = knob(0.03, "warm-up, fraction of all steps", at_least=0, at_most=1)
+    warmup_steps: int | None = knob(
+        None, "warm-up, optimizer steps; null: from warmup_ratio", at_least=0
+    )
+    min_lr_ratio: float = knob(0.0, "factor at the last step", at_least=0, at_most=1)
+
+
+@dataclass
+class TrainingConfig:
+    """The loop. A step is one optimizer step: batch_size * grad_accumulation rows."""
+
+    batch_size: int = knob(8, "rows per forward pass", at_least=1)
+    grad_accumulation: int = knob(1, "forward passes per step", at_least=1)
+    max_steps: int | None = knob(
+        None, "steps to train, whatever epochs says; null: as many as epochs takes", at_least=1
+    )
+    epochs: int = knob(1, "passes over data.train", at_least=1)
+    seed: int = knob(0, "fixes init, data order and dropout", at_least=0)
+    dtype: str = knob("bfloat16", "dtype of frozen weights", choices=DTYPES)
+    compute_dtype: str = compute_dtype_knob()
+    activation_checkpointing: bool = knob(False, "recompute layers in backward: less memory")
+    log_every: int = knob(1, "steps between lines in metrics.jsonl", at_least=1)
+    eval_every: int | None = knob(
+        None, "steps between eval losses; null: only at the end", at_least=1
+    )
+    save_every: int | None = knob(
+        None, "steps between checkpoints; null: only at the end", at_least=1
+    )
+    keep_last: int = knob(1, "checkpoints kept", at_least=1)
+    clip_grad_norm: float | None = knob(1.0, "largest gradient norm; null: no clipping", above=0)
+
+
+@dataclass
+class FinetuneConfig:
+    """Train adapters or weights. `inspect` takes the same keys and shows what would be built."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    components: list[dict[str, Any]] = knob(
+        [], "your rules, after the method's; the last match wins"
+    )
+    train: list[str] = knob([], "parameters that train too, as patterns: [norm, embed_tokens]")
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: dict[str, Any] = knob({}, "`component`: its class; all other keys: its arguments")
+    lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    device: str = device_knob()
+    output_dir: str = knob("runs/${now:%Y-%m-%d_%H-%M-%S}", "run folder; must be new or empty")
+    overwrite: bool = knob(False, "replace a run that is in output_dir")
+
+
+@dataclass
+class GenerateConfig:
+    """Answer prompts with a base, or a base and an adapter."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    quantize: str = quantize_knob()
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    prompt: str | None = knob(None, "the prompt")
+    prompts_file: str | None = knob(None, "text file, one prompt per line, instead of prompt")
+    system: str | None = knob(None, "system message; null: none")
+    chat: bool = knob(True, "wrap prompts in the tokenizer's chat template, if it has one")
+    max_new_tokens: int = knob(128, "longest answer, tokens", at_least=1)
+    temperature: float = knob(0.0, "0: always the likeliest token", at_least=0)
+    top_k: int | None = knob(None, "sample from the k likeliest tokens; null: all", at_least=1)
+    top_p: float | None = knob(
+        None, "sample from the likeliest tokens of this total probability", above=0, at_most=1
+    )
+    seed: int = knob(0, "fixes sampling", at_least=0)
+    stream: bool = knob(True, "print tokens as they come")
+    dtype: str = knob("bfloat16", "dtype of weights that are not NF4", choices=DTYPES)
+    compute_dtype: str = compute_dtype_knob()
+    device: str = device_knob()
+
+
+@dataclass
+class EvaluateConfig:
+    """Loss, perplexity and exact match on data.eval."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    quantize: str = quantize_knob()
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch_size: int = knob(8, "rows per forward pass", at_least=1)
+    exact_match: int = knob(0, "rows answered greedily and compared; 0: none", at_least=0)
+    max_new_tokens: int = knob(128, "longest of those answers, tokens", at_least=1)
+    output: str | None = knob(None, "JSON file for the results; null: only printed")
+    dtype: str = knob("bfloat16", "dtype of weights that are not NF4", choices=DTYPES)
+    compute_dtype: str = compute_dtype_knob()
+    device: str = device_knob()
+
+
+@dataclass
+class MergeConfig:
+    """Add an adapter to the weights and write a Hugging Face folder."""
+
+    output_dir: str = knob(REQUIRED, "folder to write; must not exist")
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    adapter: RequiredAdapterConfig = field(default_factory=RequiredAdapterConfig)
+    quantize: str = quantize_knob()
+    base: str = knob(
+        "dequantized",
+        "weights to add to: dequantized (those seen in training), or a folder of 16-bit originals",
+    )
+    dtype: str = knob("bfloat16", "dtype written", choices=DTYPES)
+    max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
+
+
+ROOTS: dict[str, type] = {
+    "finetune": FinetuneConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "merge": MergeConfig,
+    "inspect": FinetuneConfig,
+}
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One leaf of a root: `training.batch_size` with its type and what `knob` said about it."""
+
+    key: str
+    type: Any
+    default: Any
+    meaning: str
+    choices: tuple[str, ...] | None
+    bounds: dict[str, float | None]
+
+
+def knobs(root: type, prefix: str = "") -> dict[str, Knob]:
+    """Every leaf key of a root dataclass, in the order of the schema."""
+    hints = get_type_hints(root)
+    found: dict[str, Knob] = {}
+    for item in fields(root):
+        key = prefix + item.name
+        if is_dataclass(hints[item.name]):
+            found.update(knobs(hints[item.name], key + "."))
+            continue
+        factory = item.default_factory
+        default = item.default if factory is NO_DEFAULT else factory()
+        found[key] = Knob(key, hints[item.name], default, **item.metadata)
+    return found

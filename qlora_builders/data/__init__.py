@@ -1,0 +1,27 @@
+"""From files to batches: rows, chat templates, the tokenizer, labels, order and padding."""
+
+from __future__ import annotations
+
+from qlora_builders.data.collate import IGNORE_INDEX, Batch, Example, batch_indices, collate
+from qlora_builders.data.dataset import (
+    DatasetReport,
+    TokenizedDataset,
+    build_dataset,
+    check_token_range,
+)
+from qlora_builders.data.files import load_rows
+from qlora_builders.data.tokenizer import Tokenizer
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "DatasetReport",
+    "Example",
+    "TokenizedDataset",
+    "Tokenizer",
+    "batch_indices",
+    "build_dataset",
+    "check_token_range",
+    "collate",
+    "load_rows",
+]

@@ -1,0 +1,84 @@
+"""Examples to batches: which rows go together, and padding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_builders.errors import DataError
+
+IGNORE_INDEX = -100  # a label that the loss leaves out, as in torch's cross_entropy
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, tokenized.
+
+    `labels[t]` is `input_ids[t]` where token t is to be predicted and -100 elsewhere; the loss
+    does the shift. `row` is the row's number in its source, counted from 0.
+    """
+
+    input_ids: Tensor  # [seq] int64
+    labels: Tensor  # [seq] int64
+    row: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples padded on the right to the longest of them."""
+
+    input_ids: Tensor  # [batch, seq] int64
+    labels: Tensor  # [batch, seq] int64, -100 on padding
+    rows: list[int]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on `device`."""
+        return Batch(self.input_ids.to(device), self.labels.to(device), self.rows)
+
+
+def collate(examples: Sequence[Example], *, pad_token_id: int) -> Batch:
+    """Pad on the right.
+
+    Attention is causal, so what stands behind a sequence cannot reach it and no mask is needed:
+    padding is left out of the loss by its label, never by its id.
+
+    Raises:
+        DataError: if there are no examples.
+    """
+    if not examples:
+        raise DataError("cannot make a batch of no examples")
+    longest = max(len(example.input_ids) for example in examples)
+    shape = (len(examples), longest)
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    for i, example in enumerate(examples):
+        input_ids[i, : len(example.input_ids)] = example.input_ids
+        labels[i, : len(example.labels)] = example.labels
+    return Batch(input_ids, labels, [example.row for example in examples])
+
+
+def batch_indices(
+    num_examples: int, *, batch_size: int, seed: int, epoch: int, shuffle: bool = True
+) -> list[list[int]]:
+    """The example indices of every batch of an epoch; the last batch may be short.
+
+    The order depends on `seed` and `epoch` alone, on every platform: `Random.random` is the one
+    stream that Python promises to keep.
+
+    Raises:
+        DataError: if there are no examples, or `batch_size` is not positive.
+    """
+    if num_examples < 1:
+        raise DataError("cannot make batches of no examples")
+    if batch_size < 1:
+        raise DataError(f"batch_size is {batch_size}; it has to be at least 1")
+    order = list(range(num_examples))
+    if shuffle:
+        draw = random.Random(f"{seed}/{epoch}").random
+        keys = [draw() for _ in order]
+        order.sort(key=keys.__getitem__)
+    return [order[i : i + batch_size] for i in range(0, num_examples, batch_size)]

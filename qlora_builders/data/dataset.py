@@ -1,0 +1,306 @@
+"""A file or hub dataset as token ids and labels, held compactly.
+
+Everything that can be wrong with data is found here, before the first step: rows that train on
+nothing, rows cut short, ids the model does not have.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Encoding
+
+from qlora_builders.data.collate import IGNORE_INDEX, Example
+from qlora_builders.data.files import Row, describe_row, load_rows
+from qlora_builders.data.formats import Document, check_format, prompt_and_answer, to_document
+from qlora_builders.data.tokenizer import Tokenizer
+from qlora_builders.errors import DataError
+
+_CHUNK = 512  # rows per call of the Rust tokenizer: enough to keep all cores busy
+
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass
+class DatasetReport:
+    """What became of the rows. Token counts are those kept, after truncation."""
+
+    source: str
+    rows: int = 0
+    examples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    truncated_rows: int = 0
+    cut_tokens: int = 0
+    longest_row: int = 0  # tokens, before truncation
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+
+    def summary(self) -> str:
+        """One line for a log."""
+        share = 100 * self.trained_tokens / max(self.tokens, 1)
+        text = (
+            f"{self.source}: {self.examples:,} examples, {self.tokens:,} tokens, "
+            f"{self.trained_tokens:,} trained ({share:.0f} %)"
+        )
+        if self.truncated_rows:
+            text += f"; {self.truncated_rows:,} rows truncated, {self.cut_tokens:,} tokens cut"
+        for reason, count in sorted(self.dropped.items()):
+            text += f"; {count:,} rows dropped: {reason}"
+        return text
+
+
+class TokenizedDataset(Sequence[Example]):
+    """Examples in a few flat arrays (5 bytes per token, 16 per example), sliced on access.
+
+    `report` counts what was kept, cut and dropped.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_ids: Ids,
+        trained: Mask,
+        offsets: npt.NDArray[np.int64],
+        row_numbers: npt.NDArray[np.int64],
+        report: DatasetReport,
+        rows: Sequence[Row],
+        tokenizer: Tokenizer,
+        format: str,
+        columns: Mapping[str, str | None],
+    ) -> None:
+        self.input_ids = input_ids  # [tokens], all examples end to end
+        self.trained = trained  # [tokens], True where the token is to be predicted
+        self.offsets = offsets  # [examples + 1], example i is tokens offsets[i]:offsets[i + 1]
+        self.row_numbers = row_numbers  # [examples], in the source, counted from 0
+        self.report = report
+        self.tokenizer = tokenizer
+        self._rows = rows
+        self._format = format
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(self.row_numbers)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        input_ids = torch.from_numpy(self.input_ids[span].astype(np.int64))
+        labels = input_ids.masked_fill(~torch.from_numpy(self.trained[span]), IGNORE_INDEX)
+        return Example(input_ids, labels, int(self.row_numbers[index]))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def prompt_and_answer(self, index: int) -> tuple[list[int], str]:
+        """Prompt ids of example `index`, up to its last assistant turn, and that turn's text.
+
+        The row is read again, so nothing is truncated.
+
+        Raises:
+            DataError: if the format is `text`, or the row has no assistant turn.
+        """
+        number = int(self.row_numbers[index])
+        try:
+            return prompt_and_answer(
+                self._rows[number], self.tokenizer, format=self._format, columns=self._columns
+            )
+        except DataError as error:
+            raise DataError(f"{self.describe_row(number)}: {error}") from error
+
+    def describe_row(self, number: int) -> str:
+        """Where row `number` (as in `Example.row`) is in the source, for a message."""
+        return describe_row(self._rows, self.report.source, number)
+
+
+def build_dataset(
+    source: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    format: str,
+    max_seq_len: int,
+    train_on: str = "assistant",
+    columns: Mapping[str, str | None] | None = None,
+    max_rows: int | None = None,
+    split: str = "train",
+) -> TokenizedDataset:
+    """Read, render and tokenize the rows of `source` (see `load_rows` for what it can be).
+
+    A row longer than `max_seq_len` tokens is cut at its end. If nothing trained is left of it, it
+    is dropped. Both are counted in `.report`. `max_rows` takes the first rows only.
+
+    Raises:
+        DataError: if a row is broken or trains on nothing even uncut, if there are no rows, or if
+            none is left; the message names the source and the row.
+    """
+    all_columns = check_format(format, train_on, columns)
+    if max_seq_len < 2:
+        raise DataError(f"data.max_seq_len is {max_seq_len}; at least 2 tokens are needed")
+    if max_rows is not None and max_rows < 1:
+        raise DataError(f"data.max_rows is {max_rows}; at least 1 is needed (null: all)")
+    if format == "chat" and tokenizer.chat_template is None:
+        tokenizer.render_chat([])  # raises, and says what to do
+    rows = load_rows(source, split=split)
+    builder = _Builder(tokenizer, max_seq_len, str(source), rows)
+    pending: list[Document] = []
+    for number, row in enumerate(islice(iter(rows), max_rows)):
+        try:
+            document = to_document(
+                row, tokenizer, format=format, train_on=train_on, columns=all_columns
+            )
+        except DataError as error:
+            raise DataError(f"{describe_row(rows, source, number)}: {error}") from error
+        pending.append(document)
+        if len(pending) == _CHUNK:
+            builder.add(pending)
+            pending = []
+    builder.add(pending)
+    return builder.finish(format, all_columns)
+
+
+def check_token_range(dataset: TokenizedDataset, vocab_size: int) -> None:
+    """Check that the model has a row for every token id that training will look up.
+
+    Raises:
+        DataError: naming the token and the first row that holds it.
+    """
+    tokenizer = dataset.tokenizer
+    advice = "tokenizer and model do not belong together; set tokenizer.path to the model's own"
+    if int(dataset.input_ids.max()) >= vocab_size:
+        at = int(np.argmax(dataset.input_ids >= vocab_size))
+        index = int(np.searchsorted(dataset.offsets, at, side="right")) - 1
+        token_id, row = int(dataset.input_ids[at]), int(dataset.row_numbers[index])
+        raise DataError(
+            f"{dataset.describe_row(row)}: token {tokenizer.token(token_id)!r} has id {token_id}, "
+            f"but the model's vocabulary has {vocab_size} entries; {advice}"
+        )
+    pad = tokenizer.pad_token_id
+    if pad >= vocab_size:
+        raise DataError(
+            f"the padding token {tokenizer.token(pad)!r} has id {pad}, but the model's vocabulary "
+            f"has {vocab_size} entries; {advice}, or name another pad_token"
+        )
+
+
+class _Builder:
+    """Gathers encoded documents into flat arrays and counts."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, max_seq_len: int, source: str, rows: Sequence[Row]
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_seq_len = max_seq_len
+        self.rows = rows
+        self.report = DatasetReport(source)
+        self.ids: list[Ids] = []
+        self.trained: list[Mask] = []
+        self.lengths: list[int] = []
+        self.row_numbers: list[int] = []
+
+    def add(self, documents: list[Document]) -> None:
+        """Encode the documents of the next rows and keep what is left after truncation."""
+        kept_ids, kept_trained = [], []
+        encodings = self.tokenizer.encode_batch([document.text for document in documents])
+        for document, encoding in zip(documents, encodings, strict=True):
+            number = self.report.rows
+            self.report.rows += 1
+            ids, trained = self._encode(document, encoding)
+            if not trained.any():
+                where = describe_row(self.rows, self.report.source, number)
+                raise DataError(
+                    f"{where}: no token is trained on; remove the row, or set data.train_on=all"
+                )
+            length = len(ids)
+            self.report.longest_row = max(self.report.longest_row, length)
+            if length > self.max_seq_len:
+                self.report.truncated_rows += 1
+                self.report.cut_tokens += length - self.max_seq_len
+                ids, trained = ids[: self.max_seq_len], trained[: self.max_seq_len]
+                if not trained.any():
+                    self.report.dropped[f"nothing trained in {self.max_seq_len} tokens"] += 1
+                    continue
+            kept_ids.append(ids)
+            kept_trained.append(trained)
+            self.lengths.append(len(ids))
+            self.row_numbers.append(number)
+        if kept_ids:
+            self.ids.append(np.concatenate(kept_ids))
+            self.trained.append(np.concatenate(kept_trained))
+
+    def finish(self, format: str, columns: Mapping[str, str | None]) -> TokenizedDataset:
+        """The dataset of everything added.
+
+        Raises:
+            DataError: if nothing was added, or nothing was kept.
+        """
+        report = self.report
+        if not report.rows:
+            raise DataError(f"{report.source}: there are no rows")
+        if not self.lengths:
+            raise DataError(
+                f"{report.source}: none of the {report.rows} rows has anything left to train on "
+                f"after truncation to data.max_seq_len={self.max_seq_len}: the prompts alone are "
+                f"longer; raise it (the longest row has {report.longest_row} tokens)"
+            )
+        input_ids, trained = np.concatenate(self.ids), np.concatenate(self.trained)
+        report.examples = len(self.lengths)
+        report.tokens = len(input_ids)
+        report.trained_tokens = int(trained.sum())
+        return TokenizedDataset(
+            input_ids=input_ids,
+            trained=trained,
+            offsets=np.cumsum([0, *self.lengths], dtype=np.int64),
+            row_numbers=np.array(self.row_numbers, dtype=np.int64),
+            report=report,
+            rows=self.rows,
+            tokenizer=self.tokenizer,
+            format=format,
+            columns=columns,
+        )
+
+    def _encode(self, document: Document, encoding: Encoding) -> tuple[Ids, Mask]:
+        ids = np.array(encoding.ids, dtype=np.int32)
+        if document.spans is None:
+            trained = np.ones(len(ids), dtype=np.bool_)
+        else:
+            trained = _trained_tokens(encoding, document.spans)
+        before: list[int] = []
+        after: list[int] = []
+        if document.add_special_tokens:
+            before, after = self.tokenizer.special_tokens_around(encoding.ids)
+        if document.append_eos:
+            eos = self.tokenizer.eos_token_id
+            if eos is None:
+                raise DataError(
+                    "the tokenizer names no EOS token, so the model could not learn to stop; add "
+                    "eos_token to its tokenizer_config.json"
+                )
+            if [*encoding.ids[-1:], *after][-1:] != [eos]:
+                after = [*after, eos]
+        ids = np.concatenate([np.array(x, dtype=np.int32) for x in (before, ids, after)])
+        trained = np.pad(trained, (len(before), len(after)))
+        if document.append_eos:
+            trained[-1] = True
+        trained[:1] = False  # nothing comes before it to predict it from
+        return ids, trained
+
+
+def _trained_tokens(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> Mask:
+    """True for each token that has a character inside a span."""
+    bounds = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    starts, ends = bounds[:, 0], bounds[:, 1]
+    trained = np.zeros(len(bounds), dtype=np.bool_)
+    for start, end in spans:
+        # A token can stand for no character (a prefix space that the tokenizer adds); it goes
+        # with the character after it.
+        trained |= (starts < end) & ((ends > start) | ((starts == ends) & (starts >= start)))
+    return trained

@@ -1,0 +1,194 @@
+"""Rows from a local file or from the hub, as a sequence of dicts."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast, overload
+
+import numpy as np
+
+from qlora_builders.errors import DataError, nearest, optional_import
+
+Row = dict[str, Any]
+
+_SUFFIXES = (".json", ".jsonl", ".parquet")
+# owner/name, then perhaps the split, or configuration and split: "openai/gsm8k:main:train"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
+
+
+def load_rows(source: str | Path, *, split: str = "train") -> Sequence[Row]:
+    """The rows of `source`.
+
+    `source` is a `.jsonl` file (an object per line), a `.json` file (a list of objects, or an
+    object whose `data` is one), a `.parquet` file, or a hub id: `owner/name`,
+    `owner/name:split` or `owner/name:config:split`. `split` is what a hub id without one
+    means; a local file is one split. JSON lines are parsed when they are read, not before.
+
+    Raises:
+        DataError: if the file is missing or broken (file and line are named), or the hub says no.
+        ImportError: if Parquet or the hub is asked for and `datasets` is not installed.
+    """
+    name = str(source)
+    path = Path(name).expanduser()
+    if path.is_file():
+        suffix = path.suffix.lower()
+        if suffix == ".jsonl":
+            return JsonLines(path)
+        if suffix == ".json":
+            return _read_json(path)
+        if suffix == ".parquet":
+            return _read_parquet(path)
+        raise DataError(
+            f"{path}: cannot read files that end in {suffix or 'nothing'!r}; "
+            f"allowed: {', '.join(_SUFFIXES)}"
+        )
+    looks_local = (
+        name.startswith((".", "/", "~"))
+        or path.suffix.lower() in _SUFFIXES
+        or (len(path.parts) > 1 and path.parent.is_dir())
+    )
+    if path.exists() or looks_local or not _HUB_ID.fullmatch(name):
+        raise DataError(_missing_file(path))
+    return _read_hub(name, split)
+
+
+def describe_row(rows: Sequence[Row], source: str | Path, index: int) -> str:
+    """Where row `index` (counted from 0) is, for an error message."""
+    if isinstance(rows, JsonLines):
+        return f"{source}, line {rows.line_number(index)}"
+    return f"{source}, row {index} (counted from 0)"
+
+
+class JsonLines(Sequence[Row]):
+    """A `.jsonl` file as a sequence: mapped into memory, each line parsed when it is asked for.
+
+    Blank lines are skipped.
+
+    Raises:
+        DataError: naming file and line, for a line that is not a JSON object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._data: mmap.mmap | bytes = b""
+        if path.stat().st_size:
+            with path.open("rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        spans, numbers = array("q"), array("q")
+        at, number = 3 if self._data[:3] == b"\xef\xbb\xbf" else 0, 0  # behind a byte order mark
+        while at < len(self._data):
+            end = self._data.find(b"\n", at)
+            end = len(self._data) if end < 0 else end
+            number += 1
+            if self._data[at:end].strip():
+                spans.extend((at, end))
+                numbers.append(number)
+            at = end + 1
+        self._spans = np.array(spans, dtype=np.int64).reshape(-1, 2)  # [rows, 2], in bytes
+        self._numbers = np.array(numbers, dtype=np.int64)  # [rows], counted from 1
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def line_number(self, index: int) -> int:
+        """The line of row `index` in the file, counted from 1."""
+        return int(self._numbers[index])
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self._parse(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._parse(index % len(self))
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self._parse(i) for i in range(len(self)))
+
+    def _parse(self, index: int) -> Row:
+        start, end = (int(v) for v in self._spans[index])
+        where = f"{self.path}, line {self.line_number(index)}"
+        try:
+            row = json.loads(self._data[start:end].decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 text ({error.reason})") from error
+        except ValueError as error:
+            raise DataError(f"{where}: not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: holds a {type(row).__name__}, and an object is needed")
+        return row
+
+
+def _read_json(path: Path) -> Sequence[Row]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason})") from error
+    except json.JSONDecodeError as error:
+        hint = ""
+        if error.msg == "Extra data":
+            hint = "; a file with one object per line has to be named .jsonl"
+        raise DataError(
+            f"{path}, line {error.lineno}: not valid JSON: {error.msg}{hint}"
+        ) from error
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{path}: holds a {type(value).__name__}; a list of objects is needed, "
+            'or an object whose "data" is such a list'
+        )
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}, row {index} (counted from 0): holds a {type(row).__name__}, and an "
+                "object is needed"
+            )
+    return rows
+
+
+def _read_parquet(path: Path) -> Sequence[Row]:
+    datasets = optional_import("datasets", "data")
+    try:
+        return cast(Sequence[Row], datasets.Dataset.from_parquet(str(path)))
+    except Exception as error:  # pyarrow and datasets have a hierarchy each
+        raise DataError(f"{path}: not a Parquet file this can read: {error}") from error
+
+
+def _read_hub(name: str, split: str) -> Sequence[Row]:
+    datasets = optional_import("datasets", "data")
+    hub_id, *rest = name.split(":")
+    configuration = rest[0] if len(rest) == 2 else None
+    split = rest[-1] if rest else split
+    try:
+        return cast(Sequence[Row], datasets.load_dataset(hub_id, configuration, split=split))
+    except Exception as error:  # network, authorization, unknown split: each has its own class
+        raise DataError(
+            f"cannot load {hub_id!r} (configuration {configuration!r}, split {split!r}) from the "
+            f"hub, and there is no such local file: {error}"
+        ) from error
+
+
+def _missing_file(path: Path) -> str:
+    if path.is_dir():
+        held = sorted(p.name for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+        return f"{path} is a directory; name one file in it: {', '.join(held) or 'none fits'}"
+    message = f"no such file: {path}"
+    if path.parent.is_dir():
+        names = [p.name for p in path.parent.iterdir()]
+        match = nearest(path.name, names)
+        if match is not None:
+            return f"{message}; did you mean {str(path.parent / match)!r}?"
+        message += f"; {path.parent.resolve()} holds no file with a name like it"
+    else:
+        message += f"; the directory {path.parent} does not exist either"
+    return (
+        f"{message} (a hub id is written owner/name, owner/name:split or owner/name:config:split)"
+    )

@@ -1,0 +1,316 @@
+"""The tokenizer of a Hugging Face directory, without transformers.
+
+Ids come from `tokenizer.json` through the Rust library; the files beside it say which ids begin,
+end and pad a text, and hold the chat template. Encoding agrees with transformers' fast tokenizers:
+the post-processor in `tokenizer.json` decides about BOS, and an `add_bos_token` in
+`tokenizer_config.json` is ignored, as there. One difference: transformers 5 rebuilds the pipeline
+of class LlamaTokenizer and drops the prefix space of a text that begins with a space; here the file
+is taken as it stands, as sentencepiece and transformers 4 do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import Encoding
+from tokenizers.processors import TemplateProcessing
+
+from qlora_builders.data.assistant_mask import (
+    RenderedChat,
+    end_of_turn_text,
+    render_with_spans,
+)
+from qlora_builders.data.chat_template import ChatTemplate, Message
+from qlora_builders.errors import DataError
+
+
+class Tokenizer:
+    """Text to token ids and back; conversations to text.
+
+    Attributes:
+        vocab_size: one more than the largest token id.
+        bos_token_id, eos_token_id: None where the files name no such token.
+        stop_token_ids: every id that ends a text or a turn, EOS first.
+        pad_token_id: the named padding token, else a special token that ends nothing, else EOS.
+            Padding is masked by position and never by id, so any id will do.
+        chat_template: the template's source, or None.
+
+    `Tokenizer.from_dir` is the way to make one.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str],
+        extra_stop_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+        template_origin: str = "chat template",
+        max_pad_id: int | None = None,
+    ) -> None:
+        self._backend = backend
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._prefix_ids, self._suffix_ids = _take_post_processor(backend)
+        self._added = backend.get_added_tokens_decoder()
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_token_id = self._token_id(special_tokens.get("bos_token"))
+        self.eos_token_id = self._token_id(special_tokens.get("eos_token"))
+        self.chat_template = chat_template
+        self._template: ChatTemplate | None = None
+        if chat_template is not None:
+            self._template = ChatTemplate(
+                chat_template, special_tokens=special_tokens, origin=template_origin
+            )
+        stops = [self.eos_token_id, *extra_stop_ids, self._end_of_turn_id()]
+        known = [i for i in stops if i is not None and backend.id_to_token(i) is not None]
+        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(known))
+        if self.eos_token_id is None and self.stop_token_ids:
+            self.eos_token_id = self.stop_token_ids[0]
+        pad = self._token_id(special_tokens.get("pad_token"))
+        self.pad_token_id = self._choose_pad(pad, max_pad_id)
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> Tokenizer:
+        """Read `tokenizer.json` and the files beside it.
+
+        Raises:
+            DataError: if a file is missing or broken, a named token is not in the vocabulary, or
+                the chat template is broken or unsafe.
+        """
+        folder = Path(path).expanduser()
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise DataError(_missing_tokenizer(folder))
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the Rust library raises bare Exception
+            raise DataError(f"{file}: not a tokenizer.json this can read: {error}") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        named = {**_named_tokens(_read_json(folder / "special_tokens_map.json"))}
+        named.update(_named_tokens(config))
+        for key in ("bos_token", "eos_token"):
+            token = named.get(key)
+            if token is not None and backend.token_to_id(token) is None:
+                raise DataError(
+                    f"{folder / 'tokenizer_config.json'}: {key} is {token!r}, which {file.name} "
+                    "does not hold; the two files do not belong together"
+                )
+        model_config = _read_json(folder / "config.json")
+        generation = _read_json(folder / "generation_config.json")
+        template, origin = _read_template(folder, config)
+        for key in ("bos_token", "eos_token"):
+            ids = _as_ids(generation.get(f"{key}_id")) or _as_ids(model_config.get(f"{key}_id"))
+            token = backend.id_to_token(ids[0]) if ids else None
+            if token is not None and key not in config:  # null there means: none
+                named.setdefault(key, token)
+        stop_ids = [
+            *_as_ids(generation.get("eos_token_id")),
+            *_as_ids(model_config.get("eos_token_id")),
+        ]
+        vocab_size = model_config.get("vocab_size")
+        return cls(
+            backend,
+            special_tokens=named,
+            extra_stop_ids=stop_ids,
+            chat_template=template,
+            template_origin=origin,
+            max_pad_id=vocab_size - 1 if isinstance(vocab_size, int) else None,
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; special tokens spelled out in the text become their ids."""
+        ids = list(self._backend.encode(text, add_special_tokens=False).ids)
+        return [*self._prefix_ids, *ids, *self._suffix_ids] if add_special_tokens else ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encodings without added special tokens, on all cores.
+
+        `.ids` are the ids and `.offsets` the exact characters [start, end) behind each of them.
+        """
+        return self._backend.encode_batch(list(texts), add_special_tokens=False)
+
+    def special_tokens_around(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text with these ids: usually BOS and nothing.
+
+        Unlike in `encode`, a BOS that the text itself spells out is not doubled.
+        """
+        before = self._prefix_ids
+        if before == [self.bos_token_id] and list(ids[:1]) == before:
+            before = []
+        return list(before), list(self._suffix_ids)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of the ids."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token(self, token_id: int) -> str | None:
+        """How the vocabulary spells an id, or None if it does not hold it."""
+        return self._backend.id_to_token(token_id)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The tokens of `stop_token_ids`, spelled out."""
+        return tuple(token for i in self.stop_token_ids if (token := self.token(i)))
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The conversation as text; encode it with `add_special_tokens=False`.
+
+        Raises:
+            DataError: if there is no chat template, or it refuses the messages.
+        """
+        return self._required_template().render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools
+        )
+
+    def render_chat_with_spans(
+        self,
+        messages: Sequence[Message],
+        *,
+        last_only: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> RenderedChat:
+        """The conversation as text, and which of its characters the assistant wrote.
+
+        Raises:
+            DataError: if there is no chat template, or the assistant's turns cannot be placed.
+        """
+        return render_with_spans(
+            self._required_template(),
+            messages,
+            stop_strings=self.stop_strings,
+            last_only=last_only,
+            tools=tools,
+        )
+
+    def _required_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise DataError(
+                "the tokenizer has no chat template: put a chat_template.jinja beside its "
+                "tokenizer.json, or use data.format=instruct or data.format=text"
+            )
+        return self._template
+
+    def _token_id(self, token: str | None) -> int | None:
+        return None if token is None else self._backend.token_to_id(token)
+
+    def _end_of_turn_id(self) -> int | None:
+        """The added token with which the template ends an assistant turn, if it does."""
+        if self._template is None:
+            return None
+        tail = end_of_turn_text(self._template).lstrip()
+        found = [
+            (len(token.content), token_id)
+            for token_id, token in self._added.items()
+            if token.content.strip() and tail.startswith(token.content)
+        ]
+        token_id = max(found)[1] if found else None
+        return None if token_id == self.bos_token_id else token_id
+
+    def _choose_pad(self, named: int | None, max_id: int | None) -> int:
+        # A [PAD] added behind the vocabulary, without a row in the embedding, is a common accident.
+        def usable(token_id: int | None) -> bool:
+            return token_id is not None and (max_id is None or token_id <= max_id)
+
+        spared = {self.bos_token_id, *self.stop_token_ids}
+        special = [i for i, token in sorted(self._added.items()) if token.special]
+        others = [i for i in special if i not in spared]
+        others.sort(key=lambda i: "pad" not in self._added[i].content.lower())
+        for candidate in (named, *others, self.eos_token_id):
+            if candidate is not None and usable(candidate):
+                return candidate
+        return 0
+
+
+def _take_post_processor(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that the post-processor puts before and after a text; it is then switched off.
+
+    Byte-level post-processors trim white space off the offsets, also where no token is added, and
+    the assistant mask needs exact ones.
+    """
+    full = list(backend.encode("a", add_special_tokens=True).ids)
+    plain = list(backend.encode("a", add_special_tokens=False).ids)
+    backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    extra = len(full) - len(plain)
+    starts = [i for i in range(extra + 1) if full[i : i + len(plain)] == plain]
+    first = starts[0] if starts else 0
+    return full[:first], full[first + len(plain) :]
+
+
+def _missing_tokenizer(folder: Path) -> str:
+    if not folder.is_dir():
+        return (
+            f"no such directory: {folder}; set tokenizer.path or checkpoint.dir to one that exists"
+        )
+    message = f"no tokenizer.json in {folder}; "
+    if (folder / "tokenizer.model").is_file():
+        message += (
+            "its tokenizer.model has to be converted once: AutoTokenizer.from_pretrained(DIR)"
+            ".save_pretrained(DIR) in transformers writes the file"
+        )
+    else:
+        message += "set tokenizer.path to a directory that holds one"
+    return message
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{file}: holds a {type(value).__name__}, and an object is needed")
+    return value
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token`, `eos_token` ...: spelled as a string, or as an object with `content`."""
+    named = {}
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(key)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            named[key] = value
+    return named
+
+
+def _as_ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and v >= 0]
+
+
+def _read_template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The chat template and the file it is from; `chat_template.jinja` wins."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8"), str(file)
+    origin = str(folder / "tokenizer_config.json")
+    template = config.get("chat_template")
+    if template is None or isinstance(template, str):
+        return template, origin
+    if isinstance(template, list):
+        named = {t["name"]: t["template"] for t in template if {"name", "template"} <= set(t)}
+        if "default" in named:
+            return named["default"], origin
+        raise DataError(
+            f"{origin}: chat_template has no entry named 'default' (it has: "
+            f"{', '.join(sorted(named)) or 'none'}); write the one to use to chat_template.jinja"
+        )
+    raise DataError(
+        f"{origin}: chat_template is a {type(template).__name__}; a string or a list of "
+        "{name, template} is allowed"
+    )

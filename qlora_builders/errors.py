@@ -1,0 +1,67 @@
+"""The errors a user can cause, and the one way to spell "did you mean".
+
+Everything here is a `ValueError`, so library callers may catch that alone; the command line turns
+each into one readable message and exit code 2. Optional dependencies are the one exception: a
+missing package is an `ImportError`, raised where it is first needed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class QLoRAError(ValueError):
+    """Base of every error that a config, a file or an argument can cause."""
+
+
+class ConfigError(QLoRAError):
+    """A config key, its value or a combination of them; the message carries the full key."""
+
+
+class PlanError(QLoRAError):
+    """A component rule; the message carries the rule, what it could have matched, what to write."""
+
+
+class CheckpointError(QLoRAError):
+    """A checkpoint or adapter; the message carries the file and the tensor."""
+
+
+class DataError(QLoRAError):
+    """A data file, tokenizer or chat template; the message carries the file and the row."""
+
+
+class TrainingError(QLoRAError):
+    """A run that cannot go on, such as one whose loss is not finite."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str | None:
+    """The option spelled most like `name`, or None when nothing comes close."""
+    matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """`"; did you mean 'rank'?"`, or the sorted options when no spelling is near."""
+    options = sorted(options)
+    match = nearest(name, options)
+    if match is not None:
+        return f"; did you mean {match!r}?"
+    return f"; allowed: {', '.join(options)}" if options else ""
+
+
+def optional_import(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency.
+
+    Raises:
+        ImportError: if it is not installed; the message names the extra that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f"this needs the package {package!r}: pip install 'qlora-builders[{extra}]'"
+        ) from error

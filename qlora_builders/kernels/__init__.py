@@ -1,0 +1,113 @@
+"""NF4 kernels on plain tensors, one signature for every backend, chosen here by device.
+
+`nf4_reference` defines the result. Both kernels are `torch.library` ops, so that `torch.compile`
+and `torch.export` see one opaque call whose output shape is known; on the meta device that is all
+there is, and models can be built without memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_builders.kernels import nf4_reference
+from qlora_builders.kernels.nf4_reference import (
+    NF4_CODEBOOK,
+    SCALE_FORMATS,
+    WEIGHT_DTYPES,
+    field_shapes,
+)
+
+__all__ = [
+    "NF4_CODEBOOK",
+    "SCALE_FORMATS",
+    "WEIGHT_DTYPES",
+    "dequantize_nf4",
+    "field_shapes",
+    "quantize_nf4",
+]
+
+_library = torch.library.Library("qlora_builders", "DEF")
+_library.define(
+    "quantize_nf4(Tensor weight, *, int block_size, int scale_block_size, str scale_format)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "dequantize_nf4(Tensor codes, Tensor scales, Tensor scale_groups, *, int numel, int block_size,"
+    " int scale_block_size, str scale_format, ScalarType dtype, ScalarType out_dtype) -> Tensor"
+)
+for _device in ("CPU", "CUDA"):
+    _library.impl("quantize_nf4", nf4_reference.quantize_nf4, _device)
+    _library.impl("dequantize_nf4", nf4_reference.dequantize_nf4, _device)
+
+
+@torch.library.register_fake("qlora_builders::quantize_nf4", lib=_library)
+def _quantize_nf4_fake(
+    weight: Tensor, *, block_size: int, scale_block_size: int, scale_format: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales, groups = field_shapes(
+        weight.numel(),
+        block_size=block_size,
+        scale_block_size=scale_block_size,
+        scale_format=scale_format,
+    )
+    scale_dtype = torch.float32 if scale_format == "none" else torch.uint8
+    return (
+        weight.new_empty(codes, dtype=torch.uint8),
+        weight.new_empty(scales, dtype=scale_dtype),
+        weight.new_empty(groups, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("qlora_builders::dequantize_nf4", lib=_library)
+def _dequantize_nf4_fake(
+    codes: Tensor,
+    scales: Tensor,
+    scale_groups: Tensor,
+    *,
+    numel: int,
+    block_size: int,
+    scale_block_size: int,
+    scale_format: str,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(numel, dtype=out_dtype)
+
+
+def quantize_nf4(
+    weight: Tensor, *, block_size: int, scale_block_size: int, scale_format: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, scales, scale_groups) of a finite weight; `nf4_reference` describes the layout."""
+    return torch.ops.qlora_builders.quantize_nf4(
+        weight,
+        block_size=block_size,
+        scale_block_size=scale_block_size,
+        scale_format=scale_format,
+    )
+
+
+def dequantize_nf4(
+    codes: Tensor,
+    scales: Tensor,
+    scale_groups: Tensor,
+    *,
+    numel: int,
+    block_size: int,
+    scale_block_size: int,
+    scale_format: str,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """A flat [numel] tensor, rounded to the weight's own `dtype`, then cast to `out_dtype`."""
+    return torch.ops.qlora_builders.dequantize_nf4(
+        codes,
+        scales,
+        scale_groups,
+        numel=numel,
+        block_size=block_size,
+        scale_block_size=scale_block_size,
+        scale_format=scale_format,
+        dtype=dtype,
+        out_dtype=out_dtype,
+    )

@@ -1,0 +1,230 @@
+"""NF4 quantization in plain PyTorch: the definition that faster backends must equal bit for bit.
+
+Format (codebook: Dettmers et al., "QLoRA", https://arxiv.org/abs/2305.14314, appendix E)
+    The weight is flattened and cut into blocks of `block_size` elements; the last block may be
+    short. A block is stored as one scale (its largest magnitude) and one 4-bit code per element,
+    the index of the codebook value nearest to element / scale (a tie goes to the lower code).
+    Two codes make a byte, the first element in the high nibble.
+
+Scales (`scale_format`)
+    none       float32, as they are.
+    geometric  8 bits each. A group of `scale_block_size` blocks keeps its smallest positive scale
+               `lo` and its largest `hi`. Code 0 is a zero block; code k = 1..255 is the float32
+               whose bit pattern is
+                   bits(lo) + round((k - 1) * (bits(hi) - bits(lo)) / 254).
+               Bit patterns of positive floats are ordered and piecewise linear in the logarithm,
+               so the grid is nearly geometric: an outlier costs its neighbours next to nothing,
+               and integer arithmetic gives the same bits on every backend.
+
+Round trip
+    The decoded scale is rounded to the weight's dtype before it multiplies, and the quantizer
+    picks the code whose *rounded* scale is nearest to the block's (the lowest such code). Since
+    elements are divided by the true block maximum, that element always gets code 0 or 15 and
+    decodes to the rounded scale exactly; so quantizing a dequantized weight finds the same `lo`,
+    `hi`, scale codes and element codes again. Where products leave the normal range of the dtype
+    two codes may decode alike; `_canonical` then picks the one that a second pass would pick.
+
+Shapes: n elements, B = ceil(n / block_size) blocks, G = ceil(B / scale_block_size) groups.
+    codes        uint8   [ceil(n / 2)]
+    scales       uint8   [B]      (float32 for `none`)
+    scale_groups float32 [G, 2]   columns lo, hi (float32 [0, 2] for `none`)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NF4_CODEBOOK = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    dtype=torch.float32,
+    device="cpu",
+)
+_MIDPOINTS = (NF4_CODEBOOK[:-1] + NF4_CODEBOOK[1:]) / 2
+# Both values of a byte at once: one gather instead of two gathers, a shift, a mask and a stack.
+_BYTE_VALUES = torch.stack(
+    [NF4_CODEBOOK.repeat_interleave(16), NF4_CODEBOOK.repeat(16)], dim=1
+)  # [256, 2]
+
+SCALE_FORMATS = ("geometric", "none")
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Elements worked on at once; bounds the float32 and int32 temporaries to about 16 MiB.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+def num_blocks(numel: int, block_size: int) -> int:
+    return -(-numel // block_size)
+
+
+def field_shapes(
+    numel: int, *, block_size: int, scale_block_size: int, scale_format: str
+) -> tuple[tuple[int], tuple[int], tuple[int, int]]:
+    """Shapes of (codes, scales, scale_groups) for a weight of `numel` elements."""
+    blocks = num_blocks(numel, block_size)
+    groups = 0 if scale_format == "none" else num_blocks(blocks, scale_block_size)
+    return (-(-numel // 2),), (blocks,), (groups, 2)
+
+
+def quantize_nf4(
+    weight: Tensor, *, block_size: int, scale_block_size: int, scale_format: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize a weight of any shape; returns (codes, scales, scale_groups).
+
+    The weight must be finite; the caller checks (`to_nf4` does).
+    """
+    flat = weight.reshape(-1)
+    shapes = field_shapes(
+        flat.numel(),
+        block_size=block_size,
+        scale_block_size=scale_block_size,
+        scale_format=scale_format,
+    )
+    scale_dtype = torch.float32 if scale_format == "none" else torch.uint8
+    codes = torch.empty(shapes[0], dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(shapes[1], dtype=scale_dtype, device=weight.device)
+    scale_groups = torch.empty(shapes[2], dtype=torch.float32, device=weight.device)
+
+    step = _chunk_elements(block_size, scale_block_size)
+    for start in range(0, flat.numel(), step):
+        chunk = flat[start : start + step]
+        blocks = _pad(chunk.float(), block_size).view(-1, block_size)
+        absmax = blocks.abs().amax(dim=1)
+        block = start // block_size
+        block_slice = slice(block, block + absmax.numel())
+        if scale_format == "none":
+            scales[block_slice] = absmax
+            decoded = absmax
+        else:
+            group = block // scale_block_size
+            chunk_codes, chunk_groups = encode_scales(absmax, scale_block_size, weight.dtype)
+            scales[block_slice] = chunk_codes
+            scale_groups[group : group + chunk_groups.shape[0]] = chunk_groups
+            decoded = decode_scales(chunk_codes, chunk_groups, scale_block_size)
+        element_codes = _nearest_codes(blocks, absmax)
+        element_codes = _canonical(element_codes, decoded.to(weight.dtype).float(), weight.dtype)
+        element_codes = _pad(element_codes.view(-1)[: chunk.numel()], 2)
+        codes[start // 2 : (start + chunk.numel() + 1) // 2] = (
+            element_codes[0::2] << 4 | element_codes[1::2]
+        )
+    return codes, scales, scale_groups
+
+
+def dequantize_nf4(
+    codes: Tensor,
+    scales: Tensor,
+    scale_groups: Tensor,
+    *,
+    numel: int,
+    block_size: int,
+    scale_block_size: int,
+    scale_format: str,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Decode to a flat [numel] tensor: rounded to the weight's own `dtype`, cast to `out_dtype`."""
+    out = torch.empty(numel, dtype=out_dtype, device=codes.device)
+    table = _BYTE_VALUES.to(codes.device)
+    step = _chunk_elements(block_size, scale_block_size)
+    for start in range(0, numel, step):
+        stop = min(start + step, numel)
+        block = start // block_size
+        chunk_scales = scales[block : num_blocks(stop, block_size)]
+        if scale_format != "none":
+            group = block // scale_block_size
+            groups = scale_groups[
+                group : group + num_blocks(chunk_scales.numel(), scale_block_size)
+            ]
+            chunk_scales = decode_scales(chunk_scales, groups, scale_block_size)
+        chunk_scales = chunk_scales.to(dtype).float()
+        values = table.index_select(0, codes[start // 2 : (stop + 1) // 2].int()).view(-1)
+        values = _pad(values[: stop - start], block_size).view(-1, block_size)
+        values = (values * chunk_scales[:, None]).to(dtype).view(-1)
+        out[start:stop] = values[: stop - start]
+    return out
+
+
+def encode_scales(
+    absmax: Tensor, scale_block_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Geometric codes of block maxima: [B] float32 -> (uint8 [B], float32 [G, 2])."""
+    grouped = _pad(absmax, scale_block_size).view(-1, scale_block_size)  # [G, S]
+    hi = grouped.amax(dim=1)
+    lo = grouped.masked_fill(grouped == 0, torch.inf).amin(dim=1)
+    lo = torch.minimum(lo, hi)  # a group of zero blocks has no positive scale: lo = hi = 0
+    grid = _grid_bits(
+        torch.arange(1, 256, device=absmax.device)[None, :], _bits(lo)[:, None], _bits(hi)[:, None]
+    )
+    grid = grid.to(torch.int32).view(torch.float32).to(dtype).float()  # [G, 255], ascending
+
+    above = torch.searchsorted(grid, grouped).clamp_(max=254)  # first code not below the maximum
+    upper = grid.gather(1, above)
+    lower = grid.gather(1, (above - 1).clamp_(min=0))
+    # of equal rounded scales the first is meant, so that a second pass finds the same code
+    below = torch.searchsorted(grid, lower)
+    nearest = torch.where((grouped - lower).abs() <= (upper - grouped).abs(), below, above)
+    codes = torch.where(grouped > 0, nearest + 1, 0).to(torch.uint8)
+    return codes.view(-1)[: absmax.numel()], torch.stack([lo, hi], dim=1)
+
+
+def decode_scales(scales: Tensor, scale_groups: Tensor, scale_block_size: int) -> Tensor:
+    """Geometric codes uint8 [B] and groups [G, 2] -> float32 scales [B], not yet rounded."""
+    codes = _pad(scales, scale_block_size).view(-1, scale_block_size).long()  # [G, S]
+    lo, hi = _bits(scale_groups[:, :1]), _bits(scale_groups[:, 1:])
+    bits = torch.where(codes > 0, _grid_bits(codes, lo, hi), 0)
+    return bits.to(torch.int32).view(torch.float32).view(-1)[: scales.numel()]
+
+
+def _grid_bits(codes: Tensor, lo_bits: Tensor, hi_bits: Tensor) -> Tensor:
+    """Bit pattern of scale code k = 1..255, int64; +127 makes the integer division round."""
+    return lo_bits + ((codes - 1) * (hi_bits - lo_bits) + 127).div(254, rounding_mode="floor")
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32).long()
+
+
+def _nearest_codes(blocks: Tensor, scale: Tensor) -> Tensor:
+    """[B, block_size] float32, scales [B] -> uint8 codes; a zero block gets the code of 0.0."""
+    scale = torch.where(scale > 0, scale, torch.inf)
+    normalized = blocks / scale[:, None]
+    return torch.bucketize(normalized, _MIDPOINTS.to(blocks.device), out_int32=True).to(torch.uint8)
+
+
+def _canonical(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes that quantizing the decoded block gives again.
+
+    Only blocks with products below the dtype's normal range can differ; the smallest non-zero
+    codebook magnitude is 0.0796, so a scale of 16x the smallest normal number is safe.
+    """
+    tiny = scale < 16 * torch.finfo(dtype).tiny
+    decoded = (NF4_CODEBOOK.to(codes.device)[codes.int()] * scale[:, None]).to(dtype).float()
+    return torch.where(tiny[:, None], _nearest_codes(decoded, scale), codes)
+
+
+def _chunk_elements(block_size: int, scale_block_size: int) -> int:
+    """Whole groups of blocks (so that no chunk splits one), at least one, and an even number."""
+    group = 2 * block_size * scale_block_size
+    return max(1, _CHUNK_ELEMENTS // group) * group
+
+
+def _pad(x: Tensor, multiple: int) -> Tensor:
+    missing = -x.numel() % multiple
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x

@@ -1,0 +1,159 @@
+"""The component plan: which kind of layer fills each linear slot of a model, and how it is built.
+
+A plan is an ordered list of rules; the last rule that matches a slot decides it. A slot that no
+rule matches is a frozen `linear`. Nothing is silent: a rule that matches no slot, an unknown kind
+or option, and an option that the kind does not take are errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_builders.errors import PlanError, did_you_mean
+from qlora_builders.models.slot_patterns import match_names
+from qlora_builders.modules import FrozenNF4Linear, Linear, LoRALinear, check_lora_options
+from qlora_builders.tensor import check_nf4_options
+
+_NF4_OPTIONS = ("block_size", "scale_block_size", "scale_format")
+_LORA_OPTIONS = ("rank", "alpha", "dropout", "use_rslora")
+KINDS: dict[str, tuple[str, ...]] = {
+    "linear": ("trainable",),
+    "frozen_nf4": _NF4_OPTIONS,
+    "lora": _LORA_OPTIONS,
+    "qlora": _LORA_OPTIONS + _NF4_OPTIONS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentRule:
+    """One rule of a plan; None leaves an option at the component's default.
+
+    Attributes:
+        match: pattern of slot names without the leading `model.`; see `slot_patterns`.
+        kind: `linear`, `frozen_nf4`, `lora` (plain base) or `qlora` (NF4 base).
+        rank, alpha: of the adapter; both needed by `lora` and `qlora`.
+        dropout, use_rslora: of the adapter; see `LoRALinear`.
+        block_size, scale_block_size, scale_format: of the NF4 base; see `to_nf4`.
+        trainable: train the weight itself, in float32; `linear` only.
+
+    Raises:
+        PlanError: for an unknown kind, an option the kind does not take, a missing or bad value.
+    """
+
+    match: str
+    kind: str
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    use_rslora: bool | None = None
+    block_size: int | None = None
+    scale_block_size: int | None = None
+    scale_format: str | None = None
+    trainable: bool | None = None
+
+    def __post_init__(self) -> None:
+        where = f"rule {self.match!r}"
+        if self.kind not in KINDS:
+            raise PlanError(f"{where}: unknown kind {self.kind!r}{did_you_mean(self.kind, KINDS)}")
+        allowed = KINDS[self.kind]
+        for name in self.options:
+            if name not in allowed:
+                raise PlanError(
+                    f"{where}: kind {self.kind!r} does not take {name!r}; "
+                    f"it takes {', '.join(allowed)}"
+                )
+        try:
+            if "rank" in allowed:
+                if self.rank is None or self.alpha is None:
+                    raise PlanError(f"kind {self.kind!r} needs rank and alpha")
+                check_lora_options(rank=self.rank, alpha=self.alpha, dropout=self.dropout or 0.0)
+            check_nf4_options(
+                block_size=self.block_size or 64,
+                scale_block_size=self.scale_block_size or 256,
+                scale_format=self.scale_format or "geometric",
+            )
+        except ValueError as error:
+            raise PlanError(f"{where}: {error}") from error
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that were given, without `match` and `kind`."""
+        given = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {k: v for k, v in given if v is not None and k not in ("match", "kind")}
+
+    @property
+    def trains(self) -> bool:
+        return self.kind in ("lora", "qlora") or bool(self.trainable)
+
+    @classmethod
+    def parse(cls, rule: ComponentRule | Mapping[str, Any]) -> ComponentRule:
+        """A rule from the mapping that YAML gives.
+
+        Raises:
+            PlanError: for a missing or unknown key, with the nearest spelling.
+        """
+        if isinstance(rule, ComponentRule):
+            return rule
+        known = [f.name for f in fields(cls)]
+        where = f"rule {rule.get('match', dict(rule))!r}"
+        for key in rule:
+            if key not in known:
+                raise PlanError(f"{where}: unknown option {key!r}{did_you_mean(str(key), known)}")
+        missing = [key for key in ("match", "kind") if key not in rule]
+        if missing:
+            raise PlanError(f"{where}: {' and '.join(missing)} missing")
+        return cls(**rule)
+
+
+def resolve(
+    rules: Iterable[ComponentRule | Mapping[str, Any]], slots: Sequence[str]
+) -> dict[str, ComponentRule]:
+    """Decide every slot: slot name -> the rule that fills it.
+
+    Raises:
+        PlanError: for a bad rule, or one with an alternative that matches no slot.
+    """
+    plan = {slot: ComponentRule(match=slot, kind="linear") for slot in slots}
+    for index, raw in enumerate(rules):
+        rule = ComponentRule.parse(raw)
+        try:
+            matched = match_names(rule.match, slots)
+        except PlanError as error:
+            raise PlanError(f"components[{index}] (kind {rule.kind!r}): {error}") from error
+        plan.update(dict.fromkeys(matched, rule))
+    return plan
+
+
+def build_linear(
+    rule: ComponentRule,
+    in_features: int,
+    out_features: int,
+    *,
+    bias: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The layer that `rule` asks for. A weight that trains is a float32 master whatever `dtype`."""
+    options = rule.options
+    if rule.kind == "linear":
+        dtype = torch.float32 if rule.trains else dtype
+        layer = Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        return layer.requires_grad_(rule.trains)
+    if rule.kind == "frozen_nf4":
+        return FrozenNF4Linear(
+            in_features, out_features, bias, device=device, dtype=dtype, **options
+        )
+    return LoRALinear(
+        in_features,
+        out_features,
+        bias=bias,
+        quantize_base=rule.kind == "qlora",
+        device=device,
+        dtype=dtype,
+        **options,
+    )

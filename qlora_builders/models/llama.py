@@ -1,0 +1,187 @@
+"""The Llama builder: a `LlamaArch` and a component plan in, a model out.
+
+Every projection is written once; what fills it is the plan's business. Parameters carry Hugging
+Face's names, so a Hugging Face checkpoint needs no key map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_builders.errors import PlanError
+from qlora_builders.models.components import ComponentRule, build_linear, resolve
+from qlora_builders.models.llama_archs import LlamaArch, get_arch
+from qlora_builders.models.slot_patterns import match_names
+from qlora_builders.modules import (
+    ACTIVATIONS,
+    Attention,
+    CausalLM,
+    Decoder,
+    DecoderLayer,
+    FeedForward,
+    RMSNorm,
+    RotaryEmbedding,
+    linear_scaled,
+    llama3_scaled,
+    rope_frequencies,
+)
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+@dataclass(frozen=True)
+class LlamaSpec:
+    """What a model was built from; `model.spec` remembers it for whoever writes a checkpoint."""
+
+    arch: LlamaArch
+    components: tuple[ComponentRule, ...] = ()
+    train: tuple[str, ...] = ()
+
+
+def llama(
+    arch: LlamaArch | str,
+    components: Iterable[ComponentRule | Mapping[str, Any]] = (),
+    *,
+    train: Sequence[str] = (),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    compute_dtype: torch.dtype | None = None,
+) -> CausalLM:
+    """Build a Llama with random weights (or none, on `device="meta"`).
+
+    Args:
+        arch: a `LlamaArch` or a name in `LLAMA_ARCHS`.
+        components: the plan, a list of rules or of the dicts that YAML gives; () builds plain
+            frozen layers.
+        train: patterns of modules outside the linear slots whose parameters train: `norm`,
+            `embed_tokens`, `layers.*.input_layernorm`.
+        dtype: of the frozen parameters; those that train are float32.
+        compute_dtype: of the activations; by default `dtype`.
+
+    Raises:
+        QLoRAError: for an unknown arch.
+        PlanError: for a plan that does not fit the model.
+    """
+    arch = get_arch(arch)
+    rules = [ComponentRule.parse(rule) for rule in components]
+    plan = resolve(rules, linear_slots(arch))
+    if arch.tie_word_embeddings and plan["lm_head"].kind in ("frozen_nf4", "qlora"):
+        raise PlanError(
+            f"rule {plan['lm_head'].match!r}: lm_head shares the embedding's weight in this model "
+            "and cannot be quantized; use kind 'lora' or 'linear' for it"
+        )
+    trained = set(_resolve_train(train, arch))
+    if arch.tie_word_embeddings and plan["lm_head"].trainable and "embed_tokens" not in trained:
+        raise PlanError(
+            f"rule {plan['lm_head'].match!r}: lm_head shares the embedding's weight in this model; "
+            "to train both add 'embed_tokens' to `train`"
+        )
+
+    def linear(name: str, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
+        return build_linear(
+            plan[name], in_features, out_features, bias=bias, device=device, dtype=dtype
+        )
+
+    def own_dtype(name: str) -> torch.dtype:
+        return torch.float32 if name in trained else dtype
+
+    def norm(name: str) -> nn.Module:
+        module = RMSNorm(arch.hidden_size, eps=arch.norm_eps, device=device, dtype=own_dtype(name))
+        return module.requires_grad_(name in trained)
+
+    def layer(index: int) -> DecoderLayer:
+        at, hidden, inner = f"layers.{index}", arch.hidden_size, arch.intermediate_size
+        q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+        bias, mlp_bias = arch.attention_bias, arch.mlp_bias
+        return DecoderLayer(
+            self_attn=Attention(
+                q_proj=linear(f"{at}.self_attn.q_proj", hidden, q_size, bias),
+                k_proj=linear(f"{at}.self_attn.k_proj", hidden, kv_size, bias),
+                v_proj=linear(f"{at}.self_attn.v_proj", hidden, kv_size, bias),
+                o_proj=linear(f"{at}.self_attn.o_proj", q_size, hidden, bias),
+                num_heads=arch.num_heads,
+                num_kv_heads=arch.num_kv_heads,
+                head_dim=arch.head_dim,
+                layer=index,
+                attention_dropout=arch.attention_dropout,
+            ),
+            mlp=FeedForward(
+                gate_proj=linear(f"{at}.mlp.gate_proj", hidden, inner, mlp_bias),
+                up_proj=linear(f"{at}.mlp.up_proj", hidden, inner, mlp_bias),
+                down_proj=linear(f"{at}.mlp.down_proj", inner, hidden, mlp_bias),
+                activation=ACTIVATIONS[arch.hidden_act],
+            ),
+            input_layernorm=norm(f"{at}.input_layernorm"),
+            post_attention_layernorm=norm(f"{at}.post_attention_layernorm"),
+        )
+
+    embed_tokens = nn.Embedding(
+        arch.vocab_size, arch.hidden_size, device=device, dtype=own_dtype("embed_tokens")
+    )
+    decoder = Decoder(
+        embed_tokens=embed_tokens.requires_grad_("embed_tokens" in trained),
+        layers=[layer(index) for index in range(arch.num_layers)],
+        norm=norm("norm"),
+        rotary=RotaryEmbedding(_frequencies(arch)),
+        compute_dtype=compute_dtype or dtype,
+    )
+    model = CausalLM(
+        model=decoder,
+        lm_head=linear("lm_head", arch.hidden_size, arch.vocab_size),
+        tie_word_embeddings=arch.tie_word_embeddings,
+    )
+    model.spec = LlamaSpec(arch=arch, components=tuple(rules), train=tuple(train))
+    return model
+
+
+def linear_slots(arch: LlamaArch) -> list[str]:
+    """Names of all linear slots, without the leading `model.`."""
+    slots = [
+        f"layers.{index}.{part}.{name}"
+        for index in range(arch.num_layers)
+        for part, names in (("self_attn", _ATTENTION), ("mlp", _MLP))
+        for name in names
+    ]
+    return [*slots, "lm_head"]
+
+
+def other_modules(arch: LlamaArch) -> list[str]:
+    """Names of the modules with parameters outside the linear slots: what `train` may name."""
+    norms = [f"layers.{index}.{name}" for index in range(arch.num_layers) for name in _NORMS]
+    return ["embed_tokens", *norms, "norm"]
+
+
+def _resolve_train(train: Sequence[str], arch: LlamaArch) -> list[str]:
+    names: list[str] = []
+    for pattern in train:
+        try:
+            names += match_names(pattern, other_modules(arch))
+        except PlanError as error:
+            raise PlanError(
+                f"train {pattern!r}: {error}. `train` names modules outside the linear slots; a "
+                "linear slot trains with a rule {match: ..., kind: linear, trainable: true}"
+            ) from error
+    return names
+
+
+def _frequencies(arch: LlamaArch) -> list[float]:
+    frequencies = rope_frequencies(arch.head_dim, arch.rope_theta)
+    scaling = arch.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return linear_scaled(frequencies, factor=scaling.factor)
+    return llama3_scaled(
+        frequencies,
+        factor=scaling.factor,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        original_max_position_embeddings=scaling.original_max_position_embeddings,
+    )

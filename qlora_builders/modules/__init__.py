@@ -1,0 +1,44 @@
+"""Layers: flat keyword arguments and finished submodules in, no config objects."""
+
+from qlora_builders.modules.attention import Attention
+from qlora_builders.modules.decoder import CausalLM, Decoder, DecoderLayer
+from qlora_builders.modules.feed_forward import ACTIVATIONS, FeedForward
+from qlora_builders.modules.kv_cache import KVCache
+from qlora_builders.modules.linear import (
+    FrozenNF4Linear,
+    Linear,
+    LoRALinear,
+    check_lora_options,
+    quantize_,
+)
+from qlora_builders.modules.loss import IGNORE_INDEX, next_token_loss, num_target_tokens
+from qlora_builders.modules.rms_norm import RMSNorm
+from qlora_builders.modules.rope import (
+    RotaryEmbedding,
+    linear_scaled,
+    llama3_scaled,
+    rope_frequencies,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "IGNORE_INDEX",
+    "Attention",
+    "CausalLM",
+    "Decoder",
+    "DecoderLayer",
+    "FeedForward",
+    "FrozenNF4Linear",
+    "KVCache",
+    "Linear",
+    "LoRALinear",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "check_lora_options",
+    "linear_scaled",
+    "llama3_scaled",
+    "next_token_loss",
+    "num_target_tokens",
+    "quantize_",
+    "rope_frequencies",
+]

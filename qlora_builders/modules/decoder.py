@@ -1,0 +1,204 @@
+"""The decoder stack and the causal language model around it, under Hugging Face's parameter names.
+
+Shapes: b = batch, s = sequence, k = key positions (s without a cache).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qlora_builders.modules.kv_cache import KVCache
+
+
+class DecoderLayer(nn.Module):
+    """x + self_attn(norm(x)), then x + mlp(norm(x)). [b, s, hidden] -> [b, s, hidden]"""
+
+    def __init__(
+        self,
+        *,
+        self_attn: nn.Module,
+        mlp: nn.Module,
+        input_layernorm: nn.Module,
+        post_attention_layernorm: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.self_attn = self_attn
+        self.mlp = mlp
+        self.input_layernorm = input_layernorm
+        self.post_attention_layernorm = post_attention_layernorm
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask=mask, cache=cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token embedding, decoder layers, final norm.
+
+    Args:
+        embed_tokens: ids [b, s] -> [b, s, hidden].
+        layers: `DecoderLayer`s.
+        norm: the final norm.
+        rotary: (position_ids, dtype) -> cos, sin; shared by all layers.
+        compute_dtype: dtype of the activations; every layer computes in its input's dtype.
+
+    Attributes:
+        activation_checkpointing: keep only each layer's input for backward and compute the rest
+            again (https://arxiv.org/abs/1604.06174). Off by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_tokens: nn.Module,
+        layers: list[DecoderLayer],
+        norm: nn.Module,
+        rotary: nn.Module,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = embed_tokens
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+        self.rotary = rotary
+        self.compute_dtype = compute_dtype
+        self.activation_checkpointing = False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Final hidden states [b, s, hidden]; the arguments are those of `CausalLM`."""
+        if cache is not None and document_ids is not None:
+            raise ValueError("document_ids cannot be combined with a KV cache")
+        past = 0 if cache is None else cache.length
+        s = input_ids.shape[1]
+        if position_ids is None:
+            position_ids = _positions(input_ids, document_ids, past)
+        mask = _attention_mask(document_ids, s=s, past=past, device=input_ids.device)
+        x = self.embed_tokens(input_ids).to(self.compute_dtype)
+        cos, sin = self.rotary(position_ids, self.compute_dtype)
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.advance(s)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """A decoder and the projection of its hidden states onto the vocabulary.
+
+    With `tie_word_embeddings` the head's weight *is* the embedding's. Loading a state_dict keeps it
+    so: one without `lm_head.weight` is complete, one whose head differs from its embedding is an
+    error.
+
+    Attributes:
+        spec: what a builder built it from, for whoever writes a checkpoint; nothing here reads it.
+    """
+
+    spec: Any = None
+
+    def __init__(
+        self, *, model: Decoder, lm_head: nn.Module, tie_word_embeddings: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.lm_head = lm_head
+        self.tie_word_embeddings = tie_word_embeddings
+        if tie_word_embeddings:
+            self.tie_weights()
+            self.register_load_state_dict_pre_hook(_tie_state_dict)
+            self.register_load_state_dict_post_hook(_tie_after_load)
+
+    def tie_weights(self) -> None:
+        """Make the head share the embedding's weight; call it after replacing either."""
+        if self.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits [b, s, vocab] in the compute dtype.
+
+        Args:
+            input_ids: [b, s] token ids.
+            position_ids: [b, s]; by default they count from 0, from the cache's length, or from the
+                start of each document.
+            document_ids: [b, s]; a token attends only to earlier ones of its own document.
+            cache: keys and values of earlier positions; this call's are appended to it.
+        """
+        hidden = self.model(
+            input_ids, position_ids=position_ids, document_ids=document_ids, cache=cache
+        )
+        return self.lm_head(hidden)
+
+
+def _positions(input_ids: Tensor, document_ids: Tensor | None, past: int) -> Tensor:
+    """[b, s] (or [1, s]) positions counted from `past`, or from the start of each document."""
+    s = input_ids.shape[1]
+    index = torch.arange(past, past + s, device=input_ids.device)[None, :]
+    if document_ids is None:
+        return index
+    starts = torch.zeros_like(document_ids)
+    starts[:, 1:] = torch.where(document_ids[:, 1:] != document_ids[:, :-1], index[:, 1:], 0)
+    return index - starts.cummax(dim=1).values
+
+
+def _attention_mask(
+    document_ids: Tensor | None, *, s: int, past: int, device: torch.device
+) -> Tensor | None:
+    """bool [b, 1, s, k], or None where SDPA's own causal (s = k) or full (s = 1) case serves."""
+    if document_ids is None and (past == 0 or s == 1):
+        return None
+    queries = torch.arange(past, past + s, device=device)
+    causal = queries[:, None] >= torch.arange(past + s, device=device)[None, :]  # [s, k]
+    if document_ids is None:
+        return causal[None, None]
+    return (causal & (document_ids[:, :, None] == document_ids[:, None, :]))[:, None]
+
+
+def _tie_state_dict(
+    module: CausalLM,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """load_state_dict pre-hook: the head's weight comes from the embedding."""
+    embedding_key, head_key = prefix + "model.embed_tokens.weight", prefix + "lm_head.weight"
+    embedding = state_dict.get(embedding_key)
+    if embedding is None:
+        return
+    head = state_dict.get(head_key, embedding)
+    if head is not embedding and not torch.equal(head, embedding):
+        error_msgs.append(
+            f"{head_key} differs from {embedding_key}, but the model ties them; "
+            "set tie_word_embeddings to false to load both"
+        )
+    state_dict[head_key] = embedding
+
+
+def _tie_after_load(module: CausalLM, incompatible_keys: Any) -> None:
+    """load_state_dict post-hook: `assign=True` gave head and embedding a parameter each."""
+    module.tie_weights()

@@ -1,0 +1,281 @@
+"""What can fill a linear slot: Linear, FrozenNF4Linear, LoRALinear, and their state_dict hooks.
+
+Every component computes in the dtype of its input and casts its parameters where they are used, so
+one rule serves a bfloat16 base under float32 compute and float32 adapters under bfloat16 compute.
+
+Shapes: in = in_features, out = out_features, r = rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_builders.tensor import NF4Tensor, linear_nf4, to_nf4
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` in the input's dtype, whatever the weight is stored as. [..., in] -> [..., out]"""
+    if isinstance(weight, NF4Tensor):
+        return linear_nf4(input, weight, bias)
+    return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that computes in its input's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+class FrozenNF4Linear(nn.Module):
+    """A linear layer whose weight is stored in NF4 and never trained.
+
+    Its `state_dict` holds a plain `weight` in `dtype`, so it is interchangeable with `nn.Linear`'s;
+    loading quantizes. Saving and loading again gives the same bits.
+
+    Args:
+        in_features: size of the last input axis.
+        out_features: size of the last output axis.
+        bias: whether there is a bias; it is kept in `dtype` and frozen.
+        dtype: dtype of the weight that the codes stand for.
+        nf4_options: `block_size`, `scale_block_size`, `scale_format` of `to_nf4`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        **nf4_options: Any,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        _add_frozen_base(self, bias=bias, device=device, dtype=dtype)
+        quantize_weight_(self, **nf4_options)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return _describe(self)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trained low-rank update (https://arxiv.org/abs/2106.09685).
+
+        y = x W^T + b + scaling * dropout(x) A^T B^T
+
+    with scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`
+    (https://arxiv.org/abs/2312.03732). B starts at zero, so an untrained adapter changes nothing.
+
+    Parameters: `weight` [out, in] (NF4 with `quantize_base`), `bias` [out],
+    `lora_A.weight` [r, in] and `lora_B.weight` [out, r], both float32 and never quantized.
+
+    Args:
+        rank: r >= 1.
+        alpha: numerator of the scaling, > 0.
+        dropout: probability of dropping an input of the adapter, in [0, 1).
+        quantize_base: store `weight` in NF4.
+        dtype: dtype of the base weight; None is torch's default dtype.
+        nf4_options: as for `FrozenNF4Linear`; only with `quantize_base`.
+
+    Raises:
+        ValueError: for a rank, alpha or dropout out of range, or NF4 options on a plain base.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float,
+        *,
+        dropout: float = 0.0,
+        bias: bool = False,
+        quantize_base: bool = False,
+        use_rslora: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **nf4_options: Any,
+    ) -> None:
+        super().__init__()
+        check_lora_options(rank=rank, alpha=alpha, dropout=dropout)
+        if nf4_options and not quantize_base:
+            names = ", ".join(sorted(nf4_options))
+            raise ValueError(f"{names} need quantize_base=True; the base weight is not quantized")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.alpha = alpha
+        self.use_rslora = use_rslora
+        _add_frozen_base(self, bias=bias, device=device, dtype=dtype)
+        if quantize_base:
+            quantize_weight_(self, **nf4_options)
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.lora_A = Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = Linear(rank, out_features, bias=False, device=device, dtype=torch.float32)
+        self.reset_lora_parameters()
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def reset_lora_parameters(self) -> None:
+        """A as PEFT and the LoRA authors' code draw it, B zero."""
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = linear(input, self.weight, self.bias)  # [..., out]
+        update = self.lora_B(
+            self.lora_A(self.dropout(input))
+        )  # [..., in] -> [..., r] -> [..., out]
+        return output + self.scaling * update
+
+    def lora_delta(self) -> Tensor:
+        """scaling * B A, the float32 [out, in] update that merging adds to the weight."""
+        return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+
+    def extra_repr(self) -> str:
+        return f"{_describe(self)}, rank={self.rank}, alpha={self.alpha}"
+
+
+def check_lora_options(*, rank: int, alpha: float, dropout: float) -> None:
+    """
+    Raises:
+        ValueError: naming the option, the value and the allowed range.
+    """
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank is {rank!r}; it must be an integer >= 1")
+    if not alpha > 0:
+        raise ValueError(
+            f"alpha is {alpha!r}; it must be > 0 (the update is scaled by alpha / rank)"
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r}; it must be in [0, 1)")
+
+
+# ---- quantized weights in modules ---------------------------------------------------------------
+
+
+def quantize_(
+    module: nn.Module,
+    filter_fn: Callable[[str, nn.Linear], bool] | None = None,
+    **nf4_options: Any,
+) -> nn.Module:
+    """Quantize the weights of `nn.Linear` layers in place, in a model that somebody else built.
+
+    Parameters are replaced, modules are not; the layers get the state_dict hooks of
+    `FrozenNF4Linear`, so the model's state_dict stays a plain one.
+
+    Args:
+        module: any module; returned.
+        filter_fn: (fully qualified name, layer) -> whether to quantize; None quantizes them all.
+        nf4_options: `block_size`, `scale_block_size`, `scale_format` of `to_nf4`.
+
+    Raises:
+        ValueError: if no layer is selected, or a selected weight is trainable by name elsewhere,
+            or holds NaN or infinity (the message names the layer).
+    """
+    layers = [
+        (name, layer)
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+        and not isinstance(layer.weight, NF4Tensor)
+        and (filter_fn is None or filter_fn(name, layer))
+    ]
+    if not layers:
+        raise ValueError("quantize_ selected no nn.Linear layer; check filter_fn")
+    for name, layer in layers:
+        try:
+            quantize_weight_(layer, **nf4_options)
+        except ValueError as error:
+            raise ValueError(f"{name}.weight: {error}") from error
+    return module
+
+
+def quantize_weight_(module: nn.Module, **nf4_options: Any) -> None:
+    """Replace `module.weight` by its NF4 form and register the state_dict hooks."""
+    assert isinstance(module.weight, Tensor)
+    module.weight = nn.Parameter(to_nf4(module.weight, **nf4_options), requires_grad=False)
+    module.register_state_dict_post_hook(dequantize_state_dict)
+    module.register_load_state_dict_pre_hook(quantize_state_dict)
+
+
+def dequantize_state_dict(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+) -> None:
+    """state_dict post-hook: a plain `weight` in the weight's own dtype instead of the codes."""
+    key = prefix + "weight"
+    weight = state_dict.get(key)
+    if isinstance(weight, NF4Tensor):
+        state_dict[key] = weight.dequantize()
+
+
+def quantize_state_dict(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """load_state_dict pre-hook: quantize a plain `weight` on arrival, with the module's options.
+
+    The weight goes to the module's device first (unless that is meta), and to its dtype. A weight
+    of the wrong shape is left to PyTorch, which reports it with both shapes.
+    """
+    key = prefix + "weight"
+    weight, own = state_dict.get(key), module.weight
+    assert isinstance(own, NF4Tensor)
+    if not isinstance(weight, Tensor) or weight.shape != own.shape:
+        return
+    if isinstance(weight, NF4Tensor):
+        if weight.nf4_options == own.nf4_options and weight.dtype == own.dtype:
+            return
+        weight = weight.dequantize()
+    device = weight.device if own.is_meta else own.device
+    try:
+        if not weight.is_floating_point():
+            raise ValueError(f"has dtype {weight.dtype}; a floating-point weight is needed")
+        state_dict[key] = to_nf4(weight.to(device=device, dtype=own.dtype), **own.nf4_options)
+    except ValueError as error:
+        error_msgs.append(f"{key}: {error}")
+
+
+def _add_frozen_base(
+    module: Any, *, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+) -> None:
+    """`weight` and `bias` initialised as `nn.Linear` does it, frozen."""
+    layer = nn.Linear(module.in_features, module.out_features, bias, device=device, dtype=dtype)
+    module.weight = layer.weight.requires_grad_(False)
+    module.register_parameter("bias", layer.bias.requires_grad_(False) if bias else None)
+
+
+def _describe(module: Any) -> str:
+    weight = "NF4" if isinstance(module.weight, NF4Tensor) else str(module.weight.dtype)
+    return (
+        f"in_features={module.in_features}, out_features={module.out_features}, "
+        f"bias={module.bias is not None}, weight={weight}"
+    )

@@ -1,0 +1,206 @@
+"""What can be done with an NF4Tensor: moving, copying, and being the weight of a linear layer.
+
+Three groups, all called as implementation(func, args, kwargs):
+- ops on the stored data keep the fields bit for bit (detach, clone, device moves, pin, copy_);
+- casts dequantize, whatever way they are spelled;
+- products dequantize and then do what was asked, so `x @ w.t()` is right and never silently
+  transposed. `linear_nf4` is the one that training should use: it saves the 4-bit weight only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora_builders.tensor.nf4_tensor import DISPATCH_TABLE, FUNCTION_TABLE, NF4Tensor, to_nf4
+
+aten = torch.ops.aten
+Implementation = Callable[[Any, tuple, dict], Any]
+
+
+def _register(table: dict[Any, Implementation], *ops: Any) -> Callable[..., Implementation]:
+    def decorator(implementation: Implementation) -> Implementation:
+        for op in ops:
+            table[op] = implementation
+        return implementation
+
+    return decorator
+
+
+# ---- linear -------------------------------------------------------------------------------------
+
+
+class _LinearNF4(torch.autograd.Function):
+    """F.linear on a frozen 4-bit weight; backward dequantizes again instead of saving 16 bits."""
+
+    @staticmethod
+    def forward(input: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input, weight.dequantize(input.dtype), bias)  # [..., in] -> [..., out]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        input, weight, _ = inputs
+        ctx.save_for_backward(weight)
+        ctx.input_dtype = input.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        grad_input = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            # autocast may have made grad_output narrower than the input was
+            grad_input = grad_output @ weight.dequantize(
+                grad_output.dtype
+            )  # [..., out] -> [..., in]
+            grad_input = grad_input.to(ctx.input_dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_output.flatten(0, -2).sum(0)
+        return grad_input, None, grad_bias
+
+
+def linear_nf4(input: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` with an NF4 weight, in the input's dtype.
+
+    Output and input gradient equal those of F.linear on `weight.dequantize(input.dtype)`; only the
+    4-bit weight is kept for backward.
+
+    Args:
+        input: [..., in_features], any float dtype.
+        weight: [out_features, in_features].
+        bias: [out_features], cast to the input's dtype.
+    """
+    if bias is not None and bias.dtype != input.dtype:
+        bias = bias.to(input.dtype)
+    return _LinearNF4.apply(input, weight, bias)
+
+
+@_register(FUNCTION_TABLE, F.linear)
+def _linear(func: Any, args: tuple, kwargs: dict) -> Tensor:
+    return _call_linear(*args, **kwargs)
+
+
+def _call_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(input, NF4Tensor) or not isinstance(weight, NF4Tensor):
+        raise NotImplementedError("F.linear takes an NF4Tensor as its weight, not as input or bias")
+    return linear_nf4(input, weight, bias)
+
+
+@_register(
+    DISPATCH_TABLE,
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.linear.default,
+)
+def _dequantize_and_call(func: Any, args: tuple, kwargs: dict) -> Tensor:
+    plain = [arg.dequantize() if isinstance(arg, NF4Tensor) else arg for arg in args]
+    return func(*plain, **kwargs)
+
+
+# ---- casts --------------------------------------------------------------------------------------
+
+
+@_register(FUNCTION_TABLE, Tensor.to)
+def _to(func: Any, args: tuple, kwargs: dict) -> Tensor:
+    weight, *rest = args
+    copy = kwargs.pop("copy", False)
+    device, dtype, non_blocking, _ = torch._C._nn._parse_to(*rest, **kwargs)
+    if dtype is not None:
+        return weight.dequantize(dtype).to(device, non_blocking=non_blocking)
+    if device is None or (device == weight.device and not copy):
+        return weight.clone() if copy else weight
+    return weight.map_fields(lambda field: field.to(device, non_blocking=non_blocking))
+
+
+_CASTS = {
+    Tensor.float: torch.float32,
+    Tensor.double: torch.float64,
+    Tensor.half: torch.float16,
+    Tensor.bfloat16: torch.bfloat16,
+}
+
+
+@_register(FUNCTION_TABLE, *_CASTS)
+def _cast(func: Any, args: tuple, kwargs: dict) -> Tensor:
+    return args[0].dequantize(_CASTS[func])
+
+
+@_register(DISPATCH_TABLE, aten._to_copy.default)
+def _to_copy(func: Any, args: tuple, kwargs: dict) -> Tensor:
+    weight: NF4Tensor = args[0]
+    dtype = kwargs.pop("dtype", None)
+    if dtype is not None and dtype != weight.dtype:
+        return func(weight.dequantize(dtype), **kwargs)
+    kwargs.pop("memory_format", None)
+    return weight.map_fields(lambda field: func(field, **kwargs))
+
+
+# ---- stored data --------------------------------------------------------------------------------
+
+
+@_register(FUNCTION_TABLE, Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+def _requires_grad(func: Any, args: tuple, kwargs: dict) -> Any:
+    if kwargs.get("requires_grad", args[1] if len(args) > 1 else True):
+        raise ValueError(
+            "an NF4 weight cannot be trained: its codes have no gradient. Use requires_grad=False "
+            "(nn.Parameter(weight, requires_grad=False)) and train an adapter on top (LoRALinear)"
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+@_register(
+    DISPATCH_TABLE,
+    aten.detach.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten._pin_memory.default,
+)
+def _fieldwise(func: Any, args: tuple, kwargs: dict) -> NF4Tensor:
+    kwargs.pop("memory_format", None)
+    return args[0].map_fields(lambda field: func(field, *args[1:], **kwargs))
+
+
+@_register(DISPATCH_TABLE, aten.is_pinned.default)
+def _is_pinned(func: Any, args: tuple, kwargs: dict) -> bool:
+    return all(func(getattr(args[0], name)) for name in NF4Tensor.tensor_fields)
+
+
+@_register(DISPATCH_TABLE, aten.empty_like.default)
+def _empty_like(func: Any, args: tuple, kwargs: dict) -> Tensor:
+    weight: NF4Tensor = args[0]
+    dtype = kwargs.pop("dtype", None)
+    kwargs.pop("memory_format", None)
+    if dtype is not None and dtype != weight.dtype:
+        device = kwargs.pop("device", weight.device)
+        return torch.empty(weight.shape, dtype=dtype, device=device, **kwargs)
+    return weight.map_fields(lambda field: func(field, **kwargs))
+
+
+@_register(DISPATCH_TABLE, aten.copy_.default)
+def _copy_(func: Any, args: tuple, kwargs: dict) -> Tensor:
+    destination, source, *rest = args
+    if destination.shape != source.shape:
+        raise ValueError(
+            f"cannot copy a weight of shape {list(source.shape)} into one of shape "
+            f"{list(destination.shape)}"
+        )
+    if not isinstance(destination, NF4Tensor):
+        return func(destination, source.dequantize(), *rest)
+    if not isinstance(source, NF4Tensor) or not _same_format(destination, source):
+        plain = source.dequantize() if isinstance(source, NF4Tensor) else source
+        plain = plain.to(device=destination.device, dtype=destination.dtype)
+        source = to_nf4(plain, **destination.nf4_options)
+    for name in NF4Tensor.tensor_fields:
+        func(getattr(destination, name), getattr(source, name), *rest)
+    return destination
+
+
+def _same_format(a: NF4Tensor, b: NF4Tensor) -> bool:
+    return a.dtype == b.dtype and a.nf4_options == b.nf4_options

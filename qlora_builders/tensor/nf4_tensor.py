@@ -1,0 +1,247 @@
+"""NF4Tensor: a 4-bit weight that has the shape, dtype and device of the weight it stands for.
+
+The codes are stored data, not numbers to compute with. Moving or copying the tensor moves or
+copies its fields bit for bit; asking for another dtype (`.to(torch.float32)`, `.float()`)
+dequantizes; a linear layer dequantizes on the fly (`nf4_ops`). Anything else raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_builders.errors import did_you_mean
+from qlora_builders.kernels import (
+    SCALE_FORMATS,
+    WEIGHT_DTYPES,
+    dequantize_nf4,
+    field_shapes,
+    quantize_nf4,
+)
+
+# Filled by nf4_ops: aten op -> implementation, and torch function -> implementation.
+# Both are called as implementation(func, args, kwargs).
+DISPATCH_TABLE: dict[Any, Callable[[Any, tuple, dict], Any]] = {}
+FUNCTION_TABLE: dict[Any, Callable[[Any, tuple, dict], Any]] = {}
+
+
+class NF4Tensor(Tensor):
+    """A weight in NF4; n elements, B = ceil(n / block_size), G = ceil(B / scale_block_size).
+
+    | field        | dtype                     | shape            |
+    |--------------|---------------------------|------------------|
+    | codes        | uint8, two codes a byte   | [ceil(n / 2)]    |
+    | scales       | uint8 (`none`: float32)   | [B]              |
+    | scale_groups | float32                   | [G, 2] (`none`: [0, 2]) |
+
+    `kernels/nf4_reference.py` defines what they mean. Build one with `to_nf4`; the constructor
+    takes fields that exist already, from a checkpoint for instance.
+
+    Raises:
+        ValueError: if a field does not fit the shape, or gradients are asked for.
+    """
+
+    tensor_fields = ("codes", "scales", "scale_groups")
+    format_fields = ("block_size", "scale_block_size", "scale_format")
+
+    codes: Tensor
+    scales: Tensor
+    scale_groups: Tensor
+    block_size: int
+    scale_block_size: int
+    scale_format: str
+
+    @staticmethod
+    def __new__(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        scale_groups: Tensor,
+        *,
+        shape: torch.Size | tuple[int, ...],
+        dtype: torch.dtype,
+        block_size: int = 64,
+        scale_block_size: int = 256,
+        scale_format: str = "geometric",
+    ) -> NF4Tensor:
+        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+            cls, shape, dtype=dtype, device=codes.device, requires_grad=False
+        )
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        scale_groups: Tensor,
+        *,
+        shape: torch.Size | tuple[int, ...],
+        dtype: torch.dtype,
+        block_size: int = 64,
+        scale_block_size: int = 256,
+        scale_format: str = "geometric",
+    ) -> None:
+        self.codes = codes
+        self.scales = scales
+        self.scale_groups = scale_groups
+        self.block_size = block_size
+        self.scale_block_size = scale_block_size
+        self.scale_format = scale_format
+        check_nf4_options(**self.nf4_options)
+        expected = field_shapes(self.numel(), **self.nf4_options)
+        for name, want in zip(self.tensor_fields, expected, strict=True):
+            got = tuple(getattr(self, name).shape)
+            if got != want:
+                raise ValueError(
+                    f"NF4Tensor {name} has shape {list(got)}, but a weight of shape {list(shape)} "
+                    f"with block_size {block_size} and scale_block_size {scale_block_size} needs "
+                    f"{list(want)}"
+                )
+
+    @property
+    def nf4_options(self) -> dict[str, Any]:
+        """`block_size`, `scale_block_size` and `scale_format`, as `to_nf4` takes them."""
+        return {name: getattr(self, name) for name in self.format_fields}
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes in memory: codes and scales."""
+        return sum(getattr(self, name).nbytes for name in self.tensor_fields)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The plain weight, rounded to the weight's own dtype and then cast to `dtype` if given."""
+        flat = dequantize_nf4(
+            self.codes,
+            self.scales,
+            self.scale_groups,
+            numel=self.numel(),
+            **self.nf4_options,
+            dtype=self.dtype,
+            out_dtype=self.dtype if dtype is None else dtype,
+        )
+        return flat.view(self.shape)
+
+    def map_fields(self, fn: Callable[[Tensor], Tensor]) -> NF4Tensor:
+        """The same weight with `fn` applied to every field."""
+        return self.with_fields(*(fn(getattr(self, name)) for name in self.tensor_fields))
+
+    def with_fields(self, codes: Tensor, scales: Tensor, scale_groups: Tensor) -> NF4Tensor:
+        return NF4Tensor(
+            codes, scales, scale_groups, shape=self.shape, dtype=self.dtype, **self.nf4_options
+        )
+
+    def is_floating_point(self) -> bool:
+        """False: `Module.to(dtype)` and `Module.half()` must leave a stored 4-bit weight alone."""
+        return False
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        return list(self.tensor_fields), {"dtype": self.dtype, **self.nf4_options}
+
+    @staticmethod
+    def __tensor_unflatten__(
+        fields: dict[str, Any], context: dict[str, Any], outer_size: torch.Size, _stride: Any
+    ) -> NF4Tensor:
+        return NF4Tensor(**fields, shape=outer_size, **context)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What a compiled graph may depend on; torch.compile's on-disk cache asks for it."""
+        return repr(self)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        implementation = FUNCTION_TABLE.get(func)
+        if implementation is not None:
+            return implementation(func, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        implementation = DISPATCH_TABLE.get(func)
+        if implementation is None:
+            kinds = ", ".join(type(arg).__name__ for arg in args)
+            raise NotImplementedError(
+                f"{func} is not defined on an NF4Tensor (arguments: {kinds}); "
+                "use weight.dequantize() to get a plain tensor first"
+            )
+        return implementation(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return (
+            f"NF4Tensor(shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"block_size={self.block_size}, scale_block_size={self.scale_block_size}, "
+            f"scale_format={self.scale_format!r})"
+        )
+
+
+def check_nf4_options(*, block_size: int, scale_block_size: int, scale_format: str) -> None:
+    """
+    Raises:
+        ValueError: for a block size that is not a power of two from 32 to 4096, a scale block
+            size that is not positive, or an unknown scale format.
+    """
+    if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        raise ValueError(
+            f"block_size is {block_size!r}; allowed: 32, 64, 128, 256, 512, 1024, 2048, 4096"
+        )
+    if not isinstance(scale_block_size, int) or scale_block_size < 1:
+        raise ValueError(f"scale_block_size is {scale_block_size!r}; it must be an integer >= 1")
+    if scale_format not in SCALE_FORMATS:
+        raise ValueError(
+            f"scale_format is {scale_format!r}{did_you_mean(str(scale_format), SCALE_FORMATS)}"
+        )
+
+
+def to_nf4(
+    weight: Tensor,
+    *,
+    block_size: int = 64,
+    scale_block_size: int = 256,
+    scale_format: str = "geometric",
+) -> NF4Tensor:
+    """Quantize a weight to NF4.
+
+    Args:
+        weight: 1-D or 2-D, float32, bfloat16 or float16, any size, on any device (meta too).
+        block_size: elements per scale.
+        scale_block_size: scales per group; unused by `scale_format="none"`.
+        scale_format: "geometric" (8-bit scales, 4.13 bits a parameter) or "none" (float32 scales,
+            4.5 bits a parameter).
+
+    Raises:
+        ValueError: for another dtype or rank, a bad option, or a weight with NaN or infinity.
+    """
+    options: dict[str, Any] = {
+        "block_size": block_size,
+        "scale_block_size": scale_block_size,
+        "scale_format": scale_format,
+    }
+    check_nf4_options(**options)
+    if isinstance(weight, NF4Tensor):
+        raise ValueError("the weight is an NF4Tensor already; dequantize() it to quantize it anew")
+    if weight.dtype not in WEIGHT_DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in WEIGHT_DTYPES)
+        raise ValueError(f"cannot quantize a weight of dtype {weight.dtype}; allowed: {allowed}")
+    if weight.dim() not in (1, 2):
+        raise ValueError(f"cannot quantize a weight of shape {list(weight.shape)}; use 1-D or 2-D")
+    weight = weight.detach()
+    if weight.device.type != "meta" and not _is_finite(weight):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(f"the weight has {bad} NaN or infinite elements; repair the checkpoint")
+    return NF4Tensor(
+        *quantize_nf4(weight, **options), shape=weight.shape, dtype=weight.dtype, **options
+    )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """min and max propagate NaN and show infinities, without a mask the size of the weight."""
+    if weight.numel() == 0:
+        return True
+    low, high = torch.aminmax(weight)
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -1,0 +1,96 @@
+"""`qlora configs ls / show / cp / validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_builders.config import browse
+from qlora_builders.config.shipped import shipped_dir
+from qlora_builders.errors import ConfigError
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert browse.main([]) == 0
+    assert browse.main(["--help"]) == 0
+    assert capsys.readouterr().out.count("usage: qlora configs ls") == 2
+
+
+def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
+    assert browse.main(["ls"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(list(shipped_dir("configs").rglob("*.yaml")))
+    assert all(len(line.split()) > 2 for line in lines), "a config lacks its comment line"
+
+
+@pytest.mark.parametrize("name", ["experiment/demo_qlora", "demo_qlora", "demo_qlora.yaml"])
+def test_show(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert browse.main(["show", name]) == 0
+    file = shipped_dir("configs") / "experiment" / "demo_qlora.yaml"
+    assert capsys.readouterr().out == file.read_text("utf-8")
+
+
+def test_cp_and_validate_the_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "experiment" / "mine.yaml"
+    assert browse.main(["cp", "demo_qlora", str(copy)]) == 0
+    assert capsys.readouterr().out == f"{copy}\n"
+    assert browse.main(["validate", "mine", "--config-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "1 valid: experiment/mine\n"
+    with pytest.raises(ConfigError, match=r"mine\.yaml' exists; remove it"):
+        browse.main(["cp", "demo_qlora", str(copy)])
+    with pytest.raises(ConfigError, match=r"is not a file name that ends in \.yaml"):
+        browse.main(["cp", "demo_qlora", str(tmp_path)])
+
+
+def test_validate_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(browse, "validate", lambda *_: [])  # test_compose validates each of them
+    assert browse.main(["validate"]) == 0
+    assert browse.main(["validate", "all"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert "experiment/demo_qlora" in first
+
+
+def test_validate_finds_every_problem(tmp_path: Path) -> None:
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "a.yaml").write_text("# @package _global_\ntraining: {epochs: 0, batch_size: 0}\n")
+    (folder / "b.yaml").write_text("# @package _global_\noptimizer: {lrr: 1}\n")
+    (tmp_path / "c.yaml").write_text("a: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        browse.main(["validate", "a", "--config-dir", str(tmp_path)])
+    problems = str(caught.value).splitlines()
+    problems += browse.validate("experiment/b", tmp_path) + browse.validate("c", tmp_path)
+    assert problems == [
+        "experiment/a.yaml: training.batch_size=0 must be >= 1",
+        "experiment/a.yaml: training.epochs=0 must be >= 1",
+        "experiment/b.yaml: optimizer.lrr is not an argument of torch.optim.AdamW;"
+        " did you mean 'lr'?",
+        "c.yaml: no command uses it; groups are method, optimizer, data, experiment",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["show", "demo_qlor"],
+            "no single config is called 'demo_qlor'; did you mean 'demo_qlora'",
+        ),
+        (["shwo", "x"], "unknown command 'shwo'; did you mean 'show'"),
+        (["show"], "qlora configs show: wrong number of arguments"),
+        (["ls", "--nope"], "unrecognized arguments: --nope; see --help"),
+    ],
+)
+def test_mistakes(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        browse.main(argv)
+
+
+def test_short_name_of_two_configs(tmp_path: Path) -> None:
+    for group in ("data", "method"):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "same.yaml").write_text("name: same\n")
+    with pytest.raises(ConfigError, match="it may be data/same or method/same"):
+        browse.main(["show", "same", "--config-dir", str(tmp_path)])

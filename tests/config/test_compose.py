@@ -1,0 +1,298 @@
+"""Every shipped YAML composes; every mistake in an override or file has one readable message."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from qlora_builders.config.browse import find_configs, validate
+from qlora_builders.config.compose import compose, config_folders, save_config
+from qlora_builders.config.plan import plan_rules, train_patterns
+from qlora_builders.config.schema import (
+    PROJECTIONS,
+    ROOTS,
+    EvaluateConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    MergeConfig,
+)
+from qlora_builders.config.shipped import demo_path
+from qlora_builders.errors import ConfigError
+
+SHIPPED = find_configs(config_folders())
+EXPERIMENTS = [name for name in SHIPPED if name.startswith("experiment/")]
+
+
+def test_there_are_configs() -> None:
+    assert len(SHIPPED) >= 14
+    assert len(EXPERIMENTS) >= 4
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_config_is_valid(name: str) -> None:
+    assert validate(name) == []
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_are_small_deltas(name: str) -> None:
+    lines = SHIPPED[name].read_text("utf-8").splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith("# ")
+    assert len(lines) <= 15
+
+
+def test_types() -> None:
+    merge = ["adapter.path=a", "output_dir=b"]
+    assert type(compose("finetune")) is FinetuneConfig
+    assert type(compose("inspect")) is FinetuneConfig
+    assert type(compose("evaluate")) is EvaluateConfig
+    assert type(compose("generate", ["prompt=hi"])) is GenerateConfig
+    assert type(compose("merge", merge)) is MergeConfig
+
+
+def test_defaults() -> None:
+    cfg = compose("finetune")
+    assert cfg.checkpoint.dir == str(demo_path("base"))
+    assert cfg.data.train == str(demo_path("train.jsonl"))
+    assert cfg.data.eval == str(demo_path("eval.jsonl"))
+    assert cfg.optimizer["component"] == "torch.optim.AdamW"
+    assert cfg.output_dir.startswith("runs/2")
+    assert ":" not in cfg.output_dir
+
+
+def test_own_training_data_is_not_judged_on_the_demo() -> None:
+    assert compose("finetune", ["data.train=x.jsonl"]).data.eval is None
+    assert compose("finetune", ["data.train=x.jsonl", "data.eval=y"]).data.eval == "y"
+    assert compose("evaluate").data.eval == str(demo_path("eval.jsonl"))
+
+
+def test_method_qlora() -> None:
+    rules = plan_rules(compose("finetune", ["method.rank=4", "method.targets=[q_proj,v_proj]"]))
+    assert rules == [
+        {"match": "layers.**", "kind": "frozen_nf4", "block_size": 64},
+        {
+            "match": "layers.*.*.{q_proj,v_proj}",
+            "kind": "qlora",
+            "rank": 4,
+            "alpha": 32.0,
+            "dropout": 0.0,
+            "use_rslora": False,
+            "block_size": 64,
+        },
+    ]
+
+
+def test_method_lora() -> None:
+    cfg = compose("finetune", ["method=lora", "method.targets=[q_proj]", "method.dropout=0.1"])
+    assert plan_rules(cfg) == [
+        {
+            "match": "layers.*.*.q_proj",
+            "kind": "lora",
+            "rank": 16,
+            "alpha": 32.0,
+            "dropout": 0.1,
+            "use_rslora": False,
+        }
+    ]
+    assert train_patterns(cfg) == []
+
+
+def test_method_full() -> None:
+    cfg = compose("finetune", ["method=full", "train=[norm]"])
+    assert plan_rules(cfg) == [{"match": "**", "kind": "linear", "trainable": True}]
+    assert train_patterns(cfg) == ["**", "norm"]
+
+
+def test_users_rules_come_last() -> None:
+    rule = 'components=[{match: "layers.[0-1].**", kind: linear}]'
+    assert plan_rules(compose("finetune", [rule]))[-1] == {
+        "match": "layers.[0-1].**",
+        "kind": "linear",
+    }
+
+
+def test_default_targets_are_all_projections() -> None:
+    match = plan_rules(compose("finetune"))[1]["match"]
+    assert match == "layers.*.*.{" + ",".join(PROJECTIONS) + "}"
+
+
+def test_groups_replace_each_other() -> None:
+    sgd = compose("finetune", ["optimizer=sgd"]).optimizer
+    assert sgd == {"component": "torch.optim.SGD", "lr": 0.01, "momentum": 0.9}
+    cfg = compose("finetune", ["data=text", "data.train=x"])
+    assert (cfg.data.format, cfg.data.train_on) == ("text", "all")
+
+
+def test_component_arguments_need_no_plus() -> None:
+    cfg = compose("finetune", ["optimizer.eps=1e-6", "optimizer.betas=[0.9,0.95]"])
+    assert cfg.optimizer["eps"] == 1e-6
+    assert cfg.optimizer["betas"] == [0.9, 0.95]
+    rules = compose("finetune", ["components=[{match:lm_head}]", "components.0.kind=linear"])
+    assert rules.components == [{"match": "lm_head", "kind": "linear"}]
+
+
+def test_plus_on_a_known_key_is_the_key() -> None:
+    assert compose("finetune", ["+training.seed=3"]).training.seed == 3
+    assert compose("finetune", ["++training.seed=3"]).training.seed == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Who are you, and what's {this}?",
+        "C:\\folder\\",
+        'She said "a\\\'b"',
+        "two\nlines = 2",
+        "(a) [b] $5 #1 100%",
+        "123",
+        "true",
+        "",
+        " spaces ",
+        '"Yes" or "no"?',
+        "ends in \\\n",
+        "'",
+        "ünïcode ✓",
+    ],
+)
+def test_text_is_taken_literally(text: str) -> None:
+    assert compose("generate", [f"prompt={text}"]).prompt == text
+
+
+def test_quoted_text_loses_its_quotes() -> None:
+    assert compose("generate", ["prompt='a, b'"]).prompt == "a, b"
+
+
+def test_null() -> None:
+    cfg = compose("finetune", ["data.eval=null", "training.clip_grad_norm=null"])
+    assert cfg.data.eval is None
+    assert cfg.training.clip_grad_norm is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.bach_size=2"], r"unknown key 'training\.bach_size'; .*'training\.batch_size'"),
+        (["batch_size=2"], r"unknown key 'batch_size'; did you mean 'training\.batch_size'\?"),
+        (["+training.foo=1"], r"unknown key 'training\.foo'"),
+        (["++foo=1"], r"unknown key 'foo'"),
+        (["xxxxxxxx=1"], r"unknown key 'xxxxxxxx'; 'qlora finetune --help' lists the keys"),
+        (["hydra.run.dir=x"], r"unknown key 'hydra\.run\.dir'"),
+        (["training={bach:2}"], r"unknown key 'training\.bach'; .*'training\.batch_size'"),
+        (["data.columns.promt=q"], r"did you mean 'data\.columns\.prompt'\?"),
+        (["metod=qlora"], r"unknown key 'metod'; did you mean 'method'\?"),
+        (["method=qlroa"], r"method=qlroa: no such config; did you mean 'qlora'\?"),
+        (["method=null"], r"method=null: no such config; did you mean 'full'"),
+        (["training.seed.x=1"], r"unknown key 'training\.seed\.x'"),
+        (["components.0.rank=4"], r"components\[0\]: list index out of range"),
+        (["output_dir=${output_dir}"], r"output_dir: Recursive interpolation detected"),
+        (["experiment=demo_qlor"], r"no such config; did you mean 'demo_qlora'\?"),
+        (["optimizer=zzz"], r"optimizer=zzz: no such config; allowed: adamw, sgd"),
+        (["training.batch_size=abc"], r"training\.batch_size: Value 'abc' could not be converted"),
+        (["training.batch_size=null"], r"training\.batch_size: null is not allowed here"),
+        (["output_dir=null"], r"output_dir: null is not allowed here"),
+        (["training.batch_size=1,2"], r"Ambiguous value .*; write \[1,2\] for a list"),
+        (["components=[{match:layers.[0-1].**,kind:linear}]"], r"cannot read the override .*quote"),
+        (["training.batch_size"], r"'training\.batch_size' is not KEY=VALUE"),
+        (["~training.seed=1"], r"keys cannot be removed; write training\.seed=null"),
+        (["data.eval=${foo}"], r"data\.eval: Interpolation key 'foo' not found"),
+        (["device=gpu", "training.epochs=0"], r"epochs=0 must be >= 1\ndevice='gpu' is not"),
+        (["method=full", "method.rank=4"], r"method\.rank=4 has no effect: method=full"),
+        (["experiment=llama3_2_1b_qlora"], r"checkpoint\.dir is required.*\ndata\.train is requi"),
+        (["data=chat"], r"data\.train is required: the demo file has instruct rows"),
+    ],
+)
+def test_mistakes(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose("finetune", overrides)
+
+
+def test_target_of_the_wrong_type() -> None:
+    with pytest.raises(ConfigError, match=r"method\.targets: takes a list, such as \[a,b\]"):
+        compose("finetune", ["method.targets=q_proj"])
+
+
+def test_unknown_verb() -> None:
+    with pytest.raises(ConfigError, match="no config for 'fintune'; did you mean 'finetune'"):
+        compose("fintune")
+
+
+def test_key_of_another_verb() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'method'"):
+        compose("generate", ["method=qlora"])
+
+
+def test_inspect_needs_no_files() -> None:
+    cfg = compose("inspect", ["experiment=llama3_1_8b_qlora"])
+    assert cfg.model.arch == "llama3_1_8b"
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    file = folder / f"{name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, "utf-8")
+    return folder
+
+
+def test_own_configs(tmp_path: Path) -> None:
+    own = tmp_path / "it's, mine"
+    write(own, "experiment/mine", "# @package _global_\ntraining: {max_steps: 3}\n")
+    write(own, "optimizer/rms", "component: torch.optim.RMSprop\nlr: 1e-3\n")
+    cfg = compose("finetune", ["experiment=mine", "optimizer=rms"], config_dir=own)
+    assert cfg.training.max_steps == 3
+    assert cfg.optimizer == {"component": "torch.optim.RMSprop", "lr": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {max_steps: 3}\n", r"mine\.yaml: unknown key 'experiment'; .*'# @package _glo"),
+        ("# @package _global_\ntraining: {max_stps: 3}\n", r"mine\.yaml: .*'training\.max_steps'"),
+        ("# @package _global_\ntraining: {max_steps: x}\n", r"mine\.yaml: training\.max_steps: Va"),
+        ("# @package _global_\ntraining: [a: }\n", r"mine\.yaml, line 2: not valid YAML: "),
+        (
+            "# @package _global_\ndefaults:\n  - override /method: qlroa\n",
+            r"method=qlroa: no such config; did you mean 'qlora'",
+        ),
+        (
+            "# @package _global_\ndefaults:\n  - override /metod: qlora\n",
+            r"mine\.yaml: unknown group 'metod'; did you mean 'method'",
+        ),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path: Path, text: str, message: str) -> None:
+    own = write(tmp_path, "experiment/mine", text)
+    with pytest.raises(ConfigError, match=message):
+        compose("finetune", ["experiment=mine"], config_dir=own)
+
+
+def test_config_dir_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'nowhere' is not a folder"):
+        compose("finetune", config_dir="nowhere")
+    own = write(tmp_path, "method/qlora", "name: mine\n")
+    with pytest.raises(ConfigError, match="has the name of a shipped config; rename it"):
+        compose("finetune", config_dir=own)
+
+
+def test_hydra_leaves_no_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    handlers = list(logging.getLogger().handlers)
+    compose("finetune")
+    assert not GlobalHydra.instance().is_initialized()
+    assert list(tmp_path.iterdir()) == []
+    assert Path(os.getcwd()) == tmp_path
+    assert logging.getLogger().handlers == handlers
+
+
+@pytest.mark.parametrize("verb", ["finetune", "generate", "evaluate"])
+def test_save_config_round_trip(tmp_path: Path, verb: str) -> None:
+    cfg = compose(verb, ["prompt=1e-4"] if verb == "generate" else [])
+    file = tmp_path / "new" / "config.yaml"
+    save_config(cfg, file)
+    loaded = OmegaConf.to_object(OmegaConf.merge(ROOTS[verb], OmegaConf.load(file)))
+    assert loaded == cfg
+    assert [path.name for path in file.parent.iterdir()] == ["config.yaml"]

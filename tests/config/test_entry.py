@@ -1,0 +1,133 @@
+"""run_recipe: options, exit codes and what is printed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from omegaconf import OmegaConf
+
+from qlora_builders.config.entry import run_recipe
+from qlora_builders.config.instantiate import resolve_component
+from qlora_builders.config.schema import ROOTS, FinetuneConfig, knobs
+from qlora_builders.errors import DataError, optional_import
+
+
+def never(cfg: Any) -> NoReturn:
+    raise AssertionError(f"main was called with {cfg}")
+
+
+def test_main_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    assert run_recipe(seen.append, "finetune", ["training.seed=5"]) == 0
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "training.seed=6"])
+    assert run_recipe(seen.append, "finetune") == 0
+    assert [cfg.training.seed for cfg in seen] == [5, 6]
+    assert isinstance(seen[0], FinetuneConfig)
+
+
+@pytest.mark.parametrize("verb", ROOTS)
+def test_help_lists_every_key(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_recipe(never, verb, ["nonsense", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {key}=" in text for key in knobs(ROOTS[verb]))
+    assert f"usage: qlora {verb}" in text
+    assert "examples:" in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+def test_help_shows_presets_and_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    run_recipe(never, "finetune", ["-h"])
+    text = capsys.readouterr().out
+    assert "method=       full | lora | qlora" in text
+    assert "optimizer.lr=0.0002" in text
+    assert "training.batch_size=8\n" in text
+    assert "data.eval=${demo_eval:${data.train}}" in text
+
+
+def test_print_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_recipe(never, "finetune", ["--print-config", "training.seed=9"]) == 0
+    printed = OmegaConf.create(capsys.readouterr().out)
+    assert printed.training.seed == 9
+    assert "${" not in OmegaConf.to_yaml(printed)
+
+
+def test_one_line_per_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_recipe(never, "finetune", ["training.batch_size=0", "device=gpu"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "error: training.batch_size=0 must be >= 1\n"
+        "error: device='gpu' is not allowed; allowed: auto, cpu, cuda, cuda:N\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--training.seed=1"], "unknown option '--training.seed=1'; write training.seed=1, witho"),
+        (["--verbose"], "unknown option '--verbose'; see --help"),
+        (["--config-dir"], "expected one argument; see --help"),
+        (["--config-dir", "nowhere"], "--config-dir 'nowhere' is not a folder"),
+        (["optimizer.lrr=1"], "optimizer.lrr is not an argument of torch.optim.AdamW; did you mea"),
+        (["optimizer.component=os.system"], "optimizer.component='os.system' is outside"),
+    ],
+)
+def test_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_recipe(never, "finetune", argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_errors_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    def no_data(cfg: FinetuneConfig) -> None:
+        raise DataError(f"{cfg.data.train}: no such file")
+
+    def no_extra(_: FinetuneConfig) -> None:
+        optional_import("a_package_that_is_not_there", "data")
+
+    assert run_recipe(no_data, "finetune", ["data.train=x.jsonl"]) == 2
+    assert capsys.readouterr().err == "error: x.jsonl: no such file\n"
+    assert run_recipe(no_extra, "finetune", []) == 2
+    assert "pip install 'qlora-builders[data]'" in capsys.readouterr().err
+
+
+def test_bugs_keep_their_traceback() -> None:
+    def broken_import(_: FinetuneConfig) -> None:
+        import a_package_that_is_not_there  # noqa: F401
+
+    def broken(_: FinetuneConfig) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ModuleNotFoundError):
+        run_recipe(broken_import, "finetune", [])
+    with pytest.raises(ZeroDivisionError):
+        run_recipe(broken, "finetune", [])
+
+
+def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: FinetuneConfig) -> None:
+        raise KeyboardInterrupt
+
+    assert run_recipe(interrupted, "finetune", []) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_allow_lasts_for_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_optimizers.py").write_text("def lion(params, lr):\n    return lr\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_optimizers", raising=False)
+    (tmp_path / "configs" / "optimizer").mkdir(parents=True)
+    (tmp_path / "configs" / "optimizer" / "lion.yaml").write_text(
+        "component: my_optimizers.lion\nlr: 1e-4\n"
+    )
+    calls: list[Any] = []
+
+    def main(cfg: FinetuneConfig) -> None:
+        calls.append(resolve_component(cfg.optimizer, key="optimizer")[1])
+
+    argv = ["--config-dir", str(tmp_path / "configs"), "optimizer=lion"]
+    assert run_recipe(main, "finetune", argv) == 2
+    assert run_recipe(main, "finetune", [*argv, "--allow", "my_optimizers"]) == 0
+    assert calls == [{"lr": 1e-4}]
