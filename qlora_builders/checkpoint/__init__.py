@@ -9,6 +9,7 @@ from qlora_builders.checkpoint.peft_adapter import (
     read_adapter,
     save_adapter,
 )
+from qlora_builders.checkpoint.with_adapter import load_with_adapter
 
 __all__ = [
     "adapter_plan",
@@ -16,6 +17,7 @@ __all__ = [
     "config_from_arch",
     "load_adapter",
     "load_checkpoint",
+    "load_with_adapter",
     "merge_adapter",
     "read_adapter",
     "read_arch",

@@ -29,6 +29,16 @@ _OPTIONAL: dict[str, tuple[str, Any]] = {
     "mlp_bias": ("mlp_bias", False),
     "tie_word_embeddings": ("tie_word_embeddings", False),
 }
+# rope type -> what it needs, under the same name in config.json and in RopeScaling
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -63,10 +73,11 @@ def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> 
     family = config.get("model_type", "llama")
     if family != "llama":
         raise CheckpointError(f"{source}: model_type is {family!r}; only 'llama' is supported")
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"].get("quant_method")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise CheckpointError(
-            f"{source}: the checkpoint is quantized already ({method}); "
+            f"{source}: the checkpoint is quantized already (quant_method {method!r}); "
             "use one with 16- or 32-bit weights"
         )
     missing = sorted(set(_REQUIRED) - set(config))
@@ -76,13 +87,15 @@ def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> 
     for key, (field, default) in _OPTIONAL.items():
         values[field] = config.get(key, default)
     values["num_kv_heads"] = config.get("num_key_value_heads") or values["num_heads"]
-    values["head_dim"] = config.get("head_dim") or values["hidden_size"] // values["num_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    values["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
-    values["rope_scaling"] = _rope_scaling(rope, source)
     try:
+        values["head_dim"] = config.get("head_dim") or values["hidden_size"] // values["num_heads"]
+        values["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
+        values["rope_scaling"] = _rope_scaling(rope, source)
         return LlamaArch(**values)
-    except ValueError as error:
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
         raise CheckpointError(f"{source}: {error}") from error
 
 
@@ -90,16 +103,16 @@ def _rope_scaling(rope: dict[str, Any], source: str) -> RopeScaling | None:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
         return None
-    if rope_type == "linear":
-        return RopeScaling(rope_type="linear", factor=rope["factor"])
-    if rope_type == "llama3":
-        keys = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return RopeScaling(
-            rope_type="llama3", factor=rope["factor"], **{key: rope[key] for key in keys}
+    if rope_type not in _ROPE_KEYS:
+        raise CheckpointError(
+            f"{source}: rope type {rope_type!r} is not supported; "
+            f"allowed: default, {', '.join(_ROPE_KEYS)}"
         )
-    raise CheckpointError(
-        f"{source}: rope type {rope_type!r} is not supported; allowed: default, linear, llama3"
-    )
+    keys = _ROPE_KEYS[rope_type]
+    missing = [key for key in keys if key not in rope]
+    if missing:
+        raise CheckpointError(f"{source}: rope type {rope_type!r} needs {', '.join(missing)}")
+    return RopeScaling(rope_type=rope_type, **{key: rope[key] for key in keys})
 
 
 def config_from_arch(arch: LlamaArch, dtype: torch.dtype) -> dict[str, Any]:
@@ -117,11 +130,7 @@ def config_from_arch(arch: LlamaArch, dtype: torch.dtype) -> dict[str, Any]:
     }
     scaling = arch.rope_scaling
     if scaling is not None:
-        config["rope_scaling"] = {"rope_type": scaling.rope_type, "factor": scaling.factor}
-        if scaling.rope_type == "llama3":
-            config["rope_scaling"] |= {
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_position_embeddings,
-            }
+        keys = _ROPE_KEYS[scaling.rope_type]
+        config["rope_scaling"] = {"rope_type": scaling.rope_type}
+        config["rope_scaling"] |= {key: getattr(scaling, key) for key in keys}
     return config

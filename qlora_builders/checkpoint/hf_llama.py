@@ -206,7 +206,7 @@ def write_hf_directory(
     config = config_from_arch(arch, main_dtype)
     if companions is not None:
         config = _merge_configs(read_config(Path(companions)), config)
-    with atomic_directory(path) as directory:
+    with atomic_directory(path, marker="config.json") as directory:
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in _companion_files(companions):
             shutil.copyfile(file, directory / file.name)
@@ -214,11 +214,12 @@ def write_hf_directory(
 
 
 def _merge_configs(original: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """The original config with our dtype and tying; everything else is already what it was."""
-    config = {k: v for k, v in original.items() if k not in ("dtype", "torch_dtype")}
-    dtype_key = "dtype" if "dtype" in original else "torch_dtype"
-    tying = {"tie_word_embeddings": ours["tie_word_embeddings"]}
-    return {**config, **tying, dtype_key: ours["torch_dtype"]}
+    """Ours, and from the original what says nothing about the weights (token ids and the like).
+
+    Both spellings of a key that transformers renamed must go, or it would read the stale one.
+    """
+    renamed = ("dtype", "rope_parameters")
+    return {k: v for k, v in original.items() if k not in renamed} | ours
 
 
 def _companion_files(directory: str | Path | None) -> Iterator[Path]:

@@ -29,7 +29,7 @@ def merge_adapter(
     """A new model of plain layers that computes what base + adapter computes.
 
     Args:
-        model: with adapters; left as it is.
+        model: with adapters; left as it is. Tensors that merging does not change are shared.
         base: "dequantized" adds the update to the weights the adapter was trained on. The path of
             the original 16-bit checkpoint adds it to those: a better base, but another function.
         dtype: of the merged weights; by default each weight's own.
@@ -80,25 +80,30 @@ def merged_tensors(
     for name, parameter in base_parameters(model).items():
         if tied and name == "lm_head.weight":
             continue
-        weight = lazy_parameter(name, parameter, dtype)
-        source = weight
+        source = lazy_parameter(name, parameter, None)
         if originals is not None and not parameter.requires_grad:
-            source = _original(originals, name, weight, Path(base))
-        adapter = adapters.get(name)
-        yield source if adapter is None else _with_update(source, adapter)
+            source = _original(originals, source, Path(base), parameter.device)
+        yield _merged(source, adapters.get(name), parameter.dtype if dtype is None else dtype)
 
 
-def _with_update(weight: LazyTensor, adapter: LoRALinear) -> LazyTensor:
+def _merged(weight: LazyTensor, adapter: LoRALinear | None, dtype: torch.dtype) -> LazyTensor:
+    """Added in float32 and rounded once."""
+
     def load() -> Tensor:
-        with torch.no_grad():
-            merged = weight.load().float() + adapter.lora_delta()
-        return merged.to(weight.dtype)
+        tensor = weight.load()
+        if adapter is not None:
+            with torch.no_grad():
+                tensor = tensor.float() + adapter.lora_delta()
+        return tensor.to(dtype)
 
-    return replace(weight, load=load)
+    return replace(weight, dtype=dtype, load=load)
 
 
-def _original(originals: dict[str, Path], name: str, weight: LazyTensor, base: Path) -> LazyTensor:
+def _original(
+    originals: dict[str, Path], weight: LazyTensor, base: Path, device: torch.device
+) -> LazyTensor:
     """The tensor of the original checkpoint in place of the model's (possibly 4-bit) one."""
+    name = weight.name
     if name == "lm_head.weight" and name not in originals:
         name = "model.embed_tokens.weight"  # tied in the original
     if name not in originals:
@@ -111,7 +116,7 @@ def _original(originals: dict[str, Path], name: str, weight: LazyTensor, base: P
                 f"{originals[name]}: {name} has shape {list(tensor.shape)}; "
                 f"the model needs {list(weight.shape)}"
             )
-        return tensor.to(weight.dtype)
+        return tensor.to(device, copy=True)  # not the mapped file
 
     return replace(weight, load=load)
 

@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,16 @@ from qlora_builders.checkpoint.safetensors_io import (
     tensor_names,
     write_tensors,
 )
-from qlora_builders.errors import CheckpointError
+from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.modules import CausalLM, LoRALinear
 
 PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "qlora_base.json"
+QUANTIZE = ("auto", "nf4", "none")
+
+NF4_BASE = {"match": "layers.**", "kind": "frozen_nf4"}
 
 # adapter_config.json keys that change the function computed, with the values we can honour
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -49,6 +53,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (False, None),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
+    "kasa_config": (None,),
+    # other values (pissa, olora, corda, loftq ...) also change the base weights
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -73,12 +80,15 @@ class AdapterInfo:
         modules: Hugging Face module name -> its adapter.
         saved: plain parameters trained beside the adapters, by Hugging Face name.
         base: `qlora_base.json`, or None for an adapter that another tool wrote.
+        copies: tensors in the file -> parameters of the base they must equal. PEFT writes the base
+            weight of an adapted head, and the embedding where asked to.
     """
 
     path: Path
     modules: dict[str, AdapterModule]
     saved: tuple[str, ...]
     base: dict[str, Any] | None
+    copies: dict[str, str]
 
 
 # ---- out ----------------------------------------------------------------------------------------
@@ -102,7 +112,8 @@ def save_adapter(model: CausalLM, path: str | Path, *, base_model: str = "") -> 
         for name, module in adapters.items()
         for part in ("lora_A", "lora_B")
     }
-    tensors |= {PREFIX + name: parameter for name, parameter in saved.items()}
+    # cloned, because a tied head is the embedding and safetensors refuses to write memory twice
+    tensors |= {PREFIX + name: parameter.detach().clone() for name, parameter in saved.items()}
     config = _peft_config(model, adapters, list(saved), base_model)
     base = {
         "components": [
@@ -111,7 +122,7 @@ def save_adapter(model: CausalLM, path: str | Path, *, base_model: str = "") -> 
         ],
         "train": list(model.spec.train),
     }
-    with atomic_directory(path) as directory:
+    with atomic_directory(path, marker=CONFIG_FILE) as directory:
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         (directory / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n")
         write_tensors(tensors, directory / WEIGHTS_FILE)
@@ -124,7 +135,9 @@ def _peft_config(
     # gives the same scaling
     rslora = all(module.use_rslora for module in adapters.values())
     alphas = {
-        name: module.alpha if rslora else module.scaling * module.rank
+        name: module.alpha * math.sqrt(module.rank)
+        if module.use_rslora and not rslora
+        else module.alpha
         for name, module in adapters.items()
     }
     ranks = {name: module.rank for name, module in adapters.items()}
@@ -165,7 +178,7 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     """
     Raises:
         CheckpointError: for a missing file, a feature we do not have, keys with another prefix or
-            an unpaired lora_A / lora_B, or a rank that contradicts the config.
+            lora_A / lora_B that do not make a pair, or a rank that contradicts the config.
     """
     path = Path(path)
     config = _read_json(path / CONFIG_FILE)
@@ -174,6 +187,9 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     for key, allowed in _UNSUPPORTED.items():
         if config.get(key) not in allowed:
             raise CheckpointError(f"{path / CONFIG_FILE}: {key}={config[key]!r} is not supported")
+    for key in ("r", "lora_alpha"):
+        if key not in config:
+            raise CheckpointError(f"{path / CONFIG_FILE}: {key} missing")
     file = path / WEIGHTS_FILE
     names = tensor_names(file)
     foreign = sorted(name for name in names if not name.startswith(PREFIX))
@@ -181,32 +197,35 @@ def read_adapter(path: str | Path) -> AdapterInfo:
         raise CheckpointError(
             f"{file}: keys must begin with {PREFIX!r}, but these do not: {listed(foreign)}"
         )
-    ranks: dict[str, dict[str, int]] = {}
-    saved = []
-    for name in names:
-        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name.removeprefix(PREFIX))
+    shapes: dict[str, dict[str, list[int]]] = {}
+    plain = []
+    for name in (name.removeprefix(PREFIX) for name in names):
+        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
         if match is None:
-            saved.append(name.removeprefix(PREFIX))
-            continue
-        dim = 0 if match[2] == "A" else 1  # lora_A [rank, in], lora_B [out, rank]
-        ranks.setdefault(match[1], {})[match[2]] = read_tensor(file, name).shape[dim]
-    _check_saved(file, saved, config.get("modules_to_save") or [])
-    modules = {name: _adapter_module(file, config, name, r) for name, r in sorted(ranks.items())}
+            plain.append(name)
+        else:
+            shape = list(read_tensor(file, PREFIX + name).shape)
+            shapes.setdefault(match[1], {})[match[2]] = shape
+    modules = {name: _adapter_module(file, config, name, s) for name, s in sorted(shapes.items())}
+    saved, copies = _plain_tensors(file, plain, modules, config.get("modules_to_save") or [])
     base_file = path / BASE_FILE
     base = _read_json(base_file) if base_file.is_file() else None
-    return AdapterInfo(path, modules, tuple(sorted(saved)), base)
+    return AdapterInfo(path, modules, tuple(saved), base, copies)
 
 
 def _adapter_module(
-    file: Path, config: dict[str, Any], name: str, ranks: dict[str, int]
+    file: Path, config: dict[str, Any], name: str, shapes: dict[str, list[int]]
 ) -> AdapterModule:
-    if set(ranks) != {"A", "B"} or ranks["A"] != ranks["B"]:
-        raise CheckpointError(f"{file}: {name} needs lora_A and lora_B of one rank, got {ranks}")
-    rank = _pattern_value(config.get("rank_pattern"), name, config["r"])
-    if ranks["A"] != rank:
+    """lora_A is [rank, in], lora_B [out, rank]."""
+    a, b = shapes.get("A", []), shapes.get("B", [])
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise CheckpointError(
-            f"{file}: {name} has rank {ranks['A']}, but {CONFIG_FILE} says {rank}"
+            f"{file}: {name} needs lora_A [rank, in] and lora_B [out, rank], got "
+            f"lora_A {a or 'none'} and lora_B {b or 'none'}"
         )
+    rank = _pattern_value(config.get("rank_pattern"), name, config["r"])
+    if a[0] != rank:
+        raise CheckpointError(f"{file}: {name} has rank {a[0]}, but {CONFIG_FILE} says {rank}")
     alpha = _pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
     return AdapterModule(rank, alpha, bool(config.get("use_rslora")))
 
@@ -219,25 +238,46 @@ def _pattern_value(patterns: dict[str, Any] | None, name: str, default: Any) -> 
     return default
 
 
-def _check_saved(file: Path, saved: list[str], modules_to_save: list[str]) -> None:
-    stray = [n for n in saved if not n.rpartition(".")[0].endswith(tuple(modules_to_save))]
+def _plain_tensors(
+    file: Path, names: list[str], modules: Iterable[str], modules_to_save: list[str]
+) -> tuple[list[str], dict[str, str]]:
+    """The tensors that are no adapter: (parameters that were trained, copies of the base)."""
+    possible = {f"{module}.base_layer.weight": f"{module}.weight" for module in modules}
+    possible |= {name: name for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    saved, copies, stray = [], {}, []
+    for name in sorted(names):
+        if name.rpartition(".")[0].endswith(tuple(modules_to_save)):
+            saved.append(name)
+        elif name in possible:
+            copies[name] = possible[name]
+        else:
+            stray.append(name)
     if stray:
         raise CheckpointError(
-            f"{file}: neither lora_A, lora_B nor in modules_to_save: {listed(sorted(stray))}"
+            f"{file}: neither lora_A, lora_B nor in modules_to_save: {listed(stray)}"
         )
+    return saved, copies
 
 
-def adapter_plan(info: AdapterInfo, *, base: str = "auto") -> tuple[list[dict], list[str]]:
+def adapter_plan(info: AdapterInfo, *, quantize: str = "auto") -> tuple[list[dict], list[str]]:
     """(components, train) for a model that the adapter fits.
 
     Args:
-        base: "auto" is the plan recorded with the adapter, or "plain" where none is; "nf4" stores
-            the decoder's linear layers in NF4; "plain" leaves the base in its 16 or 32 bits.
+        quantize: "auto" is the plan recorded with the adapter, or "none" where another tool wrote
+            it; "nf4" stores the decoder's linear layers in NF4; "none" keeps 16 or 32 bits.
+
+    Raises:
+        CheckpointError: for another `quantize`, or a recorded plan that cannot be read.
     """
-    if base == "auto" and info.base is not None:
-        return info.base["components"], info.base["train"]
-    nf4 = base == "nf4"
-    components: list[dict] = [{"match": "layers.**", "kind": "frozen_nf4"}] if nf4 else []
+    if quantize not in QUANTIZE:
+        raise CheckpointError(f"quantize is {quantize!r}{did_you_mean(quantize, QUANTIZE)}")
+    if quantize == "auto" and info.base is not None:
+        recorded = info.base.get("components"), info.base.get("train")
+        if not (isinstance(recorded[0], list) and isinstance(recorded[1], list)):
+            raise CheckpointError(f"{info.path / BASE_FILE}: needs lists components and train")
+        return recorded[0], recorded[1]
+    nf4 = quantize == "nf4"
+    components: list[dict] = [dict(NF4_BASE)] if nf4 else []
     for name, adapter in info.modules.items():
         slot = name.removeprefix("model.")
         kind = "qlora" if nf4 and slot.startswith("layers.") else "lora"
@@ -271,17 +311,41 @@ def load_adapter(model: CausalLM, path: str | Path) -> None:
     ]
     if differing:
         raise CheckpointError(f"{info.path}: rank or alpha differ: {listed(differing)}")
+    _check_copies(model, info)
     names = [f"{m}.{part}.weight" for m in info.modules for part in ("lora_A", "lora_B")]
+    tensors = {name: _read_fitting(model, info, name) for name in (*names, *info.saved)}
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    tied = model.tie_word_embeddings and head in tensors
+    if tied and not torch.equal(tensors[head], tensors[embedding]):
+        raise CheckpointError(
+            f"{info.path}: lm_head and embed_tokens differ, but the model ties them"
+        )
     with torch.no_grad():
-        for name in [*names, *info.saved]:
-            parameter = model.get_parameter(name)
-            tensor = read_tensor(info.path / WEIGHTS_FILE, PREFIX + name)
-            if tensor.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{info.path / WEIGHTS_FILE}: {name} has shape {list(tensor.shape)}; "
-                    f"the model needs {list(parameter.shape)}"
-                )
-            parameter.copy_(tensor)
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)
+
+
+def _read_fitting(model: nn.Module, info: AdapterInfo, name: str) -> Tensor:
+    parameter = model.get_parameter(name)
+    tensor = read_tensor(info.path / WEIGHTS_FILE, PREFIX + name)
+    if tensor.shape != parameter.shape:
+        raise CheckpointError(
+            f"{info.path / WEIGHTS_FILE}: {name} has shape {list(tensor.shape)}; "
+            f"the model needs {list(parameter.shape)}"
+        )
+    return tensor
+
+
+def _check_copies(model: nn.Module, info: AdapterInfo) -> None:
+    """A copy of a base weight that differs from ours was trained, or belongs to another base."""
+    for name, parameter_name in info.copies.items():
+        copy = read_tensor(info.path / WEIGHTS_FILE, PREFIX + name)
+        own = model.get_parameter(parameter_name)
+        if copy.shape != own.shape or not torch.equal(copy.to(own), own):
+            raise CheckpointError(
+                f"{info.path / WEIGHTS_FILE}: {name} differs from {parameter_name} of the model; "
+                "is this the base the adapter was trained on?"
+            )
 
 
 def _compare_names(info: AdapterInfo, what: str, in_file: set[str], in_model: set[str]) -> None:
@@ -298,10 +362,11 @@ def _adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def _trained_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that train beside the adapters."""
+    """Parameters that train beside the adapters. A tied head is listed beside the embedding: PEFT
+    does not tie what it saves."""
     return {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.requires_grad and ".lora_A." not in name and ".lora_B." not in name
     }
 

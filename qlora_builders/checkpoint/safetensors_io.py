@@ -52,11 +52,11 @@ def find_tensors(directory: Path) -> dict[str, Path]:
     index = directory / INDEX_FILE
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = dict(json.loads(index.read_text())["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
         for name, file in weight_map.items():
-            if Path(file).name != file:
+            if Path(str(file)).name != file:
                 raise CheckpointError(
                     f"{index}: {name} points to {file!r}; shards must lie beside the index"
                 )
@@ -124,12 +124,20 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, *, marker: str) -> Iterator[Path]:
     """A temporary directory that becomes `path` when the block ends well and vanishes otherwise.
 
-    Files are synced before the rename; an older directory of that name is replaced.
+    Files are synced before the rename. An older directory of that name is replaced, but only one
+    that this could have written: without folders, and empty or holding `marker`.
+
+    Args:
+        marker: a file that every directory of this kind has.
+
+    Raises:
+        CheckpointError: if `path` is something that must not be replaced.
     """
     path = Path(path).absolute()
+    _check_replaceable(path, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
@@ -142,6 +150,20 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_replaceable(path: Path, marker: str) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is a file; give the path of a directory to write")
+    names = sorted(entry.name for entry in path.iterdir())
+    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    if folders or (names and marker not in names):
+        raise CheckpointError(
+            f"{path}: exists and would be replaced, but it is not a directory that this writes "
+            f"(it holds {listed(folders or names)}); give another path"
+        )
 
 
 def _replace_directory(new: Path, path: Path) -> None:

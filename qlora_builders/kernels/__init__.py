@@ -15,6 +15,7 @@ from qlora_builders.kernels.nf4_reference import (
     NF4_CODEBOOK,
     SCALE_FORMATS,
     WEIGHT_DTYPES,
+    field_dtypes,
     field_shapes,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "SCALE_FORMATS",
     "WEIGHT_DTYPES",
     "dequantize_nf4",
+    "field_dtypes",
     "field_shapes",
     "quantize_nf4",
 ]
@@ -51,11 +53,11 @@ def _quantize_nf4_fake(
         scale_block_size=scale_block_size,
         scale_format=scale_format,
     )
-    scale_dtype = torch.float32 if scale_format == "none" else torch.uint8
+    code_dtype, scale_dtype, group_dtype = field_dtypes(scale_format)
     return (
-        weight.new_empty(codes, dtype=torch.uint8),
+        weight.new_empty(codes, dtype=code_dtype),
         weight.new_empty(scales, dtype=scale_dtype),
-        weight.new_empty(groups, dtype=torch.float32),
+        weight.new_empty(groups, dtype=group_dtype),
     )
 
 

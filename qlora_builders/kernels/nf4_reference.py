@@ -83,6 +83,12 @@ def field_shapes(
     return (-(-numel // 2),), (blocks,), (groups, 2)
 
 
+def field_dtypes(scale_format: str) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """Dtypes of (codes, scales, scale_groups)."""
+    scales = torch.float32 if scale_format == "none" else torch.uint8
+    return torch.uint8, scales, torch.float32
+
+
 def quantize_nf4(
     weight: Tensor, *, block_size: int, scale_block_size: int, scale_format: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,10 +103,10 @@ def quantize_nf4(
         scale_block_size=scale_block_size,
         scale_format=scale_format,
     )
-    scale_dtype = torch.float32 if scale_format == "none" else torch.uint8
-    codes = torch.empty(shapes[0], dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(shapes[1], dtype=scale_dtype, device=weight.device)
-    scale_groups = torch.empty(shapes[2], dtype=torch.float32, device=weight.device)
+    codes, scales, scale_groups = (
+        torch.empty(shape, dtype=dtype, device=weight.device)
+        for shape, dtype in zip(shapes, field_dtypes(scale_format), strict=True)
+    )
 
     step = _chunk_elements(block_size, scale_block_size)
     for start in range(0, flat.numel(), step):

@@ -1,8 +1,10 @@
 """Builders: arch rows, component plans, and the Llama assembled from both."""
 
 from qlora_builders.models.components import ComponentRule, resolve
+from qlora_builders.models.generation import generate
 from qlora_builders.models.llama import LlamaSpec, linear_slots, llama, other_modules
 from qlora_builders.models.llama_archs import LLAMA_ARCHS, LlamaArch, RopeScaling, get_arch
+from qlora_builders.models.summary import SummaryRow, summarize
 
 __all__ = [
     "LLAMA_ARCHS",
@@ -10,9 +12,12 @@ __all__ = [
     "LlamaArch",
     "LlamaSpec",
     "RopeScaling",
+    "SummaryRow",
+    "generate",
     "get_arch",
     "linear_slots",
     "llama",
     "other_modules",
     "resolve",
+    "summarize",
 ]

@@ -20,6 +20,7 @@ from qlora_builders.modules import FrozenNF4Linear, Linear, LoRALinear, check_lo
 from qlora_builders.tensor import check_nf4_options
 
 _NF4_OPTIONS = ("block_size", "scale_block_size", "scale_format")
+_NF4_DEFAULTS = {"block_size": 64, "scale_block_size": 256, "scale_format": "geometric"}
 _LORA_OPTIONS = ("rank", "alpha", "dropout", "use_rslora")
 KINDS: dict[str, tuple[str, ...]] = {
     "linear": ("trainable",),
@@ -27,6 +28,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "lora": _LORA_OPTIONS,
     "qlora": _LORA_OPTIONS + _NF4_OPTIONS,
 }
+_INTEGERS = ("rank", "block_size", "scale_block_size")
+_NUMBERS = ("alpha", "dropout")
+_SWITCHES = ("use_rslora", "trainable")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,8 @@ class ComponentRule:
 
     def __post_init__(self) -> None:
         where = f"rule {self.match!r}"
+        if not isinstance(self.match, str) or not isinstance(self.kind, str):
+            raise PlanError(f"{where}, kind {self.kind!r}: match and kind must be strings")
         if self.kind not in KINDS:
             raise PlanError(f"{where}: unknown kind {self.kind!r}{did_you_mean(self.kind, KINDS)}")
         allowed = KINDS[self.kind]
@@ -67,16 +73,22 @@ class ComponentRule:
                     f"{where}: kind {self.kind!r} does not take {name!r}; "
                     f"it takes {', '.join(allowed)}"
                 )
+        for names, types, wanted in (
+            (_INTEGERS, (int,), "an integer"),
+            (_NUMBERS, (int, float), "a number"),
+            (_SWITCHES, (bool,), "true or false"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and type(value) not in types:  # True is an int to isinstance
+                    raise PlanError(f"{where}: {name} is {value!r}; it must be {wanted}")
         try:
             if "rank" in allowed:
                 if self.rank is None or self.alpha is None:
                     raise PlanError(f"kind {self.kind!r} needs rank and alpha")
                 check_lora_options(rank=self.rank, alpha=self.alpha, dropout=self.dropout or 0.0)
-            check_nf4_options(
-                block_size=self.block_size or 64,
-                scale_block_size=self.scale_block_size or 256,
-                scale_format=self.scale_format or "geometric",
-            )
+            nf4 = {name: value for name, value in self.options.items() if name in _NF4_OPTIONS}
+            check_nf4_options(**{**_NF4_DEFAULTS, **nf4})
         except ValueError as error:
             raise PlanError(f"{where}: {error}") from error
 
@@ -99,6 +111,10 @@ class ComponentRule:
         """
         if isinstance(rule, ComponentRule):
             return rule
+        if not isinstance(rule, Mapping):
+            raise PlanError(
+                f"rule {rule!r} is not a mapping; write {{match: ..., kind: {' | '.join(KINDS)}}}"
+            )
         known = [f.name for f in fields(cls)]
         where = f"rule {rule.get('match', dict(rule))!r}"
         for key in rule:

@@ -72,17 +72,9 @@ def llama(
     arch = get_arch(arch)
     rules = [ComponentRule.parse(rule) for rule in components]
     plan = resolve(rules, linear_slots(arch))
-    if arch.tie_word_embeddings and plan["lm_head"].kind in ("frozen_nf4", "qlora"):
-        raise PlanError(
-            f"rule {plan['lm_head'].match!r}: lm_head shares the embedding's weight in this model "
-            "and cannot be quantized; use kind 'lora' or 'linear' for it"
-        )
     trained = set(_resolve_train(train, arch))
-    if arch.tie_word_embeddings and plan["lm_head"].trainable and "embed_tokens" not in trained:
-        raise PlanError(
-            f"rule {plan['lm_head'].match!r}: lm_head shares the embedding's weight in this model; "
-            "to train both add 'embed_tokens' to `train`"
-        )
+    if arch.tie_word_embeddings:
+        _check_tied_head(plan["lm_head"], embedding_trains="embed_tokens" in trained)
 
     def linear(name: str, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
         return build_linear(
@@ -169,6 +161,19 @@ def _resolve_train(train: Sequence[str], arch: LlamaArch) -> list[str]:
                 "linear slot trains with a rule {match: ..., kind: linear, trainable: true}"
             ) from error
     return names
+
+
+def _check_tied_head(rule: ComponentRule, *, embedding_trains: bool) -> None:
+    """The head of a model with tied embeddings can only be what the embedding is too."""
+    shared = f"rule {rule.match!r}: lm_head shares the embedding's weight in this model"
+    if rule.kind in ("frozen_nf4", "qlora"):
+        raise PlanError(f"{shared} and cannot be quantized; use kind 'lora' or 'linear' for it")
+    if rule.kind == "lora" and embedding_trains:
+        raise PlanError(
+            f"{shared}, which trains itself; drop this rule or 'embed_tokens' from `train`"
+        )
+    if rule.trainable and not embedding_trains:
+        raise PlanError(f"{shared}; to train both add 'embed_tokens' to `train`")
 
 
 def _frequencies(arch: LlamaArch) -> list[float]:

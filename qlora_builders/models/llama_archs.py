@@ -32,7 +32,7 @@ class LlamaArch:
     """Everything that decides the modules and parameters of a Llama.
 
     Raises:
-        QLoRAError: if sizes are not positive or do not divide as they must.
+        QLoRAError: if sizes are not positive integers or do not divide as they must.
     """
 
     vocab_size: int
@@ -63,8 +63,9 @@ class LlamaArch:
             "head_dim",
             "max_position_embeddings",
         ):
-            if getattr(self, name) < 1:
-                raise QLoRAError(f"{name} is {getattr(self, name)}; it must be >= 1")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise QLoRAError(f"{name} is {value!r}; it must be an integer >= 1")
         if self.num_heads % self.num_kv_heads:
             raise QLoRAError(
                 f"num_heads is {self.num_heads} and num_kv_heads {self.num_kv_heads}; "

@@ -163,9 +163,9 @@ def check_lora_options(*, rank: int, alpha: float, dropout: float) -> None:
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank is {rank!r}; it must be an integer >= 1")
-    if not alpha > 0:
+    if not 0 < alpha < math.inf:
         raise ValueError(
-            f"alpha is {alpha!r}; it must be > 0 (the update is scaled by alpha / rank)"
+            f"alpha is {alpha!r}; it must be > 0 and finite (the update is scaled by alpha / rank)"
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout!r}; it must be in [0, 1)")
@@ -182,7 +182,8 @@ def quantize_(
     """Quantize the weights of `nn.Linear` layers in place, in a model that somebody else built.
 
     Parameters are replaced, modules are not; the layers get the state_dict hooks of
-    `FrozenNF4Linear`, so the model's state_dict stays a plain one.
+    `FrozenNF4Linear`, so the model's state_dict stays a plain one. The adapters of a `LoRALinear`
+    are never selected.
 
     Args:
         module: any module; returned.
@@ -190,18 +191,27 @@ def quantize_(
         nf4_options: `block_size`, `scale_block_size`, `scale_format` of `to_nf4`.
 
     Raises:
-        ValueError: if no layer is selected, or a selected weight is trainable by name elsewhere,
-            or holds NaN or infinity (the message names the layer).
+        ValueError: if no layer is selected, or a selected weight is shared with another module (a
+            tied head), or holds NaN or infinity; the message names the layer.
     """
+    adapters = {
+        adapter
+        for lora in module.modules()
+        if isinstance(lora, LoRALinear)
+        for adapter in (lora.lora_A, lora.lora_B)
+    }
     layers = [
         (name, layer)
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear)
+        and layer not in adapters
         and not isinstance(layer.weight, NF4Tensor)
         and (filter_fn is None or filter_fn(name, layer))
     ]
     if not layers:
         raise ValueError("quantize_ selected no nn.Linear layer; check filter_fn")
+    for name, layer in layers:
+        _check_not_shared(module, f"{name}.weight", layer.weight)
     for name, layer in layers:
         try:
             quantize_weight_(layer, **nf4_options)
@@ -216,6 +226,19 @@ def quantize_weight_(module: nn.Module, **nf4_options: Any) -> None:
     module.weight = nn.Parameter(to_nf4(module.weight, **nf4_options), requires_grad=False)
     module.register_state_dict_post_hook(dequantize_state_dict)
     module.register_load_state_dict_pre_hook(quantize_state_dict)
+
+
+def _check_not_shared(module: nn.Module, key: str, weight: Tensor) -> None:
+    others = [
+        name
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if parameter is weight and name != key
+    ]
+    if others:
+        raise ValueError(
+            f"{key} is shared with {', '.join(others)}, which would keep the old weight; leave it "
+            "out with filter_fn, or untie it first"
+        )
 
 
 def dequantize_state_dict(
@@ -248,7 +271,8 @@ def quantize_state_dict(
     """
     key = prefix + "weight"
     weight, own = state_dict.get(key), module.weight
-    assert isinstance(own, NF4Tensor)
+    if not isinstance(own, NF4Tensor):
+        return  # the weight was replaced by a plain one since
     if not isinstance(weight, Tensor) or weight.shape != own.shape:
         return
     if isinstance(weight, NF4Tensor):

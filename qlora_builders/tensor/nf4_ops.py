@@ -58,7 +58,7 @@ class _LinearNF4(torch.autograd.Function):
             )  # [..., out] -> [..., in]
             grad_input = grad_input.to(ctx.input_dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_output.flatten(0, -2).sum(0)
+            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
         return grad_input, None, grad_bias
 
 

@@ -18,6 +18,7 @@ from qlora_builders.kernels import (
     SCALE_FORMATS,
     WEIGHT_DTYPES,
     dequantize_nf4,
+    field_dtypes,
     field_shapes,
     quantize_nf4,
 )
@@ -41,7 +42,7 @@ class NF4Tensor(Tensor):
     takes fields that exist already, from a checkpoint for instance.
 
     Raises:
-        ValueError: if a field does not fit the shape, or gradients are asked for.
+        ValueError: for a field whose shape or dtype does not fit, or a bad dtype or option.
     """
 
     tensor_fields = ("codes", "scales", "scale_groups")
@@ -90,14 +91,15 @@ class NF4Tensor(Tensor):
         self.scale_block_size = scale_block_size
         self.scale_format = scale_format
         check_nf4_options(**self.nf4_options)
-        expected = field_shapes(self.numel(), **self.nf4_options)
-        for name, want in zip(self.tensor_fields, expected, strict=True):
-            got = tuple(getattr(self, name).shape)
-            if got != want:
+        _check_dtype(dtype)
+        shapes = field_shapes(self.numel(), **self.nf4_options)
+        dtypes = field_dtypes(scale_format)
+        for name, shape_, dtype_ in zip(self.tensor_fields, shapes, dtypes, strict=True):
+            field = getattr(self, name)
+            if tuple(field.shape) != shape_ or field.dtype != dtype_:
                 raise ValueError(
-                    f"NF4Tensor {name} has shape {list(got)}, but a weight of shape {list(shape)} "
-                    f"with block_size {block_size} and scale_block_size {scale_block_size} needs "
-                    f"{list(want)}"
+                    f"NF4Tensor {name} is {field.dtype} {list(field.shape)}, but a weight of shape "
+                    f"{list(shape)} with {self.nf4_options} needs {dtype_} {list(shape_)}"
                 )
 
     @property
@@ -225,18 +227,25 @@ def to_nf4(
     check_nf4_options(**options)
     if isinstance(weight, NF4Tensor):
         raise ValueError("the weight is an NF4Tensor already; dequantize() it to quantize it anew")
-    if weight.dtype not in WEIGHT_DTYPES:
-        allowed = ", ".join(str(dtype) for dtype in WEIGHT_DTYPES)
-        raise ValueError(f"cannot quantize a weight of dtype {weight.dtype}; allowed: {allowed}")
+    _check_dtype(weight.dtype)
     if weight.dim() not in (1, 2):
         raise ValueError(f"cannot quantize a weight of shape {list(weight.shape)}; use 1-D or 2-D")
     weight = weight.detach()
     if weight.device.type != "meta" and not _is_finite(weight):
         bad = int((~torch.isfinite(weight)).sum())
-        raise ValueError(f"the weight has {bad} NaN or infinite elements; repair the checkpoint")
+        raise ValueError(
+            f"the weight has {bad} NaN or infinite elements in {weight.dtype}; repair the "
+            "checkpoint, or use a dtype of wider range"
+        )
     return NF4Tensor(
         *quantize_nf4(weight, **options), shape=weight.shape, dtype=weight.dtype, **options
     )
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in WEIGHT_DTYPES:
+        allowed = ", ".join(str(allowed) for allowed in WEIGHT_DTYPES)
+        raise ValueError(f"an NF4 weight cannot stand for dtype {dtype}; allowed: {allowed}")
 
 
 def _is_finite(weight: Tensor) -> bool:

@@ -1,0 +1,130 @@
+"""Loss and perplexity of a checkpoint (and adapter) on a data file, and exact match of answers.
+
+qlora evaluate data.eval=... [checkpoint.dir=...] [adapter.path=...] [exact_match=20]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qlora_builders.checkpoint import load_with_adapter
+from qlora_builders.config.entry import run_recipe
+from qlora_builders.config.schema import EvaluateConfig
+from qlora_builders.data import (
+    Batch,
+    TokenizedDataset,
+    Tokenizer,
+    batch_indices,
+    build_dataset,
+    check_token_range,
+    collate,
+)
+from qlora_builders.errors import ConfigError
+from qlora_builders.models import generate
+from qlora_builders.modules import CausalLM
+from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
+from qlora_builders.training.loop import evaluate_loss
+
+
+def main(cfg: EvaluateConfig) -> None:
+    if cfg.data.eval is None:
+        raise ConfigError("data.eval is null; name the file or hub id to evaluate on")
+    device = resolve_device(cfg.device)
+    tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
+    data = build_dataset(
+        cfg.data.eval,
+        tokenizer,
+        format=cfg.data.format,
+        max_seq_len=cfg.data.max_seq_len,
+        train_on=cfg.data.train_on,
+        columns=asdict(cfg.data.columns),
+        max_rows=cfg.data.max_rows,
+    )
+    model = load_with_adapter(
+        cfg.checkpoint.dir,
+        cfg.adapter.path,
+        quantize=cfg.quantize,
+        device=device,
+        dtype=resolve_dtype(cfg.dtype),
+        compute_dtype=resolve_compute_dtype(cfg.compute_dtype, device),
+    )
+    check_token_range(data, model.spec.arch.vocab_size)
+
+    loss, tokens = evaluate_loss(model, batches(data, cfg.batch_size, device))
+    results: dict[str, Any] = {
+        "data": data.report.source,
+        "examples": len(data),
+        "target_tokens": tokens,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+    }
+    console = Console()
+    console.print(f"{data.report.summary()}", highlight=False)
+    console.print(f"loss {loss:.4f}  perplexity {math.exp(loss):.3f}", highlight=False)
+    if cfg.exact_match:
+        answers = answer_rows(model, data, cfg)
+        right = sum(answer["right"] for answer in answers)
+        results |= {"exact_match": right / len(answers), "right": right, "answers": answers}
+        console.print(answer_table(answers))
+        console.print(f"exact match: {right} of {len(answers)}", highlight=False)
+    if cfg.output is not None:
+        path = Path(cfg.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def batches(data: TokenizedDataset, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    for indices in batch_indices(len(data), batch_size=batch_size, seed=0, epoch=0, shuffle=False):
+        examples = [data[index] for index in indices]
+        yield collate(examples, pad_token_id=data.tokenizer.pad_token_id).to(device)
+
+
+def answer_rows(
+    model: CausalLM, data: TokenizedDataset, cfg: EvaluateConfig
+) -> list[dict[str, Any]]:
+    """Greedy answers to the first rows, compared with the reference without outer white space."""
+    answers = []
+    for index in range(min(cfg.exact_match, len(data))):
+        prompt_ids, reference = data.prompt_and_answer(index)
+        ids = generate(
+            model,
+            prompt_ids,
+            max_new_tokens=cfg.max_new_tokens,
+            stop_token_ids=data.tokenizer.stop_token_ids,
+        )
+        answer = data.tokenizer.decode(ids).strip()
+        answers.append(
+            {
+                "row": data[index].row,
+                "prompt": data.tokenizer.decode(prompt_ids),
+                "reference": reference.strip(),
+                "answer": answer,
+                "right": answer == reference.strip(),
+            }
+        )
+    return answers
+
+
+def answer_table(answers: list[dict[str, Any]], shown: int = 3) -> Table:
+    table = Table(title=f"the first {min(shown, len(answers))} answers", show_lines=True)
+    for column in ("prompt", "reference", "answer", "right"):
+        table.add_column(column, overflow="fold")
+    for answer in answers[:shown]:
+        prompt = " ".join(answer["prompt"].split())
+        right = "yes" if answer["right"] else "no"
+        table.add_row(prompt, answer["reference"], answer["answer"], right)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(main, "evaluate"))

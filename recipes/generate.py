@@ -1,0 +1,86 @@
+"""Answer prompts with a checkpoint, or a checkpoint and an adapter.
+
+qlora generate prompt="..." [checkpoint.dir=...] [adapter.path=...]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from qlora_builders.checkpoint import load_with_adapter
+from qlora_builders.config.entry import run_recipe
+from qlora_builders.config.schema import GenerateConfig
+from qlora_builders.data import Tokenizer
+from qlora_builders.models import generate
+from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
+
+
+def main(cfg: GenerateConfig) -> None:
+    device = resolve_device(cfg.device)
+    tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
+    model = load_with_adapter(
+        cfg.checkpoint.dir,
+        cfg.adapter.path,
+        quantize=cfg.quantize,
+        device=device,
+        dtype=resolve_dtype(cfg.dtype),
+        compute_dtype=resolve_compute_dtype(cfg.compute_dtype, device),
+    )
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    prompts = list(read_prompts(cfg))
+    for prompt in prompts:
+        if len(prompts) > 1:
+            print(f">>> {prompt}")
+        tokens = generate(
+            model,
+            encode_prompt(prompt, cfg, tokenizer),
+            max_new_tokens=cfg.max_new_tokens,
+            stop_token_ids=tokenizer.stop_token_ids,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            generator=generator,
+        )
+        if cfg.stream:
+            for text in stream_text(tokens, tokenizer):
+                print(text, end="", flush=True)
+            print()
+        else:
+            print(tokenizer.decode(list(tokens)))
+
+
+def read_prompts(cfg: GenerateConfig) -> Iterator[str]:
+    if cfg.prompt is not None:
+        yield cfg.prompt
+    if cfg.prompts_file is not None:
+        yield from filter(None, Path(cfg.prompts_file).read_text().splitlines())
+
+
+def encode_prompt(prompt: str, cfg: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
+    if not cfg.chat or tokenizer.chat_template is None:
+        return tokenizer.encode(prompt)
+    messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    messages.append({"role": "user", "content": prompt})
+    text = tokenizer.render_chat(messages, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def stream_text(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Text as it becomes certain: a character may need several tokens to be complete."""
+    ids: list[int] = []
+    shown = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text.removeprefix(shown)
+            shown = text
+    yield tokenizer.decode(ids).removeprefix(shown)
+
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(main, "generate"))

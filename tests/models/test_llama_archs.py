@@ -1,0 +1,109 @@
+"""Arch rows against the sizes that their publishers state, and what an arch refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_builders.errors import QLoRAError
+from qlora_builders.models import LLAMA_ARCHS, LlamaArch, get_arch, linear_slots, llama
+
+# Parameters as the hub counts them: `total` of each repository's safetensors metadata, without the
+# rotary buffers that the Llama 2 files also hold. Repositories: meta-llama/Llama-2-{7b,13b,70b}-hf,
+# codellama/CodeLlama-{7b,13b,34b,70b}-hf, meta-llama/Meta-Llama-3-{8B,70B},
+# meta-llama/Llama-3.1-{8B,70B,405B}, meta-llama/Llama-3.2-{1B,3B}, meta-llama/Llama-3.3-70B-Instruct,
+# TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T.
+PUBLISHED_PARAMETERS = {
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "codellama_7b": 6_738_546_688,
+    "codellama_13b": 13_016_028_160,
+    "codellama_34b": 33_743_970_304,
+    "codellama_70b": 68_976_910_336,
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "llama3_1_8b": 8_030_261_248,
+    "llama3_1_70b": 70_553_706_496,
+    "llama3_1_405b": 405_853_388_800,
+    "llama3_2_1b": 1_235_814_400,
+    "llama3_2_3b": 3_212_749_824,
+    "llama3_3_70b": 70_553_706_496,
+    "tinyllama_1_1b": 1_100_048_384,
+}
+TINY: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_layers": 1,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def test_every_row_has_a_published_count() -> None:
+    assert set(PUBLISHED_PARAMETERS) == set(LLAMA_ARCHS)
+
+
+@pytest.mark.parametrize("name", LLAMA_ARCHS)
+def test_parameter_count(name: str) -> None:
+    model = llama(name, device="meta")
+    parameters = list(model.parameters())  # a tied head counts once
+    assert all(parameter.is_meta for parameter in parameters)
+    assert sum(parameter.numel() for parameter in parameters) == PUBLISHED_PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", LLAMA_ARCHS)
+def test_heads_cover_the_hidden_size(name: str) -> None:
+    """True of every published row, though not of every Llama."""
+    arch = LLAMA_ARCHS[name]
+    assert arch.num_heads * arch.head_dim == arch.hidden_size
+
+
+@pytest.mark.parametrize("name", ["llama3_1_8b", "llama3_1_70b", "llama3_1_405b", "llama3_3_70b"])
+def test_long_context_rows_scale_their_rope_by_8(name: str) -> None:
+    scaling = LLAMA_ARCHS[name].rope_scaling
+    assert scaling is not None
+    assert (scaling.rope_type, scaling.factor) == ("llama3", 8.0)
+    assert scaling.original_max_position_embeddings == 8192
+
+
+def test_quantized_row_on_meta() -> None:
+    model = llama(
+        "llama3_2_1b", [{"match": "layers.**", "kind": "qlora", "rank": 8, "alpha": 16}],
+        device="meta",
+    )
+    slots = [slot for slot in linear_slots(LLAMA_ARCHS["llama3_2_1b"]) if slot != "lm_head"]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(slots)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_get_arch_passes_an_arch_through() -> None:
+    arch = LlamaArch(**TINY)
+    assert get_arch(arch) is arch
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(QLoRAError, match=r"unknown arch 'llama3_8B'; did you mean 'llama3_8b'"):
+        llama("llama3_8B")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 0}, "num_layers is 0; it must be an integer >= 1"),
+        ({"vocab_size": "32"}, "vocab_size is '32'; it must be an integer >= 1"),
+        ({"hidden_size": None}, "hidden_size is None; it must be an integer >= 1"),
+        ({"num_kv_heads": 3}, "num_heads is 4 and num_kv_heads 3; the first must be a multiple"),
+        ({"head_dim": 5}, "head_dim is 5; rotary embedding needs an even one"),
+        ({"hidden_act": "sillu"}, "hidden_act is 'sillu'; did you mean 'silu'"),
+    ],
+)
+def test_impossible_arch(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(QLoRAError, match=message):
+        LlamaArch(**TINY | change)
