@@ -150,7 +150,6 @@ def main(cfg: FinetuneConfig) -> None:
 
     check_adapters_learned(model)
     evaluate(step)
-    metrics.close()
     result_dir = run_dir / ("adapter" if has_adapters(model) else "model")
     save(model, result_dir, cfg)
     progress.say(f"wrote {result_dir}")

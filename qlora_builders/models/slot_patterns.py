@@ -96,4 +96,7 @@ def _explain_no_match(pattern: str, alternative: str, names: Sequence[str]) -> s
             f"{did_you_mean(segment, words)} (names leave out the leading 'model.')"
         )
     shapes = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names}
-    return f"{which} matches nothing{did_you_mean(alternative, shapes)}"
+    # the last segment is what was meant; those before it are what was forgotten
+    leaf = _segment_regex(alternative.split(".")[-1])
+    same_leaf = {shape for shape in shapes if leaf.fullmatch(shape.split(".")[-1])}
+    return f"{which} matches nothing{did_you_mean(alternative, same_leaf or shapes)}"

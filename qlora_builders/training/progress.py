@@ -22,13 +22,10 @@ class MetricsLog:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / METRICS_FILE
-        self._file = self.path.open("a", buffering=1)
 
     def write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
 
 
 class ProgressReport:

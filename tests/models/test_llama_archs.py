@@ -13,8 +13,8 @@ from qlora_builders.models import LLAMA_ARCHS, LlamaArch, get_arch, linear_slots
 # Parameters as the hub counts them: `total` of each repository's safetensors metadata, without the
 # rotary buffers that the Llama 2 files also hold. Repositories: meta-llama/Llama-2-{7b,13b,70b}-hf,
 # codellama/CodeLlama-{7b,13b,34b,70b}-hf, meta-llama/Meta-Llama-3-{8B,70B},
-# meta-llama/Llama-3.1-{8B,70B,405B}, meta-llama/Llama-3.2-{1B,3B}, meta-llama/Llama-3.3-70B-Instruct,
-# TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T.
+# meta-llama/Llama-3.1-{8B,70B,405B}, meta-llama/Llama-3.2-{1B,3B},
+# meta-llama/Llama-3.3-70B-Instruct, TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T.
 PUBLISHED_PARAMETERS = {
     "llama2_7b": 6_738_415_616,
     "llama2_13b": 13_015_864_320,
@@ -74,7 +74,8 @@ def test_long_context_rows_scale_their_rope_by_8(name: str) -> None:
 
 def test_quantized_row_on_meta() -> None:
     model = llama(
-        "llama3_2_1b", [{"match": "layers.**", "kind": "qlora", "rank": 8, "alpha": 16}],
+        "llama3_2_1b",
+        [{"match": "layers.**", "kind": "qlora", "rank": 8, "alpha": 16}],
         device="meta",
     )
     slots = [slot for slot in linear_slots(LLAMA_ARCHS["llama3_2_1b"]) if slot != "lm_head"]

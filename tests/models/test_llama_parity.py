@@ -53,7 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
     },
     "other_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-    "odd_sizes": {"vocab_size": 1, "intermediate_size": 37, "num_hidden_layers": 3},
+    "odd_sizes": {"vocab_size": 7, "intermediate_size": 37, "num_hidden_layers": 3},
     "odd_vocabulary": {"vocab_size": 257},
     "gelu": {"hidden_act": "gelu"},
     "gelu_tanh": {"hidden_act": "gelu_pytorch_tanh"},
@@ -163,9 +163,7 @@ def test_position_ids_and_far_positions() -> None:
     positions = torch.arange(12) * 3 + torch.tensor([[5], [80]])
     with torch.no_grad():
         expected = theirs(ids, position_ids=positions).logits
-        torch.testing.assert_close(
-            own(ids, position_ids=positions), expected, rtol=1e-5, atol=2e-5
-        )
+        torch.testing.assert_close(own(ids, position_ids=positions), expected, rtol=1e-5, atol=2e-5)
 
 
 def test_bfloat16_logits_stay_close() -> None:

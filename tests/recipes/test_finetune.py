@@ -1,0 +1,182 @@
+"""The finetune recipe end to end on a tiny checkpoint, through the command line's own entry."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_builders import cli
+from qlora_builders.checkpoint import load_with_adapter
+from qlora_builders.config.shipped import shipped_dir
+
+
+def finetune(checkpoint: Path, rows: Path, run: Path, *overrides: str) -> int:
+    return cli.main(
+        [
+            "finetune",
+            f"checkpoint.dir={checkpoint}",
+            f"data.train={rows}",
+            f"data.eval={rows}",
+            f"output_dir={run}",
+            "training.max_steps=12",
+            "training.batch_size=4",
+            "training.compute_dtype=float32",
+            "optimizer.lr=1e-2",
+            *overrides,
+        ]
+    )
+
+
+def metrics(run: Path, key: str) -> list[Any]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row[key] for row in map(json.loads, lines) if key in row]
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_every_method_learns_and_leaves_a_complete_run(
+    checkpoint: Path, rows: Path, tmp_path: Path, method: str
+) -> None:
+    run = tmp_path / "run"
+    assert finetune(checkpoint, rows, run, f"method={method}") == 0
+    losses = metrics(run, "eval_loss")
+    assert len(losses) == 2  # before and after
+    assert losses[1] < losses[0] - 0.2
+    assert len(metrics(run, "loss")) == 12
+    for key in ("lr", "grad_norm", "tokens_per_s", "peak_memory_mib", "target_tokens"):
+        assert all(value > 0 for value in metrics(run, key))
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "loss.png"} <= names
+    if method == "full":
+        model = load_with_adapter(run / "model", None)
+        assert (run / "model" / "tokenizer.json").is_file()
+    else:
+        model = load_with_adapter(checkpoint, run / "adapter")
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]]))).all()
+
+
+def test_the_same_seed_gives_the_same_losses_and_weights(
+    checkpoint: Path, rows: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b", "c"):
+        seed = 1 if name == "c" else 0
+        overrides = ("method.dropout=0.1", f"training.seed={seed}")
+        assert finetune(checkpoint, rows, tmp_path / name, *overrides) == 0
+    a, b, c = (metrics(tmp_path / name, "loss") for name in "abc")
+    assert a == b
+    assert a != c
+    first, second = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "ab"
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_accumulation_equals_a_larger_batch(checkpoint: Path, rows: Path, tmp_path: Path) -> None:
+    finetune(checkpoint, rows, tmp_path / "large", "training.batch_size=4")
+    small = ("training.batch_size=1", "training.grad_accumulation=4")
+    finetune(checkpoint, rows, tmp_path / "small", *small)
+    large_losses = torch.tensor(metrics(tmp_path / "large", "loss"))
+    small_losses = torch.tensor(metrics(tmp_path / "small", "loss"))
+    torch.testing.assert_close(small_losses, large_losses, rtol=0, atol=2e-4)
+
+
+def test_activation_checkpointing_changes_no_loss(
+    checkpoint: Path, rows: Path, tmp_path: Path
+) -> None:
+    finetune(checkpoint, rows, tmp_path / "off")
+    finetune(checkpoint, rows, tmp_path / "on", "training.activation_checkpointing=true")
+    assert metrics(tmp_path / "off", "loss") == metrics(tmp_path / "on", "loss")
+
+
+def test_checkpoints_are_kept_as_asked(checkpoint: Path, rows: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert finetune(checkpoint, rows, run, "training.save_every=3", "training.keep_last=2") == 0
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_9", "step_12"}
+    load_with_adapter(checkpoint, run / "checkpoints" / "step_9")
+
+
+def test_a_run_is_not_overwritten_unasked(
+    checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert finetune(checkpoint, rows, run, "training.max_steps=1") == 0
+    assert finetune(checkpoint, rows, run, "training.max_steps=1") == 2
+    assert "is not empty; choose another, or set overwrite=true" in capsys.readouterr().err
+    assert finetune(checkpoint, rows, run, "training.max_steps=1", "overwrite=true") == 0
+
+
+def test_overwrite_spares_a_folder_that_is_no_run(
+    checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "precious.txt").write_text("keep me")
+    assert finetune(checkpoint, rows, tmp_path, "overwrite=true") == 2
+    assert "holds no run; overwrite=true replaces only runs" in capsys.readouterr().err
+    assert (tmp_path / "precious.txt").read_text() == "keep me"
+
+
+def test_a_diverging_run_stops_and_names_step_and_rows(
+    checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    overrides = ("optimizer.lr=1e30", "training.save_every=1", "lr_schedule.warmup_steps=0")
+    assert finetune(checkpoint, rows, run, *overrides) == 2
+    error = capsys.readouterr().err
+    assert "step 2: the loss is" in error
+    assert "on rows [" in error
+    assert f"the last checkpoint is {run / 'checkpoints' / 'step_1'}" in error
+    assert not (run / "adapter").exists()
+    load_with_adapter(checkpoint, run / "checkpoints" / "step_1")
+
+
+def test_an_adapter_that_learned_nothing_is_an_error(
+    checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(checkpoint, rows, tmp_path / "run", "optimizer.lr=1e-60") == 2
+    assert "all lora_B weights are zero after training" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_plan_that_trains_nothing_is_an_error(
+    checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = "components=[{match: '**', kind: linear}]"
+    assert finetune(checkpoint, rows, tmp_path / "run", nothing) == 2
+    assert "the plan trains nothing" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_leaves_a_loadable_checkpoint(checkpoint: Path, rows: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(shipped_dir("recipes") / "finetune.py"),
+            f"checkpoint.dir={checkpoint}",
+            f"data.train={rows}",
+            "data.eval=null",
+            f"output_dir={run}",
+            "training.max_steps=100000",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={"PATH": os.environ["PATH"]},  # a single process needs no variable
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    (folder,) = (run / "checkpoints").iterdir()
+    assert f"the last checkpoint is {folder}" in output.replace("\n", "")
+    load_with_adapter(checkpoint, folder)

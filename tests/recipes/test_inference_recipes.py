@@ -1,0 +1,188 @@
+"""generate, evaluate, merge and inspect on a tiny checkpoint and an adapter trained on it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_builders import cli
+from qlora_builders.checkpoint import load_checkpoint, load_with_adapter
+
+F32 = "compute_dtype=float32"
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("adapter") / "run"
+    argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}", f"output_dir={run}"]
+    argv += ["training.max_steps=250", "training.compute_dtype=float32", "optimizer.lr=1e-2"]
+    # the base is random, so the frozen embedding and head could not tell the words apart
+    head = "components=[{match: lm_head, kind: lora, rank: 16, alpha: 32}]"
+    argv += [head, "train=[embed_tokens, norm]"]
+    assert cli.main([*argv, "data.eval=null", "training.batch_size=5"]) == 0
+    return run / "adapter"
+
+
+def test_evaluate_reports_what_it_writes(
+    checkpoint: Path,
+    rows: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    results = {}
+    for name, extra in (("base", []), ("tuned", [f"adapter.path={adapter}"])):
+        output = tmp_path / "new" / f"{name}.json"
+        argv = ["evaluate", f"checkpoint.dir={checkpoint}", f"data.eval={rows}", F32]
+        assert cli.main([*argv, "exact_match=5", f"output={output}", *extra]) == 0
+        results[name] = json.loads(output.read_text())
+        assert f"loss {results[name]['loss']:.4f}" in capsys.readouterr().out
+    base, tuned = results["base"], results["tuned"]
+    assert tuned["loss"] < 0.5 * base["loss"]
+    assert tuned["perplexity"] == math.exp(tuned["loss"])
+    assert (base["right"], tuned["right"]) == (0, 5)
+    assert tuned["answers"][0]["answer"] == tuned["answers"][0]["reference"] == "two"
+
+
+def test_evaluation_loss_is_transformers_loss(checkpoint: Path, rows: Path, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    argv = ["evaluate", f"checkpoint.dir={checkpoint}", f"data.eval={rows}", F32]
+    assert cli.main([*argv, f"output={output}", "batch_size=3"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    total, count = 0.0, 0
+    for line in rows.read_text().splitlines():
+        row = json.loads(line)
+        user = [{"role": "user", "content": row["prompt"]}]
+        full = [*user, {"role": "assistant", "content": row["completion"]}]
+        prompt = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(full, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        skipped = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        labels = ids.clone()
+        labels[:, :skipped] = -100
+        trained = ids.shape[1] - skipped
+        with torch.no_grad():
+            total += model(ids, labels=labels).loss.item() * trained
+        count += trained
+    result = json.loads(output.read_text())
+    assert result["target_tokens"] == count
+    assert result["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_generate_answers_streamed_or_not(
+    checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("what comes after three\nwhat comes after five\n")
+    argv = ["generate", f"checkpoint.dir={checkpoint}", f"adapter.path={adapter}", F32]
+    for stream in ("true", "false"):
+        assert cli.main([*argv, "prompt=what comes after one", f"stream={stream}"]) == 0
+        assert capsys.readouterr().out == "two\n"
+        assert cli.main([*argv, f"prompts_file={prompts}", f"stream={stream}"]) == 0
+        expected = ">>> what comes after three\nfour\n>>> what comes after five\nsix\n"
+        assert capsys.readouterr().out == expected
+
+
+def test_sampling_depends_on_the_seed_alone(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", f"checkpoint.dir={checkpoint}", F32, "prompt=what", "max_new_tokens=20"]
+    outputs = []
+    for seed in (0, 0, 1):
+        options = ["temperature=1.0", "top_k=50", "top_p=0.9", f"seed={seed}"]
+        assert cli.main([*argv, *options]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_directory_is_base_plus_adapter(
+    checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    merged = tmp_path / "merged"
+    argv = ["merge", f"checkpoint.dir={checkpoint}", f"adapter.path={adapter}"]
+    assert cli.main([*argv, f"output_dir={merged}", f"dtype={dtype}"]) == 0
+    assert "logits differ by 0." in capsys.readouterr().out
+    ids = torch.tensor([[1, 5, 9, 20, 3]])
+    expected = load_with_adapter(checkpoint, adapter, compute_dtype=torch.float32)(ids)
+    theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
+    ours = load_checkpoint(merged, dtype=torch.float32)(ids)
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(merged).chat_template is not None
+    assert cli.main([*argv, f"output_dir={merged}"]) == 2
+    assert "exists; choose a new folder" in capsys.readouterr().err
+
+
+def test_a_merge_that_is_not_the_adapted_model_is_refused(
+    checkpoint: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    delta = "qlora_builders.modules.linear.LoRALinear.lora_delta"
+    monkeypatch.setattr(delta, lambda self: torch.zeros(self.out_features, self.in_features))
+    argv = ["merge", f"checkpoint.dir={checkpoint}", f"adapter.path={adapter}"]
+    assert cli.main([*argv, f"output_dir={tmp_path / 'merged'}"]) == 2
+    assert "the merged model is not base + adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shown"),
+    [
+        (
+            ["components=[{match: 'layers.*.mlp.*', kind: linear}]"],
+            ["layers.0-1.self_attn.q_proj qlora", "layers.0-1.mlp.up_proj linear"],
+        ),
+        (
+            ["components=[{match: 'layers.1.**', kind: linear}]", "train=[norm]"],
+            ["layers.0.mlp.up_proj qlora", "layers.1.mlp.up_proj linear", "norm RMSNorm"],
+        ),
+        (
+            ["components=[{match: 'layers.1.*.q_proj', kind: qlora, rank: 3, alpha: 6}]"],
+            ["layers.0.self_attn.q_proj qlora rank=16", "layers.1.self_attn.q_proj qlora rank=3"],
+        ),
+        (["method=full"], ["lm_head linear trainable=True"]),
+    ],
+)
+def test_inspect_shows_the_plan(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], shown: list[str]
+) -> None:
+    assert cli.main(["inspect", f"checkpoint.dir={checkpoint}", *overrides]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for start in shown:
+        assert any(line.startswith(start) for line in lines), (start, lines)
+
+
+def test_inspect_counts_an_8b(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "model.arch=llama3_1_8b"]) == 0
+    output = capsys.readouterr().out
+    assert "8,030,261,248 base parameters" in output
+    assert "41,943,040 parameters train" in output  # rank 16 on seven projections of 32 layers
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.targets=[q_porj]", "did you mean 'q_proj'?"),
+        ("components=[{match: lm_head, kind: qlora, rnak: 4}]", "did you mean 'rank'?"),
+        ("components=[{match: layers.99.**, kind: linear}]", "the layers are 0 to 1"),
+        ("components=[{match: lm_head, kind: qlroa}]", "did you mean 'qlora'?"),
+        ("training.bach_size=2", "training.batch_size"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_code_2(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    assert cli.main(["inspect", f"checkpoint.dir={checkpoint}", override]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
