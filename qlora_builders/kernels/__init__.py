@@ -7,10 +7,12 @@ there is, and models can be built without memory.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from qlora_builders.kernels import nf4_reference
+from qlora_builders.kernels import nf4_cpu, nf4_reference
 from qlora_builders.kernels.nf4_reference import (
     NF4_CODEBOOK,
     SCALE_FORMATS,
@@ -38,9 +40,23 @@ _library.define(
     "dequantize_nf4(Tensor codes, Tensor scales, Tensor scale_groups, *, int numel, int block_size,"
     " int scale_block_size, str scale_format, ScalarType dtype, ScalarType out_dtype) -> Tensor"
 )
-for _device in ("CPU", "CUDA"):
-    _library.impl("quantize_nf4", nf4_reference.quantize_nf4, _device)
-    _library.impl("dequantize_nf4", nf4_reference.dequantize_nf4, _device)
+_library.impl("quantize_nf4", nf4_reference.quantize_nf4, "CUDA")
+_library.impl("dequantize_nf4", nf4_reference.dequantize_nf4, "CUDA")
+
+
+@torch.library.impl(_library, "quantize_nf4", "CPU")
+def _quantize_nf4_cpu(weight: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    compiled = nf4_cpu.supports(options["scale_format"], weight.dtype)
+    return (nf4_cpu if compiled else nf4_reference).quantize_nf4(weight, **options)
+
+
+@torch.library.impl(_library, "dequantize_nf4", "CPU")
+def _dequantize_nf4_cpu(
+    codes: Tensor, scales: Tensor, scale_groups: Tensor, **options: Any
+) -> Tensor:
+    compiled = nf4_cpu.supports(options["scale_format"], options["dtype"], options["out_dtype"])
+    backend = nf4_cpu if compiled else nf4_reference
+    return backend.dequantize_nf4(codes, scales, scale_groups, **options)
 
 
 @torch.library.register_fake("qlora_builders::quantize_nf4", lib=_library)

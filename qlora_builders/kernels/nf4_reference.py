@@ -65,6 +65,7 @@ _BYTE_VALUES = torch.stack(
 
 SCALE_FORMATS = ("geometric", "none")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NOT_FINITE = "the weight has NaN or infinite elements; repair the checkpoint"
 
 # Elements worked on at once; bounds the float32 and int32 temporaries to about 16 MiB.
 _CHUNK_ELEMENTS = 1 << 20
@@ -94,7 +95,8 @@ def quantize_nf4(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize a weight of any shape; returns (codes, scales, scale_groups).
 
-    The weight must be finite; the caller checks (`to_nf4` does).
+    Raises:
+        ValueError: if the weight has NaN or infinite elements.
     """
     flat = weight.reshape(-1)
     shapes = field_shapes(
@@ -113,6 +115,8 @@ def quantize_nf4(
         chunk = flat[start : start + step]
         blocks = _pad(chunk.float(), block_size).view(-1, block_size)
         absmax = blocks.abs().amax(dim=1)
+        if not torch.isfinite(absmax).all():
+            raise ValueError(NOT_FINITE)
         block = start // block_size
         block_slice = slice(block, block + absmax.numel())
         if scale_format == "none":

@@ -211,12 +211,12 @@ def quantize_(
     if not layers:
         raise ValueError("quantize_ selected no nn.Linear layer; check filter_fn")
     for name, layer in layers:
-        _check_not_shared(module, f"{name}.weight", layer.weight)
+        _check_not_shared(module, name, layer)
     for name, layer in layers:
         try:
             quantize_weight_(layer, **nf4_options)
         except ValueError as error:
-            raise ValueError(f"{name}.weight: {error}") from error
+            raise ValueError(f"{_key(name, 'weight')}: {error}") from error
     return module
 
 
@@ -228,17 +228,23 @@ def quantize_weight_(module: nn.Module, **nf4_options: Any) -> None:
     module.register_load_state_dict_pre_hook(quantize_state_dict)
 
 
-def _check_not_shared(module: nn.Module, key: str, weight: Tensor) -> None:
+def _check_not_shared(module: nn.Module, name: str, layer: nn.Linear) -> None:
     others = [
-        name
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if parameter is weight and name != key
+        _key(other_name, key)
+        for other_name, other in module.named_modules()
+        for key, parameter in other.named_parameters(recurse=False)
+        if parameter is layer.weight and other is not layer
     ]
     if others:
         raise ValueError(
-            f"{key} is shared with {', '.join(others)}, which would keep the old weight; leave it "
-            "out with filter_fn, or untie it first"
+            f"{_key(name, 'weight')} is shared with {', '.join(others)}, which would keep the old "
+            "weight; leave it out with filter_fn, or untie it first"
         )
+
+
+def _key(module_name: str, parameter_name: str) -> str:
+    """The parameter's state_dict key; the root module's name is empty."""
+    return f"{module_name}.{parameter_name}" if module_name else parameter_name
 
 
 def dequantize_state_dict(

@@ -231,12 +231,6 @@ def to_nf4(
     if weight.dim() not in (1, 2):
         raise ValueError(f"cannot quantize a weight of shape {list(weight.shape)}; use 1-D or 2-D")
     weight = weight.detach()
-    if weight.device.type != "meta" and not _is_finite(weight):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise ValueError(
-            f"the weight has {bad} NaN or infinite elements in {weight.dtype}; repair the "
-            "checkpoint, or use a dtype of wider range"
-        )
     return NF4Tensor(
         *quantize_nf4(weight, **options), shape=weight.shape, dtype=weight.dtype, **options
     )
@@ -246,11 +240,3 @@ def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in WEIGHT_DTYPES:
         allowed = ", ".join(str(allowed) for allowed in WEIGHT_DTYPES)
         raise ValueError(f"an NF4 weight cannot stand for dtype {dtype}; allowed: {allowed}")
-
-
-def _is_finite(weight: Tensor) -> bool:
-    """min and max propagate NaN and show infinities, without a mask the size of the weight."""
-    if weight.numel() == 0:
-        return True
-    low, high = torch.aminmax(weight)
-    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -20,11 +20,11 @@ F32 = "compute_dtype=float32"
 def adapter(checkpoint: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("adapter") / "run"
     argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}", f"output_dir={run}"]
-    argv += ["training.max_steps=250", "training.compute_dtype=float32", "optimizer.lr=1e-2"]
+    argv += ["training.max_steps=100", "training.compute_dtype=float32", "optimizer.lr=1e-2"]
     # the base is random, so the frozen embedding and head could not tell the words apart
     head = "components=[{match: lm_head, kind: lora, rank: 16, alpha: 32}]"
     argv += [head, "train=[embed_tokens, norm]"]
-    assert cli.main([*argv, "data.eval=null", "training.batch_size=5"]) == 0
+    assert cli.main([*argv, "data.eval=null", "training.batch_size=20"]) == 0
     return run / "adapter"
 
 
@@ -113,8 +113,8 @@ def test_merged_directory_is_base_plus_adapter(
     expected = load_with_adapter(checkpoint, adapter, compute_dtype=torch.float32)(ids)
     theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
     ours = load_checkpoint(merged, dtype=torch.float32)(ids)
-    tolerance = 1e-4 if dtype == "float32" else 0.1
-    torch.testing.assert_close(theirs, expected, rtol=0, atol=tolerance)
+    error = (theirs - expected).square().mean().sqrt() / expected.std()
+    assert error < (1e-6 if dtype == "float32" else 1e-2)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert AutoTokenizer.from_pretrained(merged).chat_template is not None
     assert cli.main([*argv, f"output_dir={merged}"]) == 2

@@ -1,0 +1,311 @@
+/* NF4 on CPUs: quantize and dequantize, bit for bit what nf4_reference.py gives.
+
+   Layout (n elements, blocks of `block_size`, groups of `scale_block_size` blocks)
+
+       weight   w0 w1 w2 w3 ...                n elements, row-major
+       codes    [w0:hi nibble | w1:lo nibble]  one byte per pair, ceil(n / 2) bytes
+       scales   one per block: uint8 code (geometric) or float32 (none)
+       groups   per group: lo, hi              float32, smallest positive and largest scale
+
+   Formula
+       quantize    a = max |w| of the block; code = number of midpoints below w / a
+                   scale code = nearest entry of the group's grid, rounded to the weight's dtype
+       dequantize  w = round(codebook[code] * round(scale))
+
+   How
+       Quantize makes two passes over a group (32 KiB of bfloat16 at the default sizes), so the
+       second finds the weights in cache. The block maximum is an integer maximum of the bit
+       patterns without their sign: it vectorizes, and NaN and infinity come out on top, which
+       makes the check for them free. Counting midpoints is 15 compares without a branch.
+       Dequantize computes the 16 values that a block can hold, rounded to the output's dtype, and
+       then only looks them up; with AVX-512 that is one permute for 16 elements.
+
+   Limits
+       block_size must be even (to_nf4 allows powers of two from 32). Threads split whole groups
+       when quantizing and whole blocks when dequantizing. Indices are 64-bit. No fast-math: the
+       compiler must not contract or reassociate.
+
+   Compiled by nf4_cpu.py at first use; scripts/bench_nf4.py measures it. */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define HAVE_AVX512 1
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum { GEOMETRIC = 0, NONE = 1 };
+
+static const float CODEBOOK[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+/* ---- bits and dtypes ---------------------------------------------------------------------- */
+
+INLINE uint32_t to_bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
+INLINE float from_bits(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
+
+INLINE uint16_t float_to_bfloat16(float x) { /* to nearest, ties to even; x finite */
+    uint32_t b = to_bits(x);
+    return (uint16_t)((b + 0x7FFF + ((b >> 16) & 1)) >> 16);
+}
+
+INLINE float half_to_float(uint16_t h) {
+    uint32_t magnitude = h & 0x7FFF, sign = (uint32_t)(h & 0x8000) << 16;
+    uint32_t special = 0x7F800000u | magnitude << 13; /* infinity and NaN */
+    /* 2^112 moves the exponent bias from 15 to 127, exactly, subnormals included */
+    uint32_t finite = to_bits(from_bits(magnitude << 13) * from_bits(0x77800000u));
+    return from_bits(sign | (magnitude >= 0x7C00 ? special : finite));
+}
+
+INLINE uint16_t float_to_half(float x) { /* to nearest, ties to even; overflow is infinity */
+    uint32_t b = to_bits(x), sign = (b >> 16) & 0x8000;
+    b &= 0x7FFFFFFF;
+    if (b >= 0x47800000) return (uint16_t)(sign | 0x7C00); /* 65536 and above */
+    if (b < 0x38800000) /* subnormal halves: adding 0.5 rounds at its last bit, 2^-24 */
+        return (uint16_t)(sign | (to_bits(from_bits(b) + 0.5f) - to_bits(0.5f)));
+    return (uint16_t)(sign | ((b + 0xC8000FFFu + ((b >> 13) & 1)) >> 13));
+}
+
+INLINE float round_to(float x, int dtype) {
+    if (dtype == BFLOAT16) return from_bits((uint32_t)float_to_bfloat16(x) << 16);
+    if (dtype == FLOAT16) return half_to_float(float_to_half(x));
+    return x;
+}
+
+INLINE float load(const void *data, int64_t i, int dtype) {
+    if (dtype == BFLOAT16) return from_bits((uint32_t)((const uint16_t *)data)[i] << 16);
+    if (dtype == FLOAT16) return half_to_float(((const uint16_t *)data)[i]);
+    return ((const float *)data)[i];
+}
+
+INLINE float smallest_normal(int dtype) { return dtype == FLOAT16 ? 0x1p-14f : 0x1p-126f; }
+
+INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* ---- scales ------------------------------------------------------------------------------- */
+
+/* Scale of code k = 1..255 before rounding: its bit pattern lies k - 1 of 254 steps from lo. */
+INLINE float grid_scale(int k, float lo, float hi) {
+    int64_t lo_bits = to_bits(lo), hi_bits = to_bits(hi);
+    return from_bits((uint32_t)(lo_bits + ((k - 1) * (hi_bits - lo_bits) + 127) / 254));
+}
+
+/* First index in ascending grid[255] whose value is not below x; 254 if there is none. */
+INLINE int first_not_below(const float *grid, float x) {
+    int low = 0, high = 254;
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (grid[middle] < x) low = middle + 1; else high = middle;
+    }
+    return low;
+}
+
+/* Codes of the block maxima of one group; of equal rounded scales the first is meant. */
+static void encode_scales(const float *absmax, int64_t blocks, uint8_t *codes, float *group,
+                          int dtype) {
+    float lo = 0, hi = 0, grid[255];
+    for (int64_t b = 0; b < blocks; b++) {
+        float a = absmax[b];
+        if (a > 0 && (lo == 0 || a < lo)) lo = a;
+        if (a > hi) hi = a;
+    }
+    group[0] = lo;
+    group[1] = hi;
+    for (int k = 1; k <= 255; k++) grid[k - 1] = round_to(grid_scale(k, lo, hi), dtype);
+    for (int64_t b = 0; b < blocks; b++) {
+        int above = first_not_below(grid, absmax[b]);
+        float upper = grid[above], lower = grid[above > 0 ? above - 1 : 0];
+        float up = upper - absmax[b], down = absmax[b] - lower;
+        int nearest = (down < 0 ? -down : down) <= (up < 0 ? -up : up)
+                          ? first_not_below(grid, lower) : above;
+        codes[b] = absmax[b] > 0 ? (uint8_t)(nearest + 1) : 0;
+    }
+}
+
+/* ---- quantize ----------------------------------------------------------------------------- */
+
+INLINE float block_absmax(const void *weight, int64_t start, int64_t length, int dtype) {
+    int32_t largest = 0; /* bit patterns of non-negative floats are ordered like integers */
+    for (int64_t i = 0; i < length; i++) {
+        int32_t magnitude = (int32_t)(to_bits(load(weight, start + i, dtype)) & 0x7FFFFFFF);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return from_bits((uint32_t)largest);
+}
+
+enum { STRIP = 32 }; /* elements coded at once; every block size is a multiple of it */
+
+/* Codes of one strip; missing elements of the weight's tail are zero. */
+INLINE void code_strip(const float *x, float scale, uint8_t *out) {
+    float divisor = scale > 0 ? scale : from_bits(0x7F800000); /* a zero block codes as 0.0 */
+    float normalized[STRIP];
+    int32_t code[STRIP] = {0};
+    for (int i = 0; i < STRIP; i++) normalized[i] = x[i] / divisor;
+    for (int k = 0; k < 15; k++) {
+        float midpoint = (CODEBOOK[k] + CODEBOOK[k + 1]) / 2;
+        for (int i = 0; i < STRIP; i++) code[i] += normalized[i] > midpoint;
+    }
+    for (int i = 0; i < STRIP; i++) out[i] = (uint8_t)code[i];
+}
+
+INLINE void code_block(const void *weight, int64_t start, int64_t length, float absmax,
+                       float decoded, uint8_t *codes, int dtype) {
+    int tiny = decoded < 16 * smallest_normal(dtype);
+    for (int64_t at = 0; at < length; at += STRIP) {
+        int64_t count = min64(STRIP, length - at);
+        float x[STRIP] = {0};
+        uint8_t code[STRIP];
+        for (int64_t i = 0; i < count; i++) x[i] = load(weight, start + at + i, dtype);
+        code_strip(x, absmax, code);
+        if (tiny) { /* products leave the normal range: take the codes of a second pass */
+            for (int i = 0; i < STRIP; i++) x[i] = round_to(CODEBOOK[code[i]] * decoded, dtype);
+            code_strip(x, decoded, code);
+        }
+        if (count & 1) code[count] = 0; /* the padding nibble of an odd tail */
+        uint8_t *out = codes + (start + at) / 2;
+        for (int64_t i = 0; i < (count + 1) / 2; i++)
+            out[i] = (uint8_t)(code[2 * i] << 4 | code[2 * i + 1]);
+    }
+}
+
+INLINE int quantize(const void *weight, uint8_t *codes, void *scales, float *groups, int64_t numel,
+                    int64_t block_size, int64_t scale_block_size, int format, int threads,
+                    int dtype) {
+    int64_t blocks = ceil_div(numel, block_size), group_count = ceil_div(blocks, scale_block_size);
+    int64_t buffer_size = min64(scale_block_size, blocks);
+    int failed = 0; /* 1: NaN or infinity, 2: out of memory */
+#pragma omp parallel num_threads(threads) reduction(max : failed)
+    {
+        float *absmax = malloc((size_t)buffer_size * sizeof(float));
+        if (!absmax) failed = 2;
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < group_count; g++) {
+            if (!absmax) continue;
+            int64_t first = g * scale_block_size, count = min64(scale_block_size, blocks - first);
+            int finite = 1;
+            for (int64_t b = 0; b < count; b++) {
+                int64_t start = (first + b) * block_size;
+                absmax[b] = block_absmax(weight, start, min64(block_size, numel - start), dtype);
+                finite &= to_bits(absmax[b]) < 0x7F800000;
+            }
+            if (!finite) {
+                failed = 1;
+                continue;
+            }
+            uint8_t *scale_codes = (uint8_t *)scales + first;
+            if (format == NONE) memcpy((float *)scales + first, absmax, (size_t)count * 4);
+            else encode_scales(absmax, count, scale_codes, groups + 2 * g, dtype);
+            for (int64_t b = 0; b < count; b++) {
+                float decoded = absmax[b];
+                if (format == GEOMETRIC)
+                    decoded = !scale_codes[b] ? 0 : round_to(
+                        grid_scale(scale_codes[b], groups[2 * g], groups[2 * g + 1]), dtype);
+                int64_t start = (first + b) * block_size;
+                code_block(weight, start, min64(block_size, numel - start), absmax[b], decoded,
+                           codes, dtype);
+            }
+        }
+        free(absmax);
+    }
+    return failed;
+}
+
+int qlora_quantize_nf4(const void *weight, uint8_t *codes, void *scales, float *groups,
+                       int64_t numel, int64_t block_size, int64_t scale_block_size, int format,
+                       int dtype, int threads) {
+#define ARGS weight, codes, scales, groups, numel, block_size, scale_block_size, format, threads
+    if (dtype == BFLOAT16) return quantize(ARGS, BFLOAT16);
+    if (dtype == FLOAT16) return quantize(ARGS, FLOAT16);
+    return quantize(ARGS, FLOAT32);
+#undef ARGS
+}
+
+/* ---- dequantize --------------------------------------------------------------------------- */
+
+INLINE void store(void *out, int64_t i, float x, int dtype) {
+    if (dtype == BFLOAT16) ((uint16_t *)out)[i] = (uint16_t)(to_bits(x) >> 16);
+    else if (dtype == FLOAT16) ((uint16_t *)out)[i] = float_to_half(x);
+    else ((float *)out)[i] = x;
+}
+
+INLINE void look_up_block(const float *values, const uint8_t *codes, void *out, int64_t start,
+                          int64_t length, int out_dtype) {
+    const uint8_t *bytes = codes + start / 2;
+    int64_t i = 0;
+#ifdef HAVE_AVX512
+    __m512 table = _mm512_loadu_ps(values);
+    for (; i + 32 <= length; i += 32) { /* 16 bytes: interleave nibbles, permute, narrow, store */
+        __m128i packed = _mm_loadu_si128((const __m128i *)(bytes + i / 2));
+        __m128i mask = _mm_set1_epi8(15);
+        __m128i high = _mm_and_si128(_mm_srli_epi16(packed, 4), mask);
+        __m128i low = _mm_and_si128(packed, mask);
+        __m128i halves[2] = {_mm_unpacklo_epi8(high, low), _mm_unpackhi_epi8(high, low)};
+        for (int h = 0; h < 2; h++) {
+            int64_t at = start + i + 16 * h;
+            __m512 x = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(halves[h]), table);
+            if (out_dtype == FLOAT32) {
+                _mm512_storeu_ps((float *)out + at, x);
+            } else {
+                __m256i narrow = out_dtype == FLOAT16
+                    ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)
+                    : _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16));
+                _mm256_storeu_si256((__m256i *)((uint16_t *)out + at), narrow);
+            }
+        }
+    }
+#endif
+    for (; i < length; i++) {
+        int code = i & 1 ? bytes[i / 2] & 15 : bytes[i / 2] >> 4;
+        store(out, start + i, values[code], out_dtype);
+    }
+}
+
+/* Elements first .. last of the weight go to out[0 ..]; first is a multiple of block_size. */
+INLINE void dequantize(const uint8_t *codes, const void *scales, const float *groups, void *out,
+                       int64_t first, int64_t last, int64_t block_size, int64_t scale_block_size,
+                       int format, int dtype, int threads, int out_dtype) {
+    int64_t blocks = ceil_div(last - first, block_size), first_block = first / block_size;
+    codes += first / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t block = first_block + b;
+        const float *group = groups + 2 * (block / scale_block_size);
+        float scale;
+        if (format == NONE) {
+            scale = ((const float *)scales)[block];
+        } else {
+            int k = ((const uint8_t *)scales)[block];
+            scale = k ? grid_scale(k, group[0], group[1]) : 0;
+        }
+        scale = round_to(scale, dtype);
+        float values[16]; /* what the block can hold, rounded to the weight's, then out's dtype */
+        for (int k = 0; k < 16; k++)
+            values[k] = round_to(round_to(CODEBOOK[k] * scale, dtype), out_dtype);
+        int64_t start = b * block_size;
+        look_up_block(values, codes, out, start, min64(block_size, last - first - start),
+                      out_dtype);
+    }
+}
+
+void qlora_dequantize_nf4(const uint8_t *codes, const void *scales, const float *groups, void *out,
+                          int64_t first, int64_t last, int64_t block_size,
+                          int64_t scale_block_size, int format, int dtype, int out_dtype,
+                          int threads) {
+#define ARGS codes, scales, groups, out, first, last, block_size, scale_block_size, format
+#define DISPATCH(D)                                                        \
+    if (out_dtype == BFLOAT16) dequantize(ARGS, D, threads, BFLOAT16);     \
+    else if (out_dtype == FLOAT16) dequantize(ARGS, D, threads, FLOAT16);  \
+    else dequantize(ARGS, D, threads, FLOAT32)
+    if (dtype == BFLOAT16) { DISPATCH(BFLOAT16); }
+    else if (dtype == FLOAT16) { DISPATCH(FLOAT16); }
+    else { DISPATCH(FLOAT32); }
+}

@@ -1,0 +1,270 @@
+"""Loading Hugging Face directories: every layout, every kind of damage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qlora_builders.checkpoint import load_checkpoint, read_arch
+from qlora_builders.errors import CheckpointError, PlanError
+from qlora_builders.modules import FrozenNF4Linear, LoRALinear
+from qlora_builders.tensor import NF4Tensor, to_nf4
+
+QLORA = {"match": "layers.**", "kind": "qlora", "rank": 4, "alpha": 8}
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def stored_tensors(path: Path) -> dict[str, Tensor]:
+    return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def edit(path: Path, **changes: Tensor | None) -> None:
+    """Rewrite the single file with tensors replaced, added, or (None) removed."""
+    tensors = load_file(path / "model.safetensors")
+    for name, tensor in changes.items():
+        key = name.replace("__", ".")
+        tensors.pop(key, None)
+        if tensor is not None:
+            tensors[key] = tensor
+    save_file(tensors, path / "model.safetensors")
+
+
+# ---- what is loaded -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["gqa", "tied", "biased", "linear_rope"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_plain_logits_equal_transformers(
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], nn.Module],
+    logits: Callable[[nn.Module], Tensor],
+    variant: str,
+    sharded: bool,
+) -> None:
+    path = checkpoints(variant, sharded=sharded)
+    assert (len(list(path.glob("*.safetensors"))) > 2) == sharded
+    model = load_checkpoint(path, dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(reference(path)), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(checkpoints: Callable[..., Path], stored: torch.dtype, dtype: torch.dtype) -> None:
+    """Each tensor is the stored one, cast once or quantized from that."""
+    path = checkpoints("biased", stored, sharded=True)
+    model = load_checkpoint(path, [QLORA], train=["norm"], dtype=dtype)
+    expected = stored_tensors(path)
+    checked = 0
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            assert parameter.dtype == torch.float32
+            continue
+        checked += 1
+        if name == "model.norm.weight":
+            assert parameter.requires_grad
+            assert torch.equal(parameter, expected[name].float())
+        elif isinstance(parameter, NF4Tensor):
+            want = to_nf4(expected[name].to(dtype))
+            assert parameter.dtype == dtype
+            assert torch.equal(parameter.codes, want.codes), name
+            assert torch.equal(parameter.scales, want.scales), name
+            assert torch.equal(parameter.scale_groups, want.scale_groups), name
+        else:
+            assert parameter.dtype == dtype
+            assert torch.equal(parameter, expected[name].to(dtype)), name
+    assert checked == len(expected)
+
+
+def test_plan_and_adapters(checkpoints: Callable[..., Path]) -> None:
+    model = load_checkpoint(checkpoints(), [QLORA])
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    assert len(layers) == 14
+    for layer in layers:
+        assert isinstance(layer.weight, NF4Tensor)
+        assert not layer.lora_B.weight.any()
+        assert layer.lora_A.weight.std() > 0
+        assert layer.lora_A.weight.requires_grad
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_adapter_init_is_seeded(checkpoints: Callable[..., Path]) -> None:
+    weights = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        model = load_checkpoint(checkpoints(), [QLORA])
+        weights.append(model.model.layers[1].mlp.up_proj.lora_A.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_frozen_nf4_and_options(checkpoints: Callable[..., Path]) -> None:
+    rule = {"match": "layers.*.mlp.*", "kind": "frozen_nf4", "block_size": 32}
+    model = load_checkpoint(checkpoints("biased"), [rule | {"scale_format": "none"}])
+    layer = model.model.layers[0].mlp.down_proj
+    assert isinstance(layer, FrozenNF4Linear)
+    assert layer.weight.block_size == 32
+    assert layer.weight.scale_format == "none"
+    assert layer.bias is not None
+
+
+def test_weights_do_not_depend_on_the_file(own_copy: Callable[..., Path]) -> None:
+    path = own_copy()
+    model = load_checkpoint(path, dtype=torch.float32)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    file = path / "model.safetensors"
+    with file.open("r+b") as handle:  # in place: a mapping of the file would see it
+        size = file.stat().st_size
+        handle.seek(size // 2)
+        handle.write(bytes(size - size // 2))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_arch_overrides_the_config(checkpoints: Callable[..., Path]) -> None:
+    path = checkpoints()
+    arch = replace(read_arch(path), rope_theta=1e6)
+    assert load_checkpoint(path, arch=arch).spec.arch == arch
+
+
+def test_tied_head(checkpoints: Callable[..., Path], own_copy: Callable[..., Path]) -> None:
+    path = own_copy("tied")
+    embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    edit(path, lm_head__weight=embedding.clone())  # some writers store it twice
+    for directory in (checkpoints("tied"), path):
+        model = load_checkpoint(directory)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert not model.lm_head.weight.is_meta
+
+
+def test_rotary_buffers_of_old_files_are_ignored(own_copy: Callable[..., Path]) -> None:
+    path = own_copy()
+    edit(path, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8))
+    load_checkpoint(path)
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({UP: None}, f"tensors missing: {UP}; not expected: none"),
+        ({"model.surplus": torch.ones(2)}, "tensors missing: none; not expected: model.surplus"),
+        ({UP: torch.ones(96, 63)}, f"{UP}: size mismatch for weight.*"),
+        ({"model.norm.weight": torch.ones(65)}, "model.norm.weight: size mismatch for weight"),
+        ({UP: torch.ones(96, 64, dtype=torch.int8)}, f"{UP} has dtype torch.int8; expected float"),
+        ({UP: torch.full((96, 64), torch.nan)}, f"model.safetensors: {UP}: .*NaN"),
+        ({UP: torch.full((96, 64), torch.inf)}, f"model.safetensors: {UP}: .*(inf|Inf)"),
+    ],
+)
+def test_damaged_tensors(
+    own_copy: Callable[..., Path], changes: dict[str, Tensor | None], message: str
+) -> None:
+    path = own_copy()
+    edit(path, **{name.replace(".", "__"): tensor for name, tensor in changes.items()})
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(path, [QLORA])
+    assert str(path) in str(caught.value)
+
+
+def test_value_too_large_for_the_dtype(own_copy: Callable[..., Path]) -> None:
+    """70000 is infinity in float16."""
+    path = own_copy()
+    weight = load_file(path / "model.safetensors")[UP]
+    weight[3, 4] = 70_000
+    edit(path, **{UP.replace(".", "__"): weight})
+    with pytest.raises(CheckpointError, match=f"{UP}: "):
+        load_checkpoint(path, [QLORA], dtype=torch.float16)
+
+
+def test_untied_head_under_a_tying_config(own_copy: Callable[..., Path]) -> None:
+    path = own_copy("tied")
+    edit(path, lm_head__weight=torch.zeros(53, 64))
+    message = "lm_head.weight differs from model.embed_tokens.weight, but config.json ties them"
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
+
+
+def test_many_missing_tensors_are_counted(own_copy: Callable[..., Path]) -> None:
+    path = own_copy()
+    names = [n for n in load_file(path / "model.safetensors") if "layers.1" in n]
+    edit(path, **{name.replace(".", "__"): None for name in names})
+    with pytest.raises(CheckpointError, match=r"missing: (model[^,]*, ){7}\S+ and 1 more"):
+        load_checkpoint(path)
+
+
+def test_not_a_checkpoint(tmp_path: Path, own_copy: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match="no such directory; give a local Hugging Face dir"):
+        load_checkpoint("meta-llama/Llama-3.1-8B")
+    with pytest.raises(CheckpointError, match=r"config\.json: missing"):
+        load_checkpoint(tmp_path)
+    path = own_copy()
+    (path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors"):
+        load_checkpoint(path)
+    (path / "model.safetensors").write_bytes(b"<html>not found</html>")
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        load_checkpoint(path)
+
+
+def test_truncated_file(own_copy: Callable[..., Path]) -> None:
+    file = own_copy() / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        load_checkpoint(file.parent)
+
+
+@pytest.mark.parametrize(
+    ("edit_index", "message"),
+    [
+        (lambda index: index["weight_map"].update({UP: "../x.safetensors"}), "points to '../x"),
+        (lambda index: index["weight_map"].update({UP: "/etc/passwd"}), "points to '/etc/passwd'"),
+        (lambda index: index["weight_map"].update({UP: ".."}), "shards missing"),
+        (lambda index: index["weight_map"].update({UP: 3}), "points to 3"),
+        (
+            lambda index: index["weight_map"].update({UP: "gone.safetensors"}),
+            "shards missing: gone.safetensors; download again",
+        ),
+        (lambda index: index.pop("weight_map"), "not a safetensors index: KeyError"),
+        (lambda index: index.update(weight_map=[1]), "not a safetensors index"),
+    ],
+)
+def test_bad_index(
+    own_copy: Callable[..., Path], edit_index: Callable[[Any], Any], message: str
+) -> None:
+    path = own_copy(sharded=True)
+    file = path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    edit_index(index)
+    file.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
+
+
+def test_index_that_names_the_wrong_shard(own_copy: Callable[..., Path]) -> None:
+    path = own_copy(sharded=True)
+    file = path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"][UP] = index["weight_map"]["model.embed_tokens.weight"]
+    file.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"no tensor '{UP}', though the index names it here"):
+        load_checkpoint(path)
+
+
+def test_missing_shard(own_copy: Callable[..., Path]) -> None:
+    path = own_copy(sharded=True)
+    next(path.glob("model-00002-*")).unlink()
+    with pytest.raises(CheckpointError, match=r"shards missing: model-00002-of-\d+\.safetensors"):
+        load_checkpoint(path)
+
+
+def test_plan_that_does_not_fit(checkpoints: Callable[..., Path]) -> None:
+    with pytest.raises(PlanError, match="the layers are 0 to 1"):
+        load_checkpoint(checkpoints(), [QLORA | {"match": "layers.2.**"}])

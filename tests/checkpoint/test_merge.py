@@ -1,0 +1,210 @@
+"""Merging: the merged weights compute what base + adapter computes, in our hands and others'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qlora_builders.checkpoint import load_checkpoint, merge_adapter, read_arch, save_merged
+from qlora_builders.errors import CheckpointError
+from qlora_builders.models import llama
+from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.tensor import NF4Tensor
+
+QLORA = [
+    {"match": "layers.**", "kind": "qlora", "rank": 4, "alpha": 8},
+    {"match": "layers.1.**", "kind": "qlora", "rank": 3, "alpha": 5, "use_rslora": True},
+    {"match": "layers.*.mlp.up_proj", "kind": "frozen_nf4"},
+    {"match": "layers.0.self_attn.k_proj", "kind": "lora", "rank": 2, "alpha": 2},
+]
+LORA_HEAD = [{"match": "lm_head", "kind": "lora", "rank": 4, "alpha": 8}]
+UP, DOWN = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "down"))
+CLOSE = {"rtol": 1e-5, "atol": 5e-5}
+
+Build = Callable[..., CausalLM]
+
+
+@pytest.fixture
+def adapted(
+    checkpoints: Callable[..., Path], randomize_adapters: Callable[[nn.Module], None]
+) -> Build:
+    def build(variant: str = "gqa", plan: list = QLORA, **options: object) -> CausalLM:
+        model = load_checkpoint(checkpoints(variant), plan, **{"dtype": torch.float32} | options)
+        randomize_adapters(model)
+        return model.eval()
+
+    return build
+
+
+@pytest.mark.parametrize("variant", ["gqa", "biased", "tied"])
+def test_merged_model_computes_base_plus_adapter(
+    adapted: Build,
+    checkpoints: Callable[..., Path],
+    logits: Callable[[nn.Module], Tensor],
+    variant: str,
+) -> None:
+    model = adapted(variant)
+    merged = merge_adapter(model)
+    assert not any(isinstance(m, LoRALinear) for m in merged.modules())
+    assert not any(isinstance(p, NF4Tensor) for p in merged.parameters())
+    torch.testing.assert_close(logits(merged), logits(model), **CLOSE)
+    unadapted = logits(load_checkpoint(checkpoints(variant), dtype=torch.float32))
+    assert (logits(merged) - unadapted).abs().max() > 0.1
+
+
+def test_the_model_is_left_as_it_is(adapted: Build, logits: Callable[[nn.Module], Tensor]) -> None:
+    model = adapted()
+    before = logits(model)
+    merge_adapter(model)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "biased", "tied"])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 30_000])
+def test_transformers_loads_the_merged_directory(
+    adapted: Build,
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], nn.Module],
+    logits: Callable[[nn.Module], Tensor],
+    tmp_path: Path,
+    variant: str,
+    max_shard_bytes: int,
+) -> None:
+    model = adapted(variant, train=["norm"])
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)  # trained beside the adapters
+    out, source = tmp_path / "merged", checkpoints(variant)
+    save_merged(model, out, max_shard_bytes=max_shard_bytes, companions=source)
+    assert (out / "model.safetensors.index.json").exists() == (max_shard_bytes < 10**9)
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    torch.testing.assert_close(logits(reference(out)), logits(model), **CLOSE)
+    torch.testing.assert_close(
+        logits(load_checkpoint(out, dtype=torch.float32)), logits(model), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("with_companions", [False, True])
+def test_tied_head_with_an_adapter_is_untied(
+    adapted: Build,
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], nn.Module],
+    logits: Callable[[nn.Module], Tensor],
+    tmp_path: Path,
+    with_companions: bool,
+) -> None:
+    """With companions too, though their config.json ties the weights."""
+    model = adapted("tied", LORA_HEAD)
+    merged = merge_adapter(model)
+    assert not merged.spec.arch.tie_word_embeddings
+    assert not torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+    torch.testing.assert_close(logits(merged), logits(model), **CLOSE)
+    companions = checkpoints("tied") if with_companions else None
+    save_merged(model, tmp_path / "out", companions=companions)
+    assert not read_arch(tmp_path / "out").tie_word_embeddings
+    torch.testing.assert_close(logits(reference(tmp_path / "out")), logits(model), **CLOSE)
+
+
+# ---- onto the original weights ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_original_weights_as_base(
+    adapted: Build, checkpoints: Callable[..., Path], sharded: bool
+) -> None:
+    source = checkpoints("gqa", sharded=sharded)
+    model = adapted()
+    originals = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
+    merged = dict(merge_adapter(model, base=source).named_parameters())
+    assert torch.equal(merged[UP], originals[UP])  # NF4 without an adapter
+    delta = model.model.layers[0].mlp.down_proj.lora_delta()
+    torch.testing.assert_close(merged[DOWN], originals[DOWN] + delta)
+    dequantized = dict(merge_adapter(model).named_parameters())
+    assert not torch.equal(dequantized[UP], originals[UP])
+
+
+def test_merged_model_does_not_depend_on_the_file(
+    adapted: Build, own_copy: Callable[..., Path]
+) -> None:
+    path = own_copy()
+    merged = merge_adapter(adapted(), base=path)
+    before = {name: p.clone() for name, p in merged.named_parameters()}
+    with (path / "model.safetensors").open("r+b") as handle:
+        handle.seek(10_000)
+        handle.write(bytes(50_000))
+    assert all(torch.equal(p, before[name]) for name, p in merged.named_parameters())
+
+
+def test_trained_parameters_are_not_replaced_by_the_originals(
+    adapted: Build, checkpoints: Callable[..., Path]
+) -> None:
+    rule = {"match": "layers.0.mlp.up_proj", "kind": "linear", "trainable": True}
+    model = adapted("gqa", [*QLORA, rule], train=["norm"])
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+        model.model.layers[0].mlp.up_proj.weight.add_(1)
+    merged = merge_adapter(model, base=checkpoints())
+    assert torch.equal(merged.model.norm.weight, model.model.norm.weight)
+    assert torch.equal(merged.get_parameter(UP), model.get_parameter(UP))
+
+
+def test_tied_head_with_an_adapter_onto_the_originals(
+    adapted: Build, checkpoints: Callable[..., Path], logits: Callable[[nn.Module], Tensor]
+) -> None:
+    """Nothing is quantized here, so the originals are the base exactly."""
+    model = adapted("tied", LORA_HEAD)
+    merged = merge_adapter(model, base=checkpoints("tied"))
+    torch.testing.assert_close(logits(merged), logits(model), **CLOSE)
+
+
+def test_sum_is_rounded_once(adapted: Build, checkpoints: Callable[..., Path]) -> None:
+    """Of a float32 original, into bfloat16: as exact as bfloat16 can be."""
+    source = checkpoints("gqa")
+    model = adapted("gqa", QLORA, dtype=torch.bfloat16)
+    merged = merge_adapter(model, base=source)
+    delta = model.model.layers[0].mlp.down_proj.lora_delta()
+    exact = load_file(source / "model.safetensors")[DOWN] + delta
+    assert torch.equal(merged.get_parameter(DOWN), exact.bfloat16())
+
+
+def test_dtype(adapted: Build, tmp_path: Path) -> None:
+    model = adapted("gqa", QLORA, dtype=torch.bfloat16)
+    assert {p.dtype for p in merge_adapter(model).parameters()} == {torch.bfloat16}
+    wide = merge_adapter(model, dtype=torch.float32)
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    save_merged(model, tmp_path / "out", dtype=torch.float16)
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.float16}
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+def test_no_adapter(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    model = load_checkpoint(checkpoints(), [{"match": "layers.**", "kind": "frozen_nf4"}])
+    with pytest.raises(CheckpointError, match="no LoRA adapter to merge; load one first"):
+        merge_adapter(model)
+    with pytest.raises(CheckpointError, match="no LoRA adapter to merge"):
+        save_merged(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_base(adapted: Build, checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    """Each is found out by the first tensor that is missing or has another shape."""
+    tied = checkpoints("tied")
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight has shape \[61, 64\]"):
+        merge_adapter(adapted("tied"), base=checkpoints("gqa"))
+    with pytest.raises(CheckpointError, match=r"has shape \[53, 64\]; the model needs \[61, 64\]"):
+        save_merged(adapted(), tmp_path / "out", base=tied)
+    deep = replace(read_arch(tied), num_layers=3, tie_word_embeddings=False)
+    model = llama(deep, LORA_HEAD)
+    with pytest.raises(CheckpointError, match=r"no tensor 'model\.layers\.2.*; is it the base"):
+        merge_adapter(model, base=tied)
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors"):
+        save_merged(adapted(), tmp_path / "out", base=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,244 @@
+"""Adapters that PEFT wrote, in our hands: its logits, for every way of naming targets and ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from qlora_builders.checkpoint import (
+    adapter_plan,
+    load_adapter,
+    load_checkpoint,
+    load_with_adapter,
+    read_adapter,
+)
+from qlora_builders.errors import CheckpointError, PlanError
+from qlora_builders.modules import LoRALinear
+from qlora_builders.tensor import NF4Tensor
+
+# what PEFT says when it copies the base weight of an adapted head into the adapter, which is the
+# very case that the tests with a head want
+SAVES_THE_HEAD = "ignore:Setting `save_embedding_layers` to `True`"
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "list": {"target_modules": ["q_proj", "v_proj"]},
+    "regex": {"target_modules": r".*layers\.1\..*\.(q|up)_proj"},
+    "all_linear": {"target_modules": "all-linear"},
+    "one_layer": {"target_modules": ["o_proj"], "layers_to_transform": [1]},
+    "rank_pattern": {
+        "target_modules": ["q_proj", "k_proj", "up_proj"],
+        "rank_pattern": {"layers.1.mlp.up_proj": 3, "k_proj": 2},
+    },
+    "alpha_pattern": {
+        "target_modules": ["q_proj", "k_proj", "up_proj"],
+        "alpha_pattern": {r"layers\.0\..*_proj": 3, "up_proj": 32},
+    },
+    "rslora": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True},
+    "patterns_and_rslora": {
+        "target_modules": ["q_proj", "down_proj"],
+        "use_rslora": True,
+        "rank_pattern": {"down_proj": 9},
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 1},
+    },
+    "saved_head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "saved_norms": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "saved_layernorm": {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+    "saved_embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved_slot": {"target_modules": ["q_proj"], "modules_to_save": ["down_proj"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "dropout": {"target_modules": ["q_proj"], "lora_dropout": 0.5},
+}
+
+
+def train(model: LlamaForCausalLM, **config: Any) -> PeftModel:
+    """What training would leave: random adapters, random changes to the modules saved whole."""
+    torch.manual_seed(3)
+    adapted = get_peft_model(
+        copy.deepcopy(model),
+        LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | config),
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                parameter += 0.15 * torch.randn_like(parameter)
+                assert "lora_" in name or "modules_to_save" in name
+    return adapted.eval()
+
+
+@pytest.mark.filterwarnings(SAVES_THE_HEAD)
+@pytest.mark.parametrize("variant", ["gqa", "biased"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_plain_base(
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], LlamaForCausalLM],
+    logits: Callable[[nn.Module], Tensor],
+    tmp_path: Path,
+    name: str,
+    variant: str,
+) -> None:
+    base = reference(checkpoints(variant))
+    theirs = train(base, **CONFIGS[name])
+    theirs.save_pretrained(tmp_path)
+    ours = load_with_adapter(checkpoints(variant), tmp_path, dtype=torch.float32)
+    assert not any(isinstance(p, NF4Tensor) for p in ours.parameters())
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+    assert (logits(theirs) - logits(base)).abs().max() > 0.1
+
+
+@pytest.mark.filterwarnings(SAVES_THE_HEAD)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nf4_base(
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], LlamaForCausalLM],
+    logits: Callable[[nn.Module], Tensor],
+    tmp_path: Path,
+    name: str,
+) -> None:
+    path = checkpoints()
+    quantized = load_with_adapter(path, None, quantize="nf4", dtype=torch.float32)
+    base = reference(path)
+    base.load_state_dict(quantized.state_dict())
+    theirs = train(base, **CONFIGS[name])
+    theirs.save_pretrained(tmp_path)
+    ours = load_with_adapter(path, tmp_path, quantize="nf4", dtype=torch.float32)
+    for slot, module in ours.named_modules():
+        if isinstance(module, LoRALinear):
+            assert isinstance(module.weight, NF4Tensor) == (slot != "lm_head")
+    if name == "saved_slot":  # it was trained from the dequantized weight, and is plain here
+        assert not isinstance(ours.model.layers[0].mlp.down_proj.weight, NF4Tensor)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_adapter_is_widened(
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], LlamaForCausalLM],
+    tmp_path: Path,
+    dtype: torch.dtype,
+) -> None:
+    theirs = train(reference(checkpoints()), target_modules=["q_proj"]).to(dtype)
+    theirs.save_pretrained(tmp_path)
+    ours = load_with_adapter(checkpoints(), tmp_path)
+    own = ours.model.layers[1].self_attn.q_proj.lora_A.weight
+    peft = theirs.base_model.model.model.layers[1].self_attn.q_proj.lora_A["default"].weight
+    assert own.dtype == torch.float32
+    assert torch.equal(own, peft.float())
+
+
+def test_adapter_plan(
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], LlamaForCausalLM],
+    tmp_path: Path,
+) -> None:
+    theirs = train(
+        reference(checkpoints()),
+        target_modules=r"model\.layers\.1\.self_attn\.q_proj|lm_head",
+        rank_pattern={"lm_head": 2},
+        use_rslora=True,
+        modules_to_save=["norm", "down_proj"],
+    )
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    info = read_adapter(tmp_path)
+    assert info.base is None
+    assert info.copies == {}
+    adapter = {"alpha": 8, "use_rslora": True}
+    head = {"match": "lm_head", "kind": "lora", "rank": 2, **adapter}
+    q_proj = {"match": "layers.1.self_attn.q_proj", "rank": 4, **adapter}
+    saved = [
+        {"match": f"layers.{i}.mlp.down_proj", "kind": "linear", "trainable": True} for i in (0, 1)
+    ]
+    norms = [f"layers.{i}.{n}_layernorm" for i in (0, 1) for n in ("input", "post_attention")]
+    for quantize in ("auto", "none"):
+        assert adapter_plan(info, quantize=quantize) == (
+            [head, q_proj | {"kind": "lora"}, *saved],
+            [*norms, "norm"],
+        )
+    assert adapter_plan(info, quantize="nf4") == (
+        [
+            {"match": "layers.**", "kind": "frozen_nf4"},
+            head,
+            q_proj | {"kind": "qlora"},
+            *saved,
+        ],
+        [*norms, "norm"],
+    )
+    with pytest.raises(CheckpointError, match="quantize is 'nf5'; did you mean 'nf4'"):
+        adapter_plan(info, quantize="nf5")
+
+
+@pytest.mark.filterwarnings(SAVES_THE_HEAD)
+def test_head_of_another_base_is_found_out(
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], LlamaForCausalLM],
+    tmp_path: Path,
+) -> None:
+    """PEFT stores the base weight of an adapted head; it must be ours."""
+    base = reference(checkpoints())
+    with torch.no_grad():
+        base.lm_head.weight[0, 0] += 1
+    train(base, target_modules=["q_proj", "lm_head"]).save_pretrained(tmp_path)
+    assert read_adapter(tmp_path).copies == {"lm_head.base_layer.weight": "lm_head.weight"}
+    with pytest.raises(CheckpointError, match=r"lm_head\.base_layer\.weight differs from lm_head"):
+        load_with_adapter(checkpoints(), tmp_path, dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings(SAVES_THE_HEAD)
+def test_head_in_lower_precision(
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], LlamaForCausalLM],
+    tmp_path: Path,
+) -> None:
+    """The copy is compared in the model's dtype."""
+    train(reference(checkpoints()), target_modules=["lm_head"]).save_pretrained(tmp_path)
+    load_with_adapter(checkpoints(), tmp_path, dtype=torch.bfloat16)
+
+
+# PEFT does not tie what it saves: a trained embedding leaves the head of a tied model as it was
+PEFT_UNTIES = "ignore:Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"
+
+
+@pytest.mark.filterwarnings(PEFT_UNTIES)
+def test_half_a_tied_pair_is_refused(
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], LlamaForCausalLM],
+    tmp_path: Path,
+) -> None:
+    base = reference(checkpoints("tied"))
+    train(base, target_modules=["q_proj"], modules_to_save=["embed_tokens"]).save_pretrained(
+        tmp_path / "embedding"
+    )
+    with pytest.raises(CheckpointError, match=r"not in the file: lm_head\.weight"):
+        load_with_adapter(checkpoints("tied"), tmp_path / "embedding")
+    train(base, target_modules=["q_proj"], modules_to_save=["lm_head"]).save_pretrained(
+        tmp_path / "head"
+    )
+    with pytest.raises(PlanError, match="to train both add 'embed_tokens'"):
+        load_with_adapter(checkpoints("tied"), tmp_path / "head")
+
+
+@pytest.mark.filterwarnings(PEFT_UNTIES)
+def test_tied_pair_that_came_apart_is_refused(
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], LlamaForCausalLM],
+    tmp_path: Path,
+) -> None:
+    both = train(
+        reference(checkpoints("tied")),
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+    )
+    both.save_pretrained(tmp_path)
+    components, patterns = adapter_plan(read_adapter(tmp_path))
+    model = load_checkpoint(checkpoints("tied"), components, train=patterns)
+    with pytest.raises(
+        CheckpointError, match="lm_head and embed_tokens differ, but the model ties"
+    ):
+        load_adapter(model, tmp_path)

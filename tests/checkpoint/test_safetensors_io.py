@@ -1,0 +1,161 @@
+"""Directories appear complete or not at all, and replace only what they could have written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from qlora_builders.checkpoint.safetensors_io import (
+    LazyTensor,
+    atomic_directory,
+    find_tensors,
+    listed,
+    read_tensor,
+    write_shards,
+)
+from qlora_builders.errors import CheckpointError
+
+MARKER = "config.json"
+
+
+def lazy(name: str, value: float, load: Callable | None = None) -> LazyTensor:
+    tensor = torch.full((10,), float(value))
+    return LazyTensor(name, tensor.shape, tensor.dtype, load or (lambda: tensor))  # 40 bytes
+
+
+def write(path: Path, text: str) -> None:
+    with atomic_directory(path, marker=MARKER) as directory:
+        (directory / MARKER).write_text(text)
+
+
+# ---- atomic_directory ---------------------------------------------------------------------------
+
+
+def test_directory_is_hidden_until_complete(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "out"
+    with atomic_directory(path, marker=MARKER) as directory:
+        (directory / MARKER).write_text("new")
+        assert not path.exists()
+        assert directory.parent == path.parent  # one file system: the rename is atomic
+    assert (path / MARKER).read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_permissions_are_those_of_an_ordinary_directory(tmp_path: Path) -> None:
+    write(tmp_path / "out", "x")
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("existing", [False, True])
+def test_nothing_remains_of_a_failure(
+    tmp_path: Path, error: type[BaseException], existing: bool
+) -> None:
+    path = tmp_path / "out"
+    if existing:
+        write(path, "old")
+
+    def fail_halfway() -> None:
+        with atomic_directory(path, marker=MARKER) as directory:
+            (directory / MARKER).write_text("new")
+            raise error
+
+    with pytest.raises(error):
+        fail_halfway()
+    assert list(tmp_path.iterdir()) == ([path] if existing else [])
+    if existing:
+        assert (path / MARKER).read_text() == "old"
+
+
+def test_success_replaces_the_old_directory_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    write(path, "old")
+    (path / "stale.safetensors").touch()
+    write(path, "new")
+    assert [file.name for file in path.iterdir()] == [MARKER]
+    assert (path / MARKER).read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_empty_directory_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out", "x")
+
+
+def test_what_was_not_written_here_is_not_replaced(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "thesis").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"home: exists .*\(it holds thesis\); give another"):
+        write(home, "x")
+    (home / MARKER).touch()  # a folder beside the marker is still no checkpoint of ours
+    with pytest.raises(CheckpointError, match=r"\(it holds thesis\)"):
+        write(home, "x")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "todo.txt").touch()
+    with pytest.raises(CheckpointError, match=r"\(it holds todo.txt\)"):
+        write(notes, "x")
+    with pytest.raises(CheckpointError, match=r"todo.txt: is a file; give the path of a directory"):
+        write(notes / "todo.txt", "x")
+    assert sorted(f.name for f in tmp_path.rglob("*")) == [
+        MARKER, "home", "notes", "thesis", "todo.txt"
+    ]  # fmt: skip
+
+
+# ---- shards -------------------------------------------------------------------------------------
+
+
+def test_single_file(tmp_path: Path) -> None:
+    write_shards([lazy("a", 1), lazy("b", 2)], tmp_path, max_shard_bytes=80)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert set(find_tensors(tmp_path)) == {"a", "b"}
+    with safe_open(tmp_path / "model.safetensors", "pt") as handle:
+        assert handle.metadata() == {"format": "pt"}  # transformers asks for it
+
+
+def test_shards_and_index(tmp_path: Path) -> None:
+    tensors = [lazy(name, i) for i, name in enumerate("abcde")]
+    write_shards(tensors, tmp_path, max_shard_bytes=80)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert index["metadata"]["total_size"] == 200
+    expected = [shards[0], shards[0], shards[1], shards[1], shards[2]]
+    assert index["weight_map"] == dict(zip("abcde", expected, strict=True))
+    assert [len(load_file(tmp_path / shard)) for shard in shards] == [2, 2, 1]
+    for i, name in enumerate("abcde"):
+        assert torch.equal(
+            read_tensor(find_tensors(tmp_path)[name], name), torch.full((10,), float(i))
+        )
+
+
+def test_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
+    write_shards([lazy(name, 0) for name in "abc"], tmp_path, max_shard_bytes=1)
+    assert len(list(tmp_path.glob("model-*-of-00003.safetensors"))) == 3
+
+
+def test_a_shard_is_loaded_only_when_it_is_written(tmp_path: Path) -> None:
+    seen = []
+
+    def loader(name: str) -> Callable:
+        def load() -> torch.Tensor:
+            seen.append((name, len(list(tmp_path.glob("*.safetensors")))))
+            return torch.zeros(10)
+
+        return load
+
+    tensors = [lazy(name, 0, loader(name)) for name in "abc"]
+    write_shards(tensors, tmp_path, max_shard_bytes=40)
+    assert seen == [("a", 0), ("b", 1), ("c", 2)]  # files already there when each is loaded
+
+
+def test_listed() -> None:
+    assert listed([]) == "none"
+    assert listed(["a", "b"]) == "a, b"
+    assert listed([str(i) for i in range(11)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"

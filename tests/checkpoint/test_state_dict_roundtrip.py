@@ -1,0 +1,82 @@
+"""state_dict of an NF4 model is a plain one, and loading it gives back every bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_builders.checkpoint import load_checkpoint, load_with_adapter, save_checkpoint
+from qlora_builders.models import llama
+from qlora_builders.tensor import NF4Tensor
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+PLAN = [
+    {"match": "layers.**", "kind": "qlora", "rank": 4, "alpha": 8},
+    {"match": "layers.0.mlp.*", "kind": "frozen_nf4", "block_size": 32},
+    {"match": "layers.1.mlp.*", "kind": "frozen_nf4", "scale_format": "none"},
+]
+PLAIN_PLAN = [
+    {"match": "layers.**", "kind": "lora", "rank": 4, "alpha": 8},
+    {"match": "layers.*.mlp.*", "kind": "linear"},
+]
+
+
+def assert_same_bits(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    theirs = dict(b.named_parameters())
+    quantized = 0
+    for name, parameter in a.named_parameters():
+        other = theirs[name]
+        if isinstance(parameter, NF4Tensor):
+            quantized += 1
+            for field in NF4Tensor.tensor_fields:
+                assert torch.equal(getattr(parameter, field), getattr(other, field)), (name, field)
+            assert torch.equal(parameter.dequantize(), other.dequantize()), name
+        else:
+            assert torch.equal(parameter, other), name
+    assert quantized == 14
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("variant", ["biased", "tied"])
+def test_three_round_trips(
+    checkpoints: Callable[..., Path], variant: str, dtype: torch.dtype, assign: bool
+) -> None:
+    first = load_checkpoint(checkpoints(variant), PLAN, dtype=dtype)
+    model = first
+    for _ in range(3):
+        state = model.state_dict()
+        assert not any(isinstance(tensor, NF4Tensor) for tensor in state.values())
+        model = llama(first.spec.arch, PLAN, dtype=dtype, device="meta" if assign else "cpu")
+        model.load_state_dict(state, strict=True, assign=assign)
+        assert_same_bits(first, model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", ["biased", "tied"])
+def test_same_state_dict_loads_into_the_plain_build(
+    checkpoints: Callable[..., Path], variant: str, dtype: torch.dtype
+) -> None:
+    quantized = load_checkpoint(checkpoints(variant), PLAN, dtype=dtype)
+    plain = llama(quantized.spec.arch, PLAIN_PLAN, dtype=dtype)
+    plain.load_state_dict(quantized.state_dict(), strict=True)
+    own = dict(plain.named_parameters())
+    assert set(own) == {name for name, _ in quantized.named_parameters()}
+    for name, parameter in quantized.named_parameters():
+        weight = parameter.dequantize() if isinstance(parameter, NF4Tensor) else parameter
+        assert torch.equal(own[name], weight), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_through_files(
+    checkpoints: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    plan = [{"match": "layers.**", "kind": "frozen_nf4"}]
+    first = model = load_checkpoint(checkpoints(), plan, dtype=dtype)
+    for i in range(3):
+        save_checkpoint(model, tmp_path / str(i), max_shard_bytes=20_000)
+        model = load_with_adapter(tmp_path / str(i), None, quantize="nf4", dtype=dtype)
+        assert_same_bits(first, model)

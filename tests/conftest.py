@@ -1,0 +1,5 @@
+"""One thread per test process: pytest-xdist brings the parallelism, and small tensors need none."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch

@@ -1,0 +1,185 @@
+"""The compiled CPU kernels equal the reference bit for bit, and their absence is survived."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_builders import to_nf4
+from qlora_builders.kernels import nf4_cpu, nf4_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = ("geometric", "none")
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler"
+)
+
+
+def adversarial(dtype: torch.dtype, n: int = 5000) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(n, generator=generator)
+    tiny, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    outlier = normal.clone()
+    outlier[5] = 500
+    zeros = normal.clone()
+    zeros[:1000] = 0
+    powers = 2.0 ** torch.randint(-14, 15, (n,), generator=generator)
+    scales = torch.logspace(-30, 30, n).clamp(tiny / 8, largest / 8)
+    weights = {
+        "normal": normal,
+        "outlier": outlier,
+        "zero blocks": zeros,
+        "all zero": torch.zeros(n),
+        "constant": torch.full((n,), -0.3),
+        "powers of two": powers,
+        "mixed scales": normal * scales,
+        "subnormal": normal * tiny / 4,
+        "around the smallest normal": normal * tiny * 16,
+        "huge": torch.rand(n, generator=generator) * largest - largest / 2,
+    }
+    return {name: w.to(dtype).nan_to_num(0, largest, -largest) for name, w in weights.items()}
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale_format", FORMATS)
+def test_equals_the_reference(dtype: torch.dtype, scale_format: str) -> None:
+    assert nf4_cpu.supports(scale_format, dtype)
+    for name, weight in adversarial(dtype).items():
+        for size, block_size, scale_block_size in [
+            (5000, 64, 256),
+            (4999, 32, 7),
+            (2048, 4096, 1),
+            (65, 64, 2),
+            (1, 64, 256),
+        ]:
+            options: dict[str, Any] = {
+                "block_size": block_size,
+                "scale_block_size": scale_block_size,
+                "scale_format": scale_format,
+            }
+            expected = nf4_reference.quantize_nf4(weight[:size], **options)
+            got = nf4_cpu.quantize_nf4(weight[:size], **options)
+            for want, have in zip(expected, got, strict=True):
+                assert torch.equal(bits(want), bits(have)), (name, options)
+            for out_dtype in DTYPES:
+                options |= {"numel": size, "dtype": dtype, "out_dtype": out_dtype}
+                want = nf4_reference.dequantize_nf4(*expected, **options)
+                have = nf4_cpu.dequantize_nf4(*expected, **options)
+                assert torch.equal(bits(want), bits(have)), (name, options)
+
+
+def test_every_half_converts_exactly() -> None:
+    """All finite float16 values are block maxima once: the conversions agree with torch's."""
+    weight = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    weight = weight[torch.isfinite(weight)].repeat_interleave(32)
+    options: dict[str, Any] = {
+        "block_size": 32,
+        "scale_block_size": 256,
+        "scale_format": "none",
+    }
+    for want, have in zip(
+        nf4_reference.quantize_nf4(weight, **options),
+        nf4_cpu.quantize_nf4(weight, **options),
+        strict=True,
+    ):
+        assert torch.equal(want, have)
+
+
+def test_a_range_is_part_of_the_whole() -> None:
+    weight = adversarial(torch.bfloat16)["normal"]
+    options: dict[str, Any] = {
+        "block_size": 64,
+        "scale_block_size": 3,
+        "scale_format": "geometric",
+        "dtype": torch.bfloat16,
+    }
+    q = to_nf4(weight, scale_block_size=3)
+    whole = q.dequantize(torch.float32)
+    for start, stop in [(0, 64), (64, 128), (192, 1000), (4992, 5000), (0, 5000)]:
+        out = torch.empty(stop - start)
+        fields = (q.codes, q.scales, q.scale_groups)
+        nf4_cpu.dequantize_range_(out, *fields, start=start, **options)
+        assert torch.equal(out, whole[start:stop])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_backends_refuse_what_is_not_finite(value: float, dtype: torch.dtype) -> None:
+    weight = torch.ones(300, dtype=dtype)
+    weight[299] = value
+    for backend in (nf4_cpu, nf4_reference):
+        with pytest.raises(ValueError, match="the weight has NaN or infinite elements"):
+            backend.quantize_nf4(
+                weight, block_size=64, scale_block_size=2, scale_format="geometric"
+            )
+
+
+def test_strided_weights_and_thread_counts_give_the_same_bits() -> None:
+    weight = torch.randn(96, 130)
+    expected = to_nf4(weight.t().contiguous())
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            got = to_nf4(weight.t())
+            assert torch.equal(got.codes, expected.codes)
+            assert torch.equal(got.dequantize(), expected.dequantize())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_no_gradient_state_is_left_in_a_parameter() -> None:
+    q = to_nf4(torch.nn.Parameter(torch.randn(4, 64)))
+    assert not q.requires_grad
+    assert not q.codes.requires_grad
+
+
+PROBE = """
+import warnings, torch
+from qlora_builders import to_nf4
+from qlora_builders.kernels import nf4_cpu
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    q = to_nf4(torch.linspace(-1, 1, 640))
+    q.dequantize()
+    supported = nf4_cpu.supports("geometric", torch.float32)
+print(supported, len(caught), q.dequantize().sum().item(), *[str(w.message) for w in caught])
+"""
+
+
+def run_probe(cache: Path, compiler: str) -> str:
+    env = {**os.environ, "CC": compiler, "QLORA_BUILDERS_CACHE": str(cache)}
+    return subprocess.run(
+        [sys.executable, "-c", PROBE], env=env, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_without_a_compiler_the_reference_serves_with_one_warning(tmp_path: Path) -> None:
+    compiler = os.environ.get("CC", "cc")
+    supported, count, total, *_ = run_probe(tmp_path / "a", compiler).split()
+    assert (supported, count) == ("True", "0")
+    assert [path.suffix for path in (tmp_path / "a").iterdir()] == [".so"]
+    output = run_probe(tmp_path / "b", "no-such-compiler")
+    assert output.startswith(f"False 1 {total} the NF4 CPU kernels could not be compiled")
+    assert "install a C compiler or set CC" in output
+
+
+def test_the_library_is_compiled_once(tmp_path: Path) -> None:
+    run_probe(tmp_path, os.environ.get("CC", "cc"))
+    (library,) = tmp_path.iterdir()
+    made = library.stat().st_mtime_ns
+    run_probe(tmp_path, os.environ.get("CC", "cc"))
+    assert library.stat().st_mtime_ns == made
