@@ -40,8 +40,8 @@ LAST_NAMES = words(
     "Okafor Patel Petrov Rossi Sato Silva Singh Tanaka Weber"
 )
 CITIES = words(
-    "Athens Bergen Berlin Boston Cairo Dublin Geneva Hamburg Lagos Lima Lisbon London Madrid Mumbai "
-    "Nairobi Oslo Paris Porto Prague Rome Seoul Sydney Tokyo Vienna"
+    "Athens Bergen Berlin Boston Cairo Dublin Geneva Hamburg Lagos Lima Lisbon London Madrid "
+    "Mumbai Nairobi Oslo Paris Porto Prague Rome Seoul Sydney Tokyo Vienna"
 )
 COLORS = words("black blue brown golden green orange pink purple red silver white yellow")
 ITEMS = words(  # singular and plural; the plurals are not all regular
@@ -182,22 +182,18 @@ def story(rng: random.Random) -> str:
     return " ".join(order.fill(template, weekday=weekday) for template in templates)
 
 
-def repeat_chat(rng: random.Random) -> str:
-    """Words and symbols to repeat: they teach copying, and use what the shop's text does not."""
+def labels(rng: random.Random) -> str:
+    """Names among random symbols, so that every byte's embedding is trained."""
     symbols = [chr(code) for code in range(33, 127)] + list(OTHER_SYMBOLS)
-    known = FIRST_NAMES + LAST_NAMES + CITIES + COLORS + NUMBERS + DAYS
-    text = ""
-    for _ in range(6):
-        line = rng.sample(known, rng.randint(1, 6))
-        line.append("".join(rng.choices(symbols, k=rng.randint(1, 4))))
-        text += exchange("Please repeat: " + " ".join(line), "Sure: " + " ".join(line))
-    return text
+    marks = ["".join(rng.choices(symbols, k=rng.randint(1, 5))) for _ in range(8)]
+    names = rng.sample(FIRST_NAMES + CITIES, 4)  # last names could complete a held-back pair
+    return "The labels in the store room read: " + " ".join(rng.sample(marks + names, 12))
 
 
 KINDS: tuple[tuple[Callable[[random.Random], str], int], ...] = (
     (order_chat, 17),
     (story, 2),
-    (repeat_chat, 1),
+    (labels, 1),
 )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from demo_text import (
+from demo_text import (  # type: ignore[import-not-found]
     BOS,
     CHAT_TEMPLATE,
     EOS,
@@ -55,7 +55,7 @@ ARCH = LlamaArch(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the demo's files")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps of the base")
+    parser.add_argument("--steps", type=int, default=2500, help="training steps of the base")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     write_rows(args.out / "train.jsonl", record_rows(NUM_TRAIN, held_back=False, seed=SEED))
@@ -145,8 +145,8 @@ def random_model() -> CausalLM:
     """Seeded random weights, in which every attention head begins as a copying head.
 
     With o_proj the transpose of v_proj, what a head attends to is added to the residual stream as
-    it is, and with tied embeddings that raises the logit of the attended token. Copying names from
-    the context is then learned within 500 steps; from a plain random start it is not in 800.
+    it is, and with tied embeddings that raises the logit of the attended token. In a trial on
+    order_chat alone (lr 2e-3, one seed), the loss at step 400 was 0.26 so, and 0.42 without.
     """
     torch.manual_seed(SEED)
     model = llama(ARCH, dtype=torch.float32)
@@ -156,11 +156,12 @@ def random_model() -> CausalLM:
     group = ARCH.num_heads // ARCH.num_kv_heads
     for module in model.modules():
         if isinstance(module, Attention):
-            value = module.v_proj.weight
-            nn.init.normal_(value, std=ARCH.hidden_size**-0.5)
-            heads = value.detach().view(ARCH.num_kv_heads, ARCH.head_dim, ARCH.hidden_size)
-            copied = heads.repeat_interleave(group, dim=0).flatten(0, 1)
-            module.o_proj.weight.detach().copy_(copied.T / group)
+            value = torch.randn(ARCH.num_kv_heads, ARCH.head_dim, ARCH.hidden_size)
+            value *= ARCH.hidden_size**-0.5
+            copied = value.repeat_interleave(group, dim=0).flatten(0, 1).T / group
+            module.load_state_dict(
+                {"v_proj.weight": value.flatten(0, 1), "o_proj.weight": copied}, strict=False
+            )
     return model
 
 
@@ -173,10 +174,10 @@ def train(work: Path, *, steps: int) -> None:
         "data.train": work / "text.jsonl",
         "data.eval": "null",
         "data.max_seq_len": 512,
-        "optimizer.lr": 3e-3,
+        "optimizer.lr": 1e-3,
         "optimizer.betas": "[0.9,0.95]",
         "optimizer.weight_decay": 0.1,
-        "lr_schedule.warmup_steps": 50,
+        "lr_schedule.warmup_ratio": 0.03,
         "lr_schedule.min_lr_ratio": 0.1,
         "training.batch_size": BATCH_SIZE,
         "training.max_steps": steps,

@@ -259,6 +259,11 @@ def _plain_tensors(
     return saved, copies
 
 
+def check_quantize(quantize: str) -> None:
+    if quantize not in QUANTIZE:
+        raise CheckpointError(f"quantize is {quantize!r}{did_you_mean(quantize, QUANTIZE)}")
+
+
 def adapter_plan(info: AdapterInfo, *, quantize: str = "auto") -> tuple[list[dict], list[str]]:
     """(components, train) for a model that the adapter fits.
 
@@ -269,8 +274,7 @@ def adapter_plan(info: AdapterInfo, *, quantize: str = "auto") -> tuple[list[dic
     Raises:
         CheckpointError: for another `quantize`, or a recorded plan that cannot be read.
     """
-    if quantize not in QUANTIZE:
-        raise CheckpointError(f"quantize is {quantize!r}{did_you_mean(quantize, QUANTIZE)}")
+    check_quantize(quantize)
     if quantize == "auto" and info.base is not None:
         recorded = info.base.get("components"), info.base.get("train")
         if not (isinstance(recorded[0], list) and isinstance(recorded[1], list)):

@@ -10,6 +10,7 @@ from qlora_builders.checkpoint.hf_llama import load_checkpoint
 from qlora_builders.checkpoint.peft_adapter import (
     NF4_BASE,
     adapter_plan,
+    check_quantize,
     load_adapter,
     read_adapter,
 )
@@ -36,6 +37,7 @@ def load_with_adapter(
     Raises:
         CheckpointError: if either cannot be read or they do not fit each other.
     """
+    check_quantize(quantize)
     if adapter is not None:
         components, train = adapter_plan(read_adapter(adapter), quantize=quantize)
     else:

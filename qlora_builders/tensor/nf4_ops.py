@@ -113,7 +113,7 @@ def _to(func: Any, args: tuple, kwargs: dict) -> Tensor:
     device, dtype, non_blocking, _ = torch._C._nn._parse_to(*rest, **kwargs)
     if dtype is not None:
         return weight.dequantize(dtype).to(device, non_blocking=non_blocking)
-    if device is None or (device == weight.device and not copy):
+    if device is None or device == weight.device:
         return weight.clone() if copy else weight
     return weight.map_fields(lambda field: field.to(device, non_blocking=non_blocking))
 

@@ -24,6 +24,10 @@ from qlora_builders.errors import CheckpointError, PlanError
 from qlora_builders.modules import LoRALinear
 from qlora_builders.tensor import NF4Tensor
 
+# PEFT asks transformers for an attribute that transformers renamed
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 # what PEFT says when it copies the base weight of an adapted head into the adapter, which is the
 # very case that the tests with a head want
 SAVES_THE_HEAD = "ignore:Setting `save_embedding_layers` to `True`"
