@@ -121,6 +121,7 @@ def write_shards(tensors: Iterable[LazyTensor], directory: Path, *, max_shard_by
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, file, metadata={"format": "pt"})
+    file.chmod(0o666 & ~_umask())  # safetensors makes it private
 
 
 @contextmanager

@@ -4,13 +4,14 @@
 
        weight   w0 w1 w2 w3 ...                n elements, row-major
        codes    [w0:hi nibble | w1:lo nibble]  one byte per pair, ceil(n / 2) bytes
-       scales   one per block: uint8 code (geometric) or float32 (none)
-       groups   per group: lo, hi              float32, smallest positive and largest scale
+       scales   one per block: uint8 code (geometric, bnb) or float32 (none)
+       groups   two float32 per group: smallest positive and largest scale (geometric);
+                largest magnitude of (scale - offset), offset (bnb)
 
    Formula
        quantize    a = max |w| of the block; code = number of midpoints below w / a
                    scale code = nearest entry of the group's grid, rounded to the weight's dtype
-       dequantize  w = round(codebook[code] * round(scale))
+       dequantize  w = round(codebook[code] * round(scale)); for bnb the scale is not rounded
 
    How
        Quantize makes two passes over a group (32 KiB of bfloat16 at the default sizes), so the
@@ -19,6 +20,9 @@
        makes the check for them free. Counting midpoints is 15 compares without a branch.
        Dequantize computes the 16 values that a block can hold, rounded to the output's dtype, and
        then only looks them up; with AVX-512 that is one permute for 16 elements.
+
+       The offset of bnb is a mean over all blocks: there quantize returns the block maxima as
+       float32 scales, and nf4_cpu.py has the reference encode them.
 
    Limits
        block_size must be even (to_nf4 allows powers of two from 32). Threads split whole groups
@@ -39,7 +43,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum { GEOMETRIC = 0, NONE = 1 };
+enum { GEOMETRIC = 0, NONE = 1, BNB = 2 };
 
 static const float CODEBOOK[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
@@ -145,11 +149,11 @@ INLINE float block_absmax(const void *weight, int64_t start, int64_t length, int
 enum { STRIP = 32 }; /* elements coded at once; every block size is a multiple of it */
 
 /* Codes of one strip; missing elements of the weight's tail are zero. */
-INLINE void code_strip(const float *x, float scale, uint8_t *out) {
+INLINE void code_strip(const float *x, float scale, int reciprocal, uint8_t *out) {
     float divisor = scale > 0 ? scale : from_bits(0x7F800000); /* a zero block codes as 0.0 */
-    float normalized[STRIP];
+    float factor = 1 / divisor, normalized[STRIP];
     int32_t code[STRIP] = {0};
-    for (int i = 0; i < STRIP; i++) normalized[i] = x[i] / divisor;
+    for (int i = 0; i < STRIP; i++) normalized[i] = reciprocal ? x[i] * factor : x[i] / divisor;
     for (int k = 0; k < 15; k++) {
         float midpoint = (CODEBOOK[k] + CODEBOOK[k + 1]) / 2;
         for (int i = 0; i < STRIP; i++) code[i] += normalized[i] > midpoint;
@@ -158,19 +162,18 @@ INLINE void code_strip(const float *x, float scale, uint8_t *out) {
 }
 
 INLINE void code_block(const void *weight, int64_t start, int64_t length, float absmax,
-                       float decoded, uint8_t *codes, int dtype) {
-    int tiny = decoded < 16 * smallest_normal(dtype);
+                       float decoded, uint8_t *codes, int format, int dtype) {
+    int tiny = format != BNB && decoded < 16 * smallest_normal(dtype);
     for (int64_t at = 0; at < length; at += STRIP) {
         int64_t count = min64(STRIP, length - at);
         float x[STRIP] = {0};
         uint8_t code[STRIP];
         for (int64_t i = 0; i < count; i++) x[i] = load(weight, start + at + i, dtype);
-        code_strip(x, absmax, code);
+        code_strip(x, absmax, format == BNB, code);
         if (tiny) { /* products leave the normal range: take the codes of a second pass */
             for (int i = 0; i < STRIP; i++) x[i] = round_to(CODEBOOK[code[i]] * decoded, dtype);
-            code_strip(x, decoded, code);
+            code_strip(x, decoded, 0, code);
         }
-        if (count & 1) code[count] = 0; /* the padding nibble of an odd tail */
         uint8_t *out = codes + (start + at) / 2;
         for (int64_t i = 0; i < (count + 1) / 2; i++)
             out[i] = (uint8_t)(code[2 * i] << 4 | code[2 * i + 1]);
@@ -202,8 +205,8 @@ INLINE int quantize(const void *weight, uint8_t *codes, void *scales, float *gro
                 continue;
             }
             uint8_t *scale_codes = (uint8_t *)scales + first;
-            if (format == NONE) memcpy((float *)scales + first, absmax, (size_t)count * 4);
-            else encode_scales(absmax, count, scale_codes, groups + 2 * g, dtype);
+            if (format == GEOMETRIC) encode_scales(absmax, count, scale_codes, groups + 2 * g, dtype);
+            else memcpy((float *)scales + first, absmax, (size_t)count * sizeof(float));
             for (int64_t b = 0; b < count; b++) {
                 float decoded = absmax[b];
                 if (format == GEOMETRIC)
@@ -211,7 +214,7 @@ INLINE int quantize(const void *weight, uint8_t *codes, void *scales, float *gro
                         grid_scale(scale_codes[b], groups[2 * g], groups[2 * g + 1]), dtype);
                 int64_t start = (first + b) * block_size;
                 code_block(weight, start, min64(block_size, numel - start), absmax[b], decoded,
-                           codes, dtype);
+                           codes, format, dtype);
             }
         }
         free(absmax);
@@ -269,9 +272,10 @@ INLINE void look_up_block(const float *values, const uint8_t *codes, void *out, 
     }
 }
 
-/* Elements first .. last of the weight go to out[0 ..]; first is a multiple of block_size. */
-INLINE void dequantize(const uint8_t *codes, const void *scales, const float *groups, void *out,
-                       int64_t first, int64_t last, int64_t block_size, int64_t scale_block_size,
+/* Elements first .. last of the weight go to out[0 ..]; first is a multiple of block_size.
+   scale_codebook[256] is read by bnb only. */
+INLINE void dequantize(const uint8_t *codes, const void *scales, const float *groups,
+                       const float *scale_codebook, void *out, int64_t first, int64_t last, int64_t block_size, int64_t scale_block_size,
                        int format, int dtype, int threads, int out_dtype) {
     int64_t blocks = ceil_div(last - first, block_size), first_block = first / block_size;
     codes += first / 2;
@@ -280,13 +284,14 @@ INLINE void dequantize(const uint8_t *codes, const void *scales, const float *gr
         int64_t block = first_block + b;
         const float *group = groups + 2 * (block / scale_block_size);
         float scale;
-        if (format == NONE) {
-            scale = ((const float *)scales)[block];
+        if (format == BNB) {
+            scale = scale_codebook[((const uint8_t *)scales)[block]] * group[0] + group[1];
+        } else if (format == NONE) {
+            scale = round_to(((const float *)scales)[block], dtype);
         } else {
             int k = ((const uint8_t *)scales)[block];
-            scale = k ? grid_scale(k, group[0], group[1]) : 0;
+            scale = k ? round_to(grid_scale(k, group[0], group[1]), dtype) : 0;
         }
-        scale = round_to(scale, dtype);
         float values[16]; /* what the block can hold, rounded to the weight's, then out's dtype */
         for (int k = 0; k < 16; k++)
             values[k] = round_to(round_to(CODEBOOK[k] * scale, dtype), out_dtype);
@@ -296,11 +301,12 @@ INLINE void dequantize(const uint8_t *codes, const void *scales, const float *gr
     }
 }
 
-void qlora_dequantize_nf4(const uint8_t *codes, const void *scales, const float *groups, void *out,
-                          int64_t first, int64_t last, int64_t block_size,
+void qlora_dequantize_nf4(const uint8_t *codes, const void *scales, const float *groups,
+                          const float *scale_codebook, void *out, int64_t first, int64_t last, int64_t block_size,
                           int64_t scale_block_size, int format, int dtype, int out_dtype,
                           int threads) {
-#define ARGS codes, scales, groups, out, first, last, block_size, scale_block_size, format
+#define ARGS \
+    codes, scales, groups, scale_codebook, out, first, last, block_size, scale_block_size, format
 #define DISPATCH(D)                                                        \
     if (out_dtype == BFLOAT16) dequantize(ARGS, D, threads, BFLOAT16);     \
     else if (out_dtype == FLOAT16) dequantize(ARGS, D, threads, FLOAT16);  \

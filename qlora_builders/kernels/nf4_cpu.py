@@ -24,12 +24,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_builders.kernels.nf4_reference import NOT_FINITE, field_shapes
+from qlora_builders.kernels.nf4_reference import (
+    NOT_FINITE,
+    dynamic_codebook,
+    encode_scales,
+    field_shapes,
+)
 
 _SOURCE = Path(__file__).with_name("nf4_cpu.c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std=gnu11")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FORMATS = {"geometric": 0, "none": 1}
+_FORMATS = {"geometric": 0, "none": 1, "bnb": 2}
 _NOT_FINITE = 1
 
 
@@ -51,7 +56,7 @@ def quantize_nf4(
         scale_format=scale_format,
     )
     codes = torch.empty(codes_shape, dtype=torch.uint8)
-    scale_dtype = torch.float32 if scale_format == "none" else torch.uint8
+    scale_dtype = torch.uint8 if scale_format == "geometric" else torch.float32
     scales = torch.empty(scales_shape, dtype=scale_dtype)
     groups = torch.empty(groups_shape, dtype=torch.float32)
     library = _library()
@@ -72,6 +77,10 @@ def quantize_nf4(
         raise ValueError(NOT_FINITE)
     if status:
         raise MemoryError("out of memory while quantizing a weight")
+    if scale_format == "bnb":
+        scales, groups = encode_scales(
+            scales, scale_block_size=scale_block_size, scale_format="bnb", dtype=weight.dtype
+        )
     return codes, scales, groups
 
 
@@ -124,6 +133,7 @@ def dequantize_range_(
         codes.data_ptr(),
         scales.data_ptr(),
         scale_groups.data_ptr(),
+        dynamic_codebook().data_ptr(),
         out.data_ptr(),
         start,
         start + out.numel(),
@@ -154,7 +164,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.qlora_quantize_nf4.argtypes = [pointer] * 4 + [size] * 3 + [integer] * 3
-    library.qlora_dequantize_nf4.argtypes = [pointer] * 4 + [size] * 4 + [integer] * 4
+    library.qlora_dequantize_nf4.argtypes = [pointer] * 5 + [size] * 4 + [integer] * 4
     library.qlora_dequantize_nf4.restype = None
     return library
 

@@ -4,7 +4,7 @@ Format (codebook: Dettmers et al., "QLoRA", https://arxiv.org/abs/2305.14314, ap
     The weight is flattened and cut into blocks of `block_size` elements; the last block may be
     short. A block is stored as one scale (its largest magnitude) and one 4-bit code per element,
     the index of the codebook value nearest to element / scale (a tie goes to the lower code).
-    Two codes make a byte, the first element in the high nibble.
+    Two codes make a byte, the first element in the high nibble; a missing last one counts as 0.0.
 
 Scales (`scale_format`)
     none       float32, as they are.
@@ -15,6 +15,9 @@ Scales (`scale_format`)
                Bit patterns of positive floats are ordered and piecewise linear in the logarithm,
                so the grid is nearly geometric: an outlier costs its neighbours next to nothing,
                and integer arithmetic gives the same bits on every backend.
+    bnb        8 bits each, as bitsandbytes' nested ("double") quantization stores them: the mean of
+               all scales is the offset; what is left is divided by its largest magnitude in the
+               group and coded with the 256 values of `dynamic_codebook`.
 
 Round trip
     The decoded scale is rounded to the weight's dtype before it multiplies, and the quantizer
@@ -23,14 +26,17 @@ Round trip
     decodes to the rounded scale exactly; so quantizing a dequantized weight finds the same `lo`,
     `hi`, scale codes and element codes again. Where products leave the normal range of the dtype
     two codes may decode alike; `_canonical` then picks the one that a second pass would pick.
+    `bnb` promises none of this: its scales move when it quantizes its own output.
 
 Shapes: n elements, B = ceil(n / block_size) blocks, G = ceil(B / scale_block_size) groups.
     codes        uint8   [ceil(n / 2)]
     scales       uint8   [B]      (float32 for `none`)
-    scale_groups float32 [G, 2]   columns lo, hi (float32 [0, 2] for `none`)
+    scale_groups float32 [G, 2]   columns lo, hi; for `bnb` largest magnitude, offset; `none` [0, 2]
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -63,7 +69,7 @@ _BYTE_VALUES = torch.stack(
     [NF4_CODEBOOK.repeat_interleave(16), NF4_CODEBOOK.repeat(16)], dim=1
 )  # [256, 2]
 
-SCALE_FORMATS = ("geometric", "none")
+SCALE_FORMATS = ("geometric", "none", "bnb")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOT_FINITE = "the weight has NaN or infinite elements; repair the checkpoint"
 
@@ -99,41 +105,31 @@ def quantize_nf4(
         ValueError: if the weight has NaN or infinite elements.
     """
     flat = weight.reshape(-1)
-    shapes = field_shapes(
-        flat.numel(),
-        block_size=block_size,
-        scale_block_size=scale_block_size,
-        scale_format=scale_format,
+    absmax = _block_absmax(flat, block_size)
+    if not torch.isfinite(absmax).all():
+        raise ValueError(NOT_FINITE)
+    scales, scale_groups = encode_scales(
+        absmax, scale_block_size=scale_block_size, scale_format=scale_format, dtype=weight.dtype
     )
-    codes, scales, scale_groups = (
-        torch.empty(shape, dtype=dtype, device=weight.device)
-        for shape, dtype in zip(shapes, field_dtypes(scale_format), strict=True)
-    )
-
+    codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=weight.device)
     step = _chunk_elements(block_size, scale_block_size)
     for start in range(0, flat.numel(), step):
         chunk = flat[start : start + step]
         blocks = _pad(chunk.float(), block_size).view(-1, block_size)
-        absmax = blocks.abs().amax(dim=1)
-        if not torch.isfinite(absmax).all():
-            raise ValueError(NOT_FINITE)
-        block = start // block_size
-        block_slice = slice(block, block + absmax.numel())
-        if scale_format == "none":
-            scales[block_slice] = absmax
-            decoded = absmax
-        else:
-            group = block // scale_block_size
-            chunk_codes, chunk_groups = encode_scales(absmax, scale_block_size, weight.dtype)
-            scales[block_slice] = chunk_codes
-            scale_groups[group : group + chunk_groups.shape[0]] = chunk_groups
-            decoded = decode_scales(chunk_codes, chunk_groups, scale_block_size)
-        element_codes = _nearest_codes(blocks, absmax)
-        element_codes = _canonical(element_codes, decoded.to(weight.dtype).float(), weight.dtype)
-        element_codes = _pad(element_codes.view(-1)[: chunk.numel()], 2)
-        codes[start // 2 : (start + chunk.numel() + 1) // 2] = (
-            element_codes[0::2] << 4 | element_codes[1::2]
-        )
+        in_chunk = slice(start // block_size, start // block_size + blocks.shape[0])
+        element_codes = _nearest_codes(blocks, absmax[in_chunk], scale_format)
+        if scale_format != "bnb":
+            group = start // (block_size * scale_block_size)
+            decoded = decode_scales(
+                scales[in_chunk],
+                scale_groups[group:],
+                scale_block_size=scale_block_size,
+                scale_format=scale_format,
+                dtype=weight.dtype,
+            )
+            element_codes = _canonical(element_codes, decoded, weight.dtype)
+        pairs = element_codes.view(-1, 2)[: -(-chunk.numel() // 2)]
+        codes[start // 2 : start // 2 + pairs.shape[0]] = pairs[:, 0] << 4 | pairs[:, 1]
     return codes, scales, scale_groups
 
 
@@ -156,14 +152,13 @@ def dequantize_nf4(
     for start in range(0, numel, step):
         stop = min(start + step, numel)
         block = start // block_size
-        chunk_scales = scales[block : num_blocks(stop, block_size)]
-        if scale_format != "none":
-            group = block // scale_block_size
-            groups = scale_groups[
-                group : group + num_blocks(chunk_scales.numel(), scale_block_size)
-            ]
-            chunk_scales = decode_scales(chunk_scales, groups, scale_block_size)
-        chunk_scales = chunk_scales.to(dtype).float()
+        chunk_scales = decode_scales(
+            scales[block : num_blocks(stop, block_size)],
+            scale_groups[block // scale_block_size :],
+            scale_block_size=scale_block_size,
+            scale_format=scale_format,
+            dtype=dtype,
+        )
         values = table.index_select(0, codes[start // 2 : (stop + 1) // 2].int()).view(-1)
         values = _pad(values[: stop - start], block_size).view(-1, block_size)
         values = (values * chunk_scales[:, None]).to(dtype).view(-1)
@@ -172,9 +167,53 @@ def dequantize_nf4(
 
 
 def encode_scales(
+    absmax: Tensor, *, scale_block_size: int, scale_format: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Block maxima float32 [B] of a weight of `dtype` -> (scales, scale_groups)."""
+    if scale_format == "none":
+        return absmax, absmax.new_empty(0, 2)
+    if scale_format == "bnb":
+        return _encode_bnb(absmax, scale_block_size)
+    scales = torch.empty(absmax.numel(), dtype=torch.uint8, device=absmax.device)
+    scale_groups = absmax.new_empty(num_blocks(absmax.numel(), scale_block_size), 2)
+    step = max(1, _CHUNK_ELEMENTS // 2048)  # groups; their grids take 2 KiB each
+    for group in range(0, scale_groups.shape[0], step):
+        blocks = slice(group * scale_block_size, (group + step) * scale_block_size)
+        codes, groups = _encode_geometric(absmax[blocks], scale_block_size, dtype)
+        scales[blocks] = codes
+        scale_groups[group : group + step] = groups
+    return scales, scale_groups
+
+
+def decode_scales(
+    scales: Tensor,
+    scale_groups: Tensor,
+    *,
+    scale_block_size: int,
+    scale_format: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What multiplies the codebook: float32 [B], for all but `bnb` rounded to `dtype`.
+
+    `scales` begins at a group's first block and `scale_groups` at that group.
+    """
+    if scale_format == "none":
+        return scales.to(dtype).float()
+    codes = _pad(scales, scale_block_size).view(-1, scale_block_size)  # [G, S]
+    first, second = scale_groups[: codes.shape[0], :1], scale_groups[: codes.shape[0], 1:]
+    if scale_format == "bnb":
+        decoded = dynamic_codebook().to(codes.device)[codes.int()] * first + second
+        return decoded.view(-1)[: scales.numel()]
+    bits = _grid_bits(codes.long(), _bits(first), _bits(second))
+    bits = torch.where(codes > 0, bits, 0)
+    decoded = bits.to(torch.int32).view(torch.float32).view(-1)[: scales.numel()]
+    return decoded.to(dtype).float()
+
+
+def _encode_geometric(
     absmax: Tensor, scale_block_size: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Geometric codes of block maxima: [B] float32 -> (uint8 [B], float32 [G, 2])."""
+    """Codes uint8 [B] and (lo, hi) float32 [G, 2] of whole groups."""
     grouped = _pad(absmax, scale_block_size).view(-1, scale_block_size)  # [G, S]
     hi = grouped.amax(dim=1)
     lo = grouped.masked_fill(grouped == 0, torch.inf).amin(dim=1)
@@ -194,12 +233,47 @@ def encode_scales(
     return codes.view(-1)[: absmax.numel()], torch.stack([lo, hi], dim=1)
 
 
-def decode_scales(scales: Tensor, scale_groups: Tensor, scale_block_size: int) -> Tensor:
-    """Geometric codes uint8 [B] and groups [G, 2] -> float32 scales [B], not yet rounded."""
-    codes = _pad(scales, scale_block_size).view(-1, scale_block_size).long()  # [G, S]
-    lo, hi = _bits(scale_groups[:, :1]), _bits(scale_groups[:, 1:])
-    bits = torch.where(codes > 0, _grid_bits(codes, lo, hi), 0)
-    return bits.to(torch.int32).view(torch.float32).view(-1)[: scales.numel()]
+def _encode_bnb(absmax: Tensor, scale_block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [B] and (largest magnitude, offset) float32 [G, 2]."""
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    if not torch.isfinite(offset):
+        raise ValueError("the weight is too large for scale_format 'bnb': its mean scale overflows")
+    grouped = _pad(absmax - offset, scale_block_size).view(-1, scale_block_size)  # [G, S]
+    largest = grouped.abs().amax(dim=1, keepdim=True)
+    divisor = torch.where(largest > 0, largest, 1.0)  # a group of equal scales is all offset
+    codebook = dynamic_codebook().to(absmax.device)
+    midpoints = (codebook[:-1] + codebook[1:]) / 2
+    codes = torch.bucketize(grouped * (1 / divisor), midpoints, out_int32=True).to(torch.uint8)
+    groups = torch.cat([largest, offset.expand_as(largest)], dim=1)
+    return codes.view(-1)[: absmax.numel()], groups
+
+
+@functools.cache
+def dynamic_codebook() -> Tensor:
+    """The 256 values, ascending, of signed dynamic 8-bit quantization, on the CPU.
+
+    Seven decades below 1, the decade 10^(e-6) .. 10^(e-7) cut into 2^e cells whose middles are the
+    values, with both signs; and 0 and 1 (Dettmers et al., https://arxiv.org/abs/2110.02861).
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, device="cpu")
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        values += middles.tolist() + (-middles).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
+
+
+def _block_absmax(flat: Tensor, block_size: int) -> Tensor:
+    """Largest magnitude of every block, float32 [B]; NaN where a block has one."""
+    absmax = torch.empty(
+        num_blocks(flat.numel(), block_size), dtype=torch.float32, device=flat.device
+    )
+    step = _chunk_elements(block_size, 1)
+    for start in range(0, flat.numel(), step):
+        blocks = _pad(flat[start : start + step], block_size).view(-1, block_size)
+        block = start // block_size
+        absmax[block : block + blocks.shape[0]] = blocks.abs().amax(dim=1)
+    return absmax
 
 
 def _grid_bits(codes: Tensor, lo_bits: Tensor, hi_bits: Tensor) -> Tensor:
@@ -211,10 +285,15 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int32).long()
 
 
-def _nearest_codes(blocks: Tensor, scale: Tensor) -> Tensor:
-    """[B, block_size] float32, scales [B] -> uint8 codes; a zero block gets the code of 0.0."""
-    scale = torch.where(scale > 0, scale, torch.inf)
-    normalized = blocks / scale[:, None]
+def _nearest_codes(blocks: Tensor, scale: Tensor, scale_format: str = "geometric") -> Tensor:
+    """[B, block_size] float32, scales [B] -> uint8 codes; a zero block gets the code of 0.0.
+
+    `bnb` multiplies by the reciprocal, as bitsandbytes does; it overflows for subnormal scales.
+    """
+    scale = torch.where(scale > 0, scale, torch.inf)[:, None]
+    normalized = blocks / scale
+    if scale_format == "bnb":
+        normalized = (blocks * (1 / scale)).nan_to_num(nan=-torch.inf)  # 0 * infinity codes as -1
     return torch.bucketize(normalized, _MIDPOINTS.to(blocks.device), out_int32=True).to(torch.uint8)
 
 

@@ -68,7 +68,7 @@ class NF4Tensor(Tensor):
         scale_block_size: int = 256,
         scale_format: str = "geometric",
     ) -> NF4Tensor:
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+        return Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=codes.device, requires_grad=False
         )
 

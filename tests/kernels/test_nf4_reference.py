@@ -195,16 +195,31 @@ def test_zero_blocks_decode_to_positive_zeros(scale_format: str) -> None:
 # ---- scales -------------------------------------------------------------------------------------
 
 
+def decode_every_scale_code(lo: float, hi: float, dtype: torch.dtype) -> Tensor:
+    """The scales that codes 0 .. 255 of a group stand for: 256 blocks that hold nothing but 1.0."""
+    return nf4_reference.dequantize_nf4(
+        torch.full((256 * 16,), 0xFF, dtype=torch.uint8),
+        torch.arange(256, dtype=torch.uint8),
+        torch.tensor([[lo, hi]]),
+        numel=256 * 32,
+        block_size=32,
+        scale_block_size=256,
+        scale_format="geometric",
+        dtype=dtype,
+        out_dtype=torch.float32,
+    )[::32]
+
+
 @pytest.mark.parametrize("bounds", [(1e-3, 3.0), (1.0, 1.0), (1.0, 1.0000001), (1e-38, 3e38)])
 def test_the_grid_keeps_both_ends_and_rises(bounds: tuple[float, float]) -> None:
-    groups = torch.tensor([bounds])
-    lo, hi = groups[0].tolist()
-    grid = nf4_reference.decode_scales(torch.arange(256, dtype=torch.uint8), groups, 256)
+    lo, hi = torch.tensor(bounds).tolist()
+    grid = decode_every_scale_code(lo, hi, torch.float32)
     assert grid[0] == 0
     assert (grid[1].item(), grid[255].item()) == (lo, hi)
     assert (grid[1:].diff() >= 0).all()
-    for code in (2, 3, 100, 128, 254):
-        assert grid[code].item() == _bits_float(grid_bits(code, _float_bits(lo), _float_bits(hi)))
+    for code in range(1, 256):
+        expected = grid_bits(code, _float_bits(lo), _float_bits(hi))
+        assert grid[code].item() == _bits_float(expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,18 +227,17 @@ def test_the_grid_keeps_both_ends_and_rises(bounds: tuple[float, float]) -> None
 def test_scale_codes_are_the_nearest_rounded_ones(dtype: torch.dtype, spread: float) -> None:
     generator = torch.Generator().manual_seed(3)
     absmax = torch.exp(torch.randn(7, 256, generator=generator) * spread).clamp(max=60_000)
-    absmax = absmax.to(dtype).float()
     absmax[0, ::7] = 0.0
-    codes, groups = nf4_reference.encode_scales(absmax.view(-1), 256, dtype)
-    codes = codes.view(7, 256).int()
-    for scales, got, group in zip(absmax, codes, groups, strict=True):
-        assert group.tolist() == [scales[scales > 0].min(), scales.max()]
-        every = torch.arange(256, dtype=torch.uint8)
-        grid = nf4_reference.decode_scales(every, group[None], 256)[1:].to(dtype).float()
-        distance = (scales[:, None] - grid).abs()
-        nearest = distance.argmin(dim=1)
-        value = grid[nearest]  # the lowest code of that value is meant
-        lowest = (grid == value[:, None]).int().argmax(dim=1) + 1
+    weight = torch.zeros(7 * 256, 32, dtype=dtype)
+    weight[:, 9] = -absmax.view(-1).to(dtype)
+    (_, codes, groups), _ = quantize(weight, block_size=32, scale_format="geometric")
+    absmax = absmax.to(dtype).float()
+    for scales, got, group in zip(absmax, codes.view(7, 256).int(), groups, strict=True):
+        lo, hi = group.tolist()
+        assert (lo, hi) == (scales[scales > 0].min(), scales.max())
+        grid = decode_every_scale_code(lo, hi, dtype)[1:]
+        nearest = (scales[:, None] - grid).abs().argmin(dim=1)
+        lowest = (grid == grid[nearest][:, None]).int().argmax(dim=1) + 1  # of that rounded value
         assert torch.equal(got, torch.where(scales > 0, lowest, 0).int())
 
 

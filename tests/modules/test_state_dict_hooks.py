@@ -236,7 +236,6 @@ def test_errors_name_the_key(
     model = build()
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(state, strict=True, assign=assign)
-    assert isinstance(model["proj"].weight, NF4Tensor) or "mismatch" not in message
 
 
 def test_a_plain_linear_needs_no_hooks() -> None:

@@ -1,0 +1,326 @@
+"""The decoder: caches, documents, activation checkpointing and tied heads change no result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlora_builders.models import LlamaArch, llama
+from qlora_builders.modules import ACTIVATIONS, Attention, CausalLM, FeedForward, KVCache, Linear
+from qlora_builders.modules.rope import RotaryEmbedding, apply_rope, rope_frequencies
+
+VOCAB = 61
+QLORA = [{"match": "layers.**", "kind": "qlora", "rank": 4, "alpha": 8}]
+
+
+def build(components: Any = (), *, dtype: torch.dtype = torch.float32, **arch: Any) -> CausalLM:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+    }
+    model = llama(LlamaArch(**{**sizes, **arch}), components, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return model.eval()
+
+
+def ids(batch: int = 2, seq: int = 12, seed: int = 1) -> Tensor:
+    return torch.randint(VOCAB, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def cache_for(model: CausalLM, batch: int, max_seq_len: int = 16) -> KVCache:
+    arch = model.spec.arch
+    return KVCache(
+        num_layers=arch.num_layers,
+        batch_size=batch,
+        num_kv_heads=arch.num_kv_heads,
+        max_seq_len=max_seq_len,
+        head_dim=arch.head_dim,
+    )
+
+
+# ---- attention and feed-forward -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (4, 1)])
+def test_attention_equals_the_formula(num_heads: int, num_kv_heads: int) -> None:
+    b, s, d, hidden = 2, 6, 8, 20
+    attention = Attention(
+        q_proj=Linear(hidden, num_heads * d),
+        k_proj=Linear(hidden, num_kv_heads * d),
+        v_proj=Linear(hidden, num_kv_heads * d),
+        o_proj=Linear(num_heads * d, hidden),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=d,
+        layer=0,
+    )
+    x = torch.randn(b, s, hidden)
+    cos, sin = RotaryEmbedding(rope_frequencies(d, 1e4))(torch.arange(s)[None], torch.float32)
+
+    def heads(projection: nn.Module, count: int) -> Tensor:
+        return projection(x).view(b, s, count, d).transpose(1, 2)
+
+    q = apply_rope(heads(attention.q_proj, num_heads), cos, sin)
+    k = apply_rope(heads(attention.k_proj, num_kv_heads), cos, sin)
+    v = heads(attention.v_proj, num_kv_heads)
+    k, v = (t.repeat_interleave(num_heads // num_kv_heads, dim=1) for t in (k, v))
+    scores = (q @ k.mT / d**0.5).masked_fill(torch.ones(s, s).triu(1).bool(), -torch.inf)
+    mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, -1)
+    torch.testing.assert_close(attention(x, cos, sin), attention.o_proj(mixed))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_feed_forward_equals_the_formula(name: str) -> None:
+    functions = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "relu": F.relu,
+    }
+    gate, up, down = Linear(8, 12), Linear(8, 12), Linear(12, 8)
+    layer = FeedForward(gate_proj=gate, up_proj=up, down_proj=down, activation=ACTIVATIONS[name])
+    x = torch.randn(3, 8)
+    assert torch.equal(layer(x), down(functions[name](gate(x)) * up(x)))
+
+
+def test_attention_dropout_acts_in_training_only() -> None:
+    model = build(attention_dropout=0.5)
+    x = ids()
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+def test_a_token_sees_only_earlier_ones() -> None:
+    model, x = build(), ids()
+    changed = x.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % VOCAB
+    a, b = model(x), model(changed)
+    assert torch.equal(a[:, :7], b[:, :7])
+    assert not torch.isclose(a[:, 7:], b[:, 7:]).all(dim=-1).any()
+
+
+# ---- KV cache -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("components", [(), QLORA], ids=["plain", "qlora"])
+@pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 7], [5, 1, 1, 3, 2], [1, 11]], ids=str)
+@torch.no_grad()
+def test_with_a_cache_the_logits_are_the_same(pieces: list[int], components: Any) -> None:
+    model, x = build(components), ids()
+    cache = cache_for(model, batch=2)
+    outputs, start = [], 0
+    for size in pieces:
+        outputs.append(model(x[:, start : start + size], cache=cache))
+        start += size
+        assert cache.length == start
+    torch.testing.assert_close(torch.cat(outputs, dim=1), model(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_full_cache_is_an_error() -> None:
+    model = build()
+    cache = cache_for(model, batch=2, max_seq_len=6)
+    model(ids(seq=5), cache=cache)
+    with pytest.raises(ValueError, match="holds 6 positions, but 7 are needed; make it larger"):
+        model(ids(seq=2), cache=cache)
+    assert cache.length == 5
+
+
+def test_documents_and_a_cache_exclude_each_other() -> None:
+    model = build()
+    with pytest.raises(ValueError, match="document_ids cannot be combined with a KV cache"):
+        model(ids(), document_ids=torch.zeros(2, 12, dtype=torch.long), cache=cache_for(model, 2))
+
+
+# ---- documents ----------------------------------------------------------------------------------
+
+
+def test_each_document_is_as_if_it_were_alone() -> None:
+    model, x = build(), ids()
+    document_ids = torch.tensor([[0] * 5 + [1] * 7, [4] * 1 + [9] * 3 + [4] * 8])
+    packed = model(x, document_ids=document_ids)
+    for row, spans in enumerate([[(0, 5), (5, 12)], [(0, 1), (1, 4)]]):
+        for start, end in spans:
+            alone = model(x[row : row + 1, start:end])
+            torch.testing.assert_close(packed[row : row + 1, start:end], alone)
+    # without document_ids the second document would see the first
+    assert not torch.isclose(packed[0, 5:], model(x)[0, 5:]).all(dim=-1).any()
+
+
+def test_documents_get_the_same_gradients_as_alone() -> None:
+    packed, alone = build(QLORA), build(QLORA)
+    x = ids(batch=1)
+    document_ids = torch.tensor([[0] * 5 + [1] * 7])
+    packed(x, document_ids=document_ids).square().sum().backward()
+    alone(x[:, :5]).square().sum().backward()
+    alone(x[:, 5:]).square().sum().backward()
+    trained = 0
+    for a, b in zip(packed.parameters(), alone.parameters(), strict=True):
+        if a.requires_grad:
+            trained += 1
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    assert trained == 2 * 14
+
+
+def test_one_document_equals_none_given() -> None:
+    model, x = build(), ids()
+    torch.testing.assert_close(model(x, document_ids=torch.full((2, 12), 3)), model(x))
+
+
+def test_position_ids_override_the_default() -> None:
+    model, x = build(), ids()
+    counted = torch.arange(12)[None]
+    assert torch.equal(model(x, position_ids=counted), model(x))
+    torch.testing.assert_close(model(x, position_ids=counted + 20), model(x))  # relative
+    assert not torch.allclose(model(x, position_ids=counted * 2), model(x), atol=1e-4)
+
+
+# ---- dtypes and checkpointing -------------------------------------------------------------------
+
+
+def test_activations_have_the_compute_dtype() -> None:
+    arch = build().spec.arch
+    model = llama(arch, QLORA, dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert model(ids()).dtype == torch.float32
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert llama(arch, dtype=torch.bfloat16)(ids()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("documents", [True, False])
+def test_activation_checkpointing_gives_identical_gradients(documents: bool) -> None:
+    options = [{**QLORA[0], "dropout": 0.3}]
+    document_ids = torch.tensor([[0] * 5 + [1] * 7] * 2) if documents else None
+    results = []
+    for checkpointing in (False, True):
+        model = build(options).train()
+        model.model.activation_checkpointing = checkpointing
+        torch.manual_seed(3)
+        model(ids(), document_ids=document_ids).square().mean().backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert len(results[0]) == 2 * 14
+    for name, grad in results[0].items():
+        assert grad is not None
+        assert grad.any()
+        assert torch.equal(grad, results[1][name]), name
+
+
+def test_activation_checkpointing_keeps_only_the_layers_inputs() -> None:
+    sizes = []
+    for checkpointing in (False, True):
+        saved = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal saved
+            saved += tensor.nbytes
+            return tensor
+
+        model = build(QLORA)
+        model.model.activation_checkpointing = checkpointing
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(ids(seq=40))
+        sizes.append(saved)
+    assert sizes[1] < sizes[0] / 3
+
+
+# ---- tied heads ---------------------------------------------------------------------------------
+
+
+def tied(**options: Any) -> CausalLM:
+    return build(tie_word_embeddings=True, **options)
+
+
+def is_tied(model: CausalLM) -> bool:
+    return model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_tied_head_is_the_embedding() -> None:
+    model = tied()
+    assert is_tied(model)
+    assert "lm_head.weight" not in dict(model.named_parameters())
+    assert not is_tied(build())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("with_head", [False, True])
+def test_a_tied_model_loads_with_or_without_the_head(with_head: bool, assign: bool) -> None:
+    state = {key: value + 1 for key, value in tied().state_dict().items()}
+    if not with_head:
+        del state["lm_head.weight"]
+    model = tied()
+    model.load_state_dict(state, strict=True, assign=assign)
+    assert is_tied(model)
+    assert torch.equal(model.lm_head.weight, state["model.embed_tokens.weight"])
+    assert ("lm_head.weight" in state) is with_head  # the caller's dict is not changed
+
+
+def test_a_tied_model_loads_inside_another_module() -> None:
+    outer = nn.ModuleDict({"llm": tied()})
+    state = outer.state_dict()
+    del state["llm.lm_head.weight"]
+    outer.load_state_dict(state, strict=True, assign=True)
+    assert is_tied(outer["llm"])
+
+
+@pytest.mark.parametrize(
+    "head",
+    [torch.zeros(VOCAB, 32), torch.zeros(3, 32), torch.zeros(VOCAB, 32, dtype=torch.bfloat16)],
+    ids=["values", "shape", "dtype"],
+)
+def test_a_head_that_differs_from_its_embedding_is_an_error(head: Tensor) -> None:
+    model = tied()
+    state = {**model.state_dict(), "lm_head.weight": head}
+    with pytest.raises(
+        RuntimeError,
+        match=r"lm_head\.weight differs from model\.embed_tokens\.weight, but the model ties them",
+    ):
+        model.load_state_dict(state)
+
+
+def test_a_missing_embedding_is_reported() -> None:
+    state = tied().state_dict()
+    del state["model.embed_tokens.weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"model\.embed_tokens\.weight"'):
+        tied().load_state_dict(state)
+
+
+def test_an_untied_model_needs_its_head() -> None:
+    state = build().state_dict()
+    del state["lm_head.weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"lm_head\.weight"'):
+        build().load_state_dict(state)
+
+
+def test_tying_survives_meta() -> None:
+    arch = tied().spec.arch
+    model = llama(arch, device="meta", dtype=torch.float32)
+    assert is_tied(model)
+    state = tied().state_dict()
+    model.load_state_dict(state, assign=True)
+    assert is_tied(model)
+    torch.testing.assert_close(model(ids()), tied()(ids()))
+
+
+def test_tie_weights_after_replacing_the_embedding() -> None:
+    model = tied()
+    model.model.embed_tokens.weight = nn.Parameter(torch.randn(VOCAB, 32))
+    assert not is_tied(model)
+    model.tie_weights()
+    assert is_tied(model)
+    untied = build()
+    untied.tie_weights()
+    assert not is_tied(untied)

@@ -1,0 +1,255 @@
+"""The shape of the package: imports point one way, need the base install only, and stay small."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import qlora_builders
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "qlora_builders"
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py")) + RECIPES
+
+# A part may import the parts of earlier layers; the parts of one layer do not import each other.
+LAYERS = (
+    {"errors"},
+    {"kernels"},
+    {"tensor"},
+    {"modules"},
+    {"models"},
+    {"checkpoint", "data", "distributed", "training", "config"},
+    {"recipes", "cli"},
+)
+RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
+NF4_TYPE_CHECKS = ("qlora_builders/tensor/", "qlora_builders/checkpoint/")
+NF4_TYPE_CHECK_FILES = ("qlora_builders/modules/linear.py",)
+OPTIONAL = ("datasets", "matplotlib", "transformers", "peft", "numba", "triton", "bitsandbytes")
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def part_of(path: str) -> str:
+    """`qlora_builders/models/llama.py` -> models; the package's own __init__ -> __init__."""
+    first, _, rest = path.partition("/")
+    if first == "recipes":
+        return first
+    return rest.partition("/")[0].removesuffix(".py")
+
+
+def imported_modules(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, absolute name) of everything imported, function bodies included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            package = path.split("/")[: -node.level] if node.level else []
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, f"{module}.{alias.name}"
+
+
+def wrong_imports(path: str, source: str) -> list[str]:
+    """Imports that point the wrong way."""
+    part = part_of(path)
+    if part == "__init__":
+        return []
+    found = []
+    for line, name in imported_modules(path, ast.parse(source)):
+        top, _, rest = name.partition(".")
+        target = "recipes" if top == "recipes" else rest.partition(".")[0]
+        if top not in ("qlora_builders", "recipes") or target == "__version__":
+            continue
+        if target not in RANK:
+            found.append(f"{path}:{line} imports {name}; import it from the part it lives in")
+        elif target != part and RANK[target] >= RANK[part]:
+            found.append(f"{path}:{line} imports {name}, which is not below {part}")
+    return found
+
+
+def wrong_type_checks(path: str, source: str) -> list[str]:
+    """`isinstance(x, NF4Tensor)` and its like, outside the places that may know the type."""
+    if path.startswith(NF4_TYPE_CHECKS) or path in NF4_TYPE_CHECK_FILES:
+        return []
+    return [
+        f"{path}:{node.lineno} asks whether something is an NF4Tensor"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("isinstance", "issubclass")
+        and "NF4Tensor" in ast.unparse(node.args[1])
+    ]
+
+
+def too_long(path: str, source: str) -> list[str]:
+    """Files over 400 lines, functions over 60 (a recipe's main: 100)."""
+    found = []
+    lines = len(source.splitlines())
+    if lines > 400:
+        found.append(f"{path} has {lines} lines; at most 400")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            limit = 100 if path.startswith("recipes/") and node.name == "main" else 60
+            size = (node.end_lineno or node.lineno) - node.lineno + 1
+            if size > limit:
+                found.append(f"{path}:{node.lineno} {node.name} has {size} lines; at most {limit}")
+    return found
+
+
+# ---- the package --------------------------------------------------------------------------------
+
+
+def test_the_files_are_found() -> None:
+    names = {relative(path) for path in FILES}
+    assert len(names) > 40
+    assert {"qlora_builders/kernels/nf4_reference.py", "recipes/finetune.py"} <= names
+    parts = {part_of(name) for name in names} - {"__init__"}
+    assert parts <= RANK.keys(), "a new part: give it a layer in LAYERS and in the design"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+@pytest.mark.parametrize("check", [wrong_imports, wrong_type_checks, too_long])
+def test_house_rules(check: Callable[[str, str], list[str]], path: Path) -> None:
+    assert check(relative(path), path.read_text(encoding="utf-8")) == []
+
+
+# ---- the checks themselves ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("qlora_builders/kernels/bad.py", "from qlora_builders.tensor import NF4Tensor"),
+        ("qlora_builders/kernels/bad.py", "import qlora_builders.tensor.nf4_ops"),
+        ("qlora_builders/kernels/bad.py", "from ..tensor import NF4Tensor"),
+        ("qlora_builders/kernels/bad.py", "from .. import tensor"),
+        ("qlora_builders/modules/bad.py", "def f():\n    from qlora_builders.models import llama"),
+        ("qlora_builders/models/bad.py", "from qlora_builders import checkpoint"),
+        ("qlora_builders/models/bad.py", "from qlora_builders import llama"),
+        ("qlora_builders/data/bad.py", "import torch\nfrom qlora_builders.config import schema"),
+        ("qlora_builders/checkpoint/bad.py", "from qlora_builders.training.loop import x"),
+        ("qlora_builders/config/bad.py", "import recipes.finetune"),
+        ("qlora_builders/training/bad.py", "from qlora_builders.cli import main"),
+        ("qlora_builders/errors.py", "from qlora_builders.kernels import quantize_nf4"),
+    ],
+)
+def test_a_wrong_import_is_caught(path: str, source: str) -> None:
+    (found,) = wrong_imports(path, source)
+    assert found.startswith(f"{path}:")
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("qlora_builders/models/good.py", "from qlora_builders.modules import Linear"),
+        ("qlora_builders/models/good.py", "from qlora_builders.models.llama import llama"),
+        ("qlora_builders/models/good.py", "from . import llama"),
+        ("qlora_builders/data/good.py", "from qlora_builders.errors import DataError"),
+        ("qlora_builders/cli.py", "from qlora_builders import __version__"),
+        ("recipes/good.py", "from qlora_builders.data import Tokenizer\nimport torch.nn"),
+        ("qlora_builders/__init__.py", "from qlora_builders.checkpoint import load_adapter"),
+    ],
+)
+def test_a_right_import_passes(path: str, source: str) -> None:
+    assert wrong_imports(path, source) == []
+
+
+def test_a_type_check_is_caught_outside_its_places() -> None:
+    for source in ("isinstance(w, NF4Tensor)", "ok = isinstance(w, (A, tensor.NF4Tensor))"):
+        assert len(wrong_type_checks("qlora_builders/training/bad.py", source)) == 1
+        assert wrong_type_checks("qlora_builders/modules/linear.py", source) == []
+    assert wrong_type_checks("qlora_builders/training/good.py", "isinstance(w, Tensor)") == []
+
+
+def test_length_is_caught() -> None:
+    def function(name: str, lines: int) -> str:
+        return f"def {name}():\n" + "    x = 1\n" * (lines - 1)
+
+    assert too_long("recipes/a.py", function("main", 100) + function("f", 60)) == []
+    assert len(too_long("recipes/a.py", function("main", 101) + function("f", 61))) == 2
+    assert len(too_long("qlora_builders/a.py", function("main", 61))) == 1
+    assert len(too_long("qlora_builders/a.py", "x = 1\n" * 401)) == 1
+
+
+# ---- importing ----------------------------------------------------------------------------------
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+IMPORT_ALL = """
+    import importlib, importlib.abc, runpy, sys
+
+    blocked = set(sys.argv[1].split(","))
+
+    class Blocked(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in blocked:
+                raise ImportError(f"{name} is not part of the base install")
+
+    sys.meta_path.insert(0, Blocked())
+    for name in sys.argv[2].split(","):
+        importlib.import_module(name)
+    for path in sys.argv[3].split(","):
+        runpy.run_path(path, run_name="imported")
+    assert not blocked & set(sys.modules)
+    print("imported")
+"""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_every_module_and_recipe_imports_with_the_base_install_only() -> None:
+    modules = ",".join(module_name(path) for path in FILES if path not in RECIPES)
+    recipes = ",".join(str(path) for path in RECIPES)
+    done = run_python(IMPORT_ALL, ",".join(OPTIONAL), modules, recipes)
+    assert (done.returncode, done.stdout) == (0, "imported\n"), done.stderr
+
+
+def test_the_blocker_blocks() -> None:
+    done = run_python(IMPORT_ALL, "json", "json.decoder", "")
+    assert done.returncode != 0
+    assert "json is not part of the base install" in done.stderr
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    done = run_python(
+        """
+        import sys, qlora_builders, qlora_builders.cli
+        print(qlora_builders.__version__, sorted({"torch", "hydra", "numpy"} & set(sys.modules)))
+        """
+    )
+    assert done.stdout == f"{qlora_builders.__version__} []\n", done.stderr
+
+
+def test_the_public_names_resolve() -> None:
+    for name in qlora_builders.__all__:
+        value = getattr(qlora_builders, name)
+        assert name == "LLAMA_ARCHS" or value.__name__ == name
+    assert set(qlora_builders.__all__) <= set(dir(qlora_builders))
+    assert len(qlora_builders.__all__) == len(set(qlora_builders.__all__)) >= 15
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'qlora_builders' has no attribute 'to_nf5'"):
+        _ = qlora_builders.to_nf5
