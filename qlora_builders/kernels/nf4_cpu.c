@@ -9,8 +9,10 @@
                 largest magnitude of (scale - offset), offset (bnb)
 
    Formula
-       quantize    a = max |w| of the block; code = number of midpoints below w / a
-                   scale code = nearest entry of the group's grid, rounded to the weight's dtype
+       quantize    a = max |w| of the block; scale code = the entry of the group's grid that is
+                   nearest to a when rounded to the weight's dtype; s = that rounded scale
+                   code = number of midpoints below w / s, but 0 or 15 where |w| = a
+                   (bnb: midpoints below w * (1 / a))
        dequantize  w = round(codebook[code] * round(scale)); for bnb the scale is not rounded
 
    How
@@ -149,11 +151,18 @@ INLINE float block_absmax(const void *weight, int64_t start, int64_t length, int
 enum { STRIP = 32 }; /* elements coded at once; every block size is a multiple of it */
 
 /* Codes of one strip; missing elements of the weight's tail are zero. */
-INLINE void code_strip(const float *x, float scale, int reciprocal, uint8_t *out) {
-    float divisor = scale > 0 ? scale : from_bits(0x7F800000); /* a zero block codes as 0.0 */
-    float factor = 1 / divisor, normalized[STRIP];
+INLINE void code_strip(const float *x, float absmax, float scale, int format, uint8_t *out) {
+    const float infinity = from_bits(0x7F800000);
+    float normalized[STRIP];
     int32_t code[STRIP] = {0};
-    for (int i = 0; i < STRIP; i++) normalized[i] = reciprocal ? x[i] * factor : x[i] / divisor;
+    if (!(scale > 0)) absmax = scale = infinity; /* a zero block codes as 0.0 */
+    float factor = 1 / scale;
+    for (int i = 0; i < STRIP; i++) {
+        float extreme = x[i] >= absmax ? 1.0f : -1.0f;
+        float inner = format == BNB ? x[i] * factor : x[i] / scale;
+        int is_extreme = format != BNB && (x[i] >= absmax || -x[i] >= absmax);
+        normalized[i] = is_extreme ? extreme : inner;
+    }
     for (int k = 0; k < 15; k++) {
         float midpoint = (CODEBOOK[k] + CODEBOOK[k + 1]) / 2;
         for (int i = 0; i < STRIP; i++) code[i] += normalized[i] > midpoint;
@@ -169,10 +178,10 @@ INLINE void code_block(const void *weight, int64_t start, int64_t length, float 
         float x[STRIP] = {0};
         uint8_t code[STRIP];
         for (int64_t i = 0; i < count; i++) x[i] = load(weight, start + at + i, dtype);
-        code_strip(x, absmax, format == BNB, code);
+        code_strip(x, absmax, decoded, format, code);
         if (tiny) { /* products leave the normal range: take the codes of a second pass */
             for (int i = 0; i < STRIP; i++) x[i] = round_to(CODEBOOK[code[i]] * decoded, dtype);
-            code_strip(x, decoded, 0, code);
+            code_strip(x, decoded, decoded, format, code);
         }
         uint8_t *out = codes + (start + at) / 2;
         for (int64_t i = 0; i < (count + 1) / 2; i++)

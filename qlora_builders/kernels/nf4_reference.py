@@ -2,8 +2,8 @@
 
 Format (codebook: Dettmers et al., "QLoRA", https://arxiv.org/abs/2305.14314, appendix E)
     The weight is flattened and cut into blocks of `block_size` elements; the last block may be
-    short. A block is stored as one scale (its largest magnitude) and one 4-bit code per element,
-    the index of the codebook value nearest to element / scale (a tie goes to the lower code).
+    short. A block is stored as one scale (about its largest magnitude) and one 4-bit code per
+    element, the index of the codebook value nearest to element / scale (a tie: the lower code).
     Two codes make a byte, the first element in the high nibble; a missing last one counts as 0.0.
 
 Scales (`scale_format`)
@@ -21,10 +21,10 @@ Scales (`scale_format`)
 
 Round trip
     The decoded scale is rounded to the weight's dtype before it multiplies, and the quantizer
-    picks the code whose *rounded* scale is nearest to the block's (the lowest such code). Since
-    elements are divided by the true block maximum, that element always gets code 0 or 15 and
-    decodes to the rounded scale exactly; so quantizing a dequantized weight finds the same `lo`,
-    `hi`, scale codes and element codes again. Where products leave the normal range of the dtype
+    picks the code whose *rounded* scale is nearest to the block's (the lowest such code). Elements
+    are divided by that scale, but the block's largest always gets code 0 or 15, so it decodes to
+    the rounded scale exactly; quantizing a dequantized weight then finds the same `lo`, `hi`,
+    scale codes and element codes again. Where products leave the normal range of the dtype
     two codes may decode alike; `_canonical` then picks the one that a second pass would pick.
     `bnb` promises none of this: its scales move when it quantizes its own output.
 
@@ -117,16 +117,18 @@ def quantize_nf4(
         chunk = flat[start : start + step]
         blocks = _pad(chunk.float(), block_size).view(-1, block_size)
         in_chunk = slice(start // block_size, start // block_size + blocks.shape[0])
-        element_codes = _nearest_codes(blocks, absmax[in_chunk], scale_format)
-        if scale_format != "bnb":
-            group = start // (block_size * scale_block_size)
-            decoded = decode_scales(
-                scales[in_chunk],
-                scale_groups[group:],
-                scale_block_size=scale_block_size,
-                scale_format=scale_format,
-                dtype=weight.dtype,
-            )
+        group = start // (block_size * scale_block_size)
+        decoded = decode_scales(
+            scales[in_chunk],
+            scale_groups[group:],
+            scale_block_size=scale_block_size,
+            scale_format=scale_format,
+            dtype=weight.dtype,
+        )
+        if scale_format == "bnb":
+            element_codes = _bnb_codes(blocks, absmax[in_chunk])
+        else:
+            element_codes = _nearest_codes(blocks, absmax[in_chunk], decoded)
             element_codes = _canonical(element_codes, decoded, weight.dtype)
         pairs = element_codes.view(-1, 2)[: -(-chunk.numel() // 2)]
         codes[start // 2 : start // 2 + pairs.shape[0]] = pairs[:, 0] << 4 | pairs[:, 1]
@@ -285,16 +287,28 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int32).long()
 
 
-def _nearest_codes(blocks: Tensor, scale: Tensor, scale_format: str = "geometric") -> Tensor:
-    """[B, block_size] float32, scales [B] -> uint8 codes; a zero block gets the code of 0.0.
+def _nearest_codes(blocks: Tensor, absmax: Tensor, scale: Tensor) -> Tensor:
+    """Codes uint8 nearest to blocks [B, block_size] / scale [B], with the block maxima at +-1.
 
-    `bnb` multiplies by the reciprocal, as bitsandbytes does; it overflows for subnormal scales.
+    A zero block gets the code of 0.0.
     """
-    scale = torch.where(scale > 0, scale, torch.inf)[:, None]
-    normalized = blocks / scale
-    if scale_format == "bnb":
-        normalized = (blocks * (1 / scale)).nan_to_num(nan=-torch.inf)  # 0 * infinity codes as -1
-    return torch.bucketize(normalized, _MIDPOINTS.to(blocks.device), out_int32=True).to(torch.uint8)
+    positive = scale > 0
+    absmax = torch.where(positive, absmax, torch.inf)[:, None]
+    scale = torch.where(positive, scale, torch.inf)[:, None]
+    normalized = torch.where(blocks.abs() >= absmax, blocks.sign(), blocks / scale)
+    return _bucketize(normalized)
+
+
+def _bnb_codes(blocks: Tensor, absmax: Tensor) -> Tensor:
+    """Times the reciprocal, as bitsandbytes does; it overflows for subnormals, and 0 * inf is -1."""
+    absmax = torch.where(absmax > 0, absmax, torch.inf)[:, None]
+    return _bucketize((blocks * (1 / absmax)).nan_to_num(nan=-torch.inf))
+
+
+def _bucketize(normalized: Tensor) -> Tensor:
+    """Number of midpoints strictly below; a tie goes to the lower code."""
+    midpoints = _MIDPOINTS.to(normalized.device)
+    return torch.bucketize(normalized, midpoints, out_int32=True).to(torch.uint8)
 
 
 def _canonical(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -305,7 +319,7 @@ def _canonical(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """
     tiny = scale < 16 * torch.finfo(dtype).tiny
     decoded = (NF4_CODEBOOK.to(codes.device)[codes.int()] * scale[:, None]).to(dtype).float()
-    return torch.where(tiny[:, None], _nearest_codes(decoded, scale), codes)
+    return torch.where(tiny[:, None], _nearest_codes(decoded, scale, scale), codes)
 
 
 def _chunk_elements(block_size: int, scale_block_size: int) -> int:

@@ -11,7 +11,7 @@ from qlora_builders import NF4Tensor, to_nf4
 from qlora_builders.kernels.nf4_reference import dynamic_codebook
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((300, 128), (7, 13), (64, 64), (33, 100))
+SHAPES = ((512, 512), (7, 13), (64, 64), (33, 100))
 
 
 def weights(dtype: torch.dtype, shape: tuple[int, int]) -> list[Tensor]:
@@ -45,7 +45,7 @@ def test_quantizing_gives_their_codes(
         # their CPU kernel looks the code up in 65,536 bins, ours is the nearest: next to zero,
         # where the codebook is finer than a bin, that is one more code apart
         apart = (ours.scales.int() - state.absmax.int()).abs()
-        assert (apart > 0).float().mean() < 0.01
+        assert (apart > 0).sum() <= 3 + 0.01 * len(apart)
         scale = ours.scale_groups[:, 0].repeat_interleave(256)[: len(apart)]
         values = dynamic_codebook()
         moved = (values[ours.scales.int()] - values[state.absmax.int()]).abs() * scale
@@ -83,4 +83,4 @@ def test_our_default_format_is_at_least_as_accurate(dtype: torch.dtype) -> None:
         theirs = bnb.dequantize_4bit(
             *bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
         )
-        assert error(weight, to_nf4(weight).dequantize()) <= error(weight, theirs) * 1.0005
+        assert error(weight, to_nf4(weight).dequantize()) <= error(weight, theirs) * 1.00001
