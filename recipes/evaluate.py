@@ -68,15 +68,17 @@ def main(cfg: EvaluateConfig) -> None:
         "loss": loss,
         "perplexity": math.exp(loss),
     }
-    console = Console()
-    console.print(f"{data.report.summary()}", highlight=False)
-    console.print(f"loss {loss:.4f}  perplexity {math.exp(loss):.3f}", highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(data.report.summary())
+    console.print(
+        f"loss {loss:.4f}  perplexity {math.exp(loss):.3f}", highlight=False, soft_wrap=True
+    )
     if cfg.exact_match:
         answers = answer_rows(model, data, cfg)
         right = sum(answer["right"] for answer in answers)
         results |= {"exact_match": right / len(answers), "right": right, "answers": answers}
         console.print(answer_table(answers))
-        console.print(f"exact match: {right} of {len(answers)}", highlight=False)
+        console.print(f"exact match: {right} of {len(answers)}")
     if cfg.output is not None:
         path = Path(cfg.output)
         path.parent.mkdir(parents=True, exist_ok=True)

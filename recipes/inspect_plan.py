@@ -32,9 +32,11 @@ def main(cfg: FinetuneConfig) -> None:
         dtype=resolve_dtype(cfg.training.dtype),
     )
     rows = summarize(model)
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
-        console = Console(width=140)  # rich would fold a piped table to 80 columns
+        console = Console(
+            highlight=False, soft_wrap=True, width=140
+        )  # rich would fold a piped table to 80 columns
     console.print(plan_table(rows))
     base, adapter = sum(r.base_bytes for r in rows), sum(r.adapter_bytes for r in rows)
     parameters, trainable = sum(r.parameters for r in rows), sum(r.trainable for r in rows)
@@ -42,7 +44,6 @@ def main(cfg: FinetuneConfig) -> None:
         f"{parameters:,} base parameters in {base / 2**20:,.1f} MiB "
         f"({8 * base / parameters:.2f} bits each), {adapter / 2**20:,.1f} MiB of adapters; "
         f"{trainable:,} parameters train",
-        highlight=False,
     )
     if trainable == 0:
         console.print("this plan trains nothing: `finetune` would refuse it")

@@ -300,7 +300,7 @@ def _nearest_codes(blocks: Tensor, absmax: Tensor, scale: Tensor) -> Tensor:
 
 
 def _bnb_codes(blocks: Tensor, absmax: Tensor) -> Tensor:
-    """Times the reciprocal, as bitsandbytes does; it overflows for subnormals, and 0 * inf is -1."""
+    """Times the reciprocal, as bitsandbytes has it; for subnormals that is infinite, 0 * inf -1."""
     absmax = torch.where(absmax > 0, absmax, torch.inf)[:, None]
     return _bucketize((blocks * (1 / absmax)).nan_to_num(nan=-torch.inf))
 

@@ -35,7 +35,7 @@ class ProgressReport:
     """
 
     def __init__(self, total_steps: int, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or Console(highlight=False, soft_wrap=True)
         self.total_steps = total_steps
         self._last_line = 0.0
         self._started = time.monotonic()
@@ -76,11 +76,11 @@ class ProgressReport:
         if step in (1, self.total_steps) or now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             eta = (now - self._started) / step * (self.total_steps - step)
-            self.console.print(f"step {step}/{self.total_steps}  {figures}  eta {eta:.0f} s")
+            self.say(f"step {step}/{self.total_steps}  {figures}  eta {eta:.0f} s")
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.console.print(text, highlight=False)
+        self.console.print(text)
 
 
 def plot_losses(directory: Path) -> Path:

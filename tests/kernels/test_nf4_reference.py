@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from fractions import Fraction
 from math import floor
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -222,23 +224,37 @@ def test_the_grid_keeps_both_ends_and_rises(bounds: tuple[float, float]) -> None
         assert grid[code].item() == _bits_float(expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spread", [1e-7, 1e-2, 1.0, 6.0])
-def test_scale_codes_are_the_nearest_rounded_ones(dtype: torch.dtype, spread: float) -> None:
-    generator = torch.Generator().manual_seed(3)
-    absmax = torch.exp(torch.randn(7, 256, generator=generator) * spread).clamp(max=60_000)
-    absmax[0, ::7] = 0.0
-    weight = torch.zeros(7 * 256, 32, dtype=dtype)
+def check_scale_codes(absmax: Tensor, dtype: torch.dtype) -> None:
+    """Compare with a search over all 255 codes of every group; absmax is [groups, 256]."""
+    weight = torch.zeros(absmax.numel(), 32, dtype=dtype)
     weight[:, 9] = -absmax.view(-1).to(dtype)
     (_, codes, groups), _ = quantize(weight, block_size=32, scale_format="geometric")
     absmax = absmax.to(dtype).float()
-    for scales, got, group in zip(absmax, codes.view(7, 256).int(), groups, strict=True):
+    codes = codes.view(absmax.shape).int()
+    for scales, got, group in zip(absmax, codes, groups, strict=True):
         lo, hi = group.tolist()
         assert (lo, hi) == (scales[scales > 0].min(), scales.max())
         grid = decode_every_scale_code(lo, hi, dtype)[1:]
         nearest = (scales[:, None] - grid).abs().argmin(dim=1)
         lowest = (grid == grid[nearest][:, None]).int().argmax(dim=1) + 1  # of that rounded value
         assert torch.equal(got, torch.where(scales > 0, lowest, 0).int())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", [1e-7, 1e-2, 1.0, 6.0])
+def test_scale_codes_are_the_nearest_rounded_ones(dtype: torch.dtype, spread: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    absmax = torch.exp(torch.randn(7, 256, generator=generator) * spread).clamp(max=60_000)
+    absmax[0, ::7] = 0.0
+    check_scale_codes(absmax, dtype)
+
+
+def test_scale_codes_where_codes_of_equal_and_of_skipped_value_meet() -> None:
+    """float16 subnormals: small scales have several codes each, larger ones share theirs."""
+    smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    absmax = (torch.arange(256) * smallest).repeat(14, 1)
+    absmax[:, -1] = 2.0 ** torch.arange(2, 16)
+    check_scale_codes(absmax, torch.float16)
 
 
 # ---- accuracy -----------------------------------------------------------------------------------
@@ -280,7 +296,7 @@ def _block(kind: str, size: int, dtype: torch.dtype, generator: torch.Generator)
         case "outlier":
             return normal.index_fill(0, torch.tensor([size // 2]), 500.0)
         case "subnormal":
-            return (normal * 4).round() * smallest
+            return (normal * 2.0 ** float(exponent[0] % 5)).round() * smallest
         case "near_subnormal":
             return normal * info.smallest_normal * 2.0 ** float(exponent[0] % 9 - 4)
         case "huge":
@@ -305,8 +321,25 @@ KINDS = [
 ]
 
 
+def _at_the_edge(dtype: torch.dtype, scale_format: str) -> Callable[[Any], Any]:
+    """Subnormal blocks of different size beside huge ones: their scales are rounded coarsely."""
+    return hypothesis.example(
+        kinds=["subnormal"] * 8 + ["near_subnormal"] * 4 + ["huge"],
+        dtype=dtype,
+        scale_format=scale_format,
+        block_size=32,
+        scale_block_size=256,
+        missing=0,
+        seed=0,
+    )
+
+
 @pytest.mark.parametrize("backend", [nf4_reference, kernels], ids=["reference", "by device"])
 @hypothesis.settings(max_examples=120, deadline=None, derandomize=True)
+@_at_the_edge(torch.float32, "geometric")
+@_at_the_edge(torch.bfloat16, "geometric")
+@_at_the_edge(torch.float16, "geometric")
+@_at_the_edge(torch.float16, "none")
 @hypothesis.given(
     kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=9),
     dtype=st.sampled_from(DTYPES),

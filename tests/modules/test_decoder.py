@@ -177,6 +177,19 @@ def test_documents_get_the_same_gradients_as_alone() -> None:
     assert trained == 2 * 14
 
 
+def test_positions_restart_with_every_document() -> None:
+    """Attention sees only distances, so the positions themselves are looked at."""
+    model, seen = build(), []
+    model.model.rotary.register_forward_pre_hook(lambda _, args: seen.append(args[0].tolist()))
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2], [5, 3, 3, 3, 5, 5]])
+    model(ids(seq=6), document_ids=documents)
+    model(ids(seq=3))
+    cache = cache_for(model, batch=2)
+    model(ids(seq=2), cache=cache)
+    model(ids(seq=2), cache=cache)
+    assert seen == [[[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 0, 1]], [[0, 1, 2]], [[0, 1]], [[2, 3]]]
+
+
 def test_one_document_equals_none_given() -> None:
     model, x = build(), ids()
     torch.testing.assert_close(model(x, document_ids=torch.full((2, 12), 3)), model(x))

@@ -156,10 +156,12 @@ def test_an_nf4_weight_of_the_same_format_is_taken_as_it_is(
     assert_same_bits(model["proj"].weight, source)
 
 
-def test_an_nf4_weight_of_another_format_is_requantized() -> None:
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_nf4_weight_of_another_format_is_requantized(assign: bool) -> None:
     source = to_nf4(weight(torch.float32), block_size=32)
     model = frozen()
-    model.load_state_dict({"proj.weight": source, "proj.bias": torch.zeros(OUT)})
+    state = {"proj.weight": source, "proj.bias": torch.zeros(OUT)}
+    model.load_state_dict(state, assign=assign)
     assert_same_bits(model["proj"].weight, to_nf4(source.dequantize().bfloat16()))
 
 
