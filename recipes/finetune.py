@@ -104,11 +104,11 @@ def main(cfg: FinetuneConfig) -> None:
         for old in checkpoint_folders(run_dir)[: -cfg.training.keep_last]:
             shutil.rmtree(old)
 
-    step = 0
-    evaluate(step)
+    evaluate(0)
     model.train()
     with progress, stop_on_signal() as stop:
-        for batches in itertools.islice(steps(train_data, cfg, device), total_steps):
+        batches_of_steps = itertools.islice(steps(train_data, cfg, device), total_steps)
+        for step, batches in enumerate(batches_of_steps, start=1):
             started = time.perf_counter()
             lr = float(schedule.get_last_lr()[0])
             try:
@@ -116,14 +116,13 @@ def main(cfg: FinetuneConfig) -> None:
                     model, batches, optimizer, clip_grad_norm=cfg.training.clip_grad_norm
                 )
             except TrainingError as error:
-                if step and not checkpoint_folders(run_dir) and all_finite(parameters):
-                    save_step(step)
+                if step > 1 and not checkpoint_folders(run_dir) and all_finite(parameters):
+                    save_step(step - 1)
                 raise TrainingError(
-                    f"step {step + 1}: {error} of {cfg.data.train}. "
+                    f"step {step}: {error} of {cfg.data.train}. "
                     f"{last_checkpoint(run_dir)}; lower optimizer.lr or look at these rows"
                 ) from error
             schedule.step()
-            step += 1
             if step % cfg.training.log_every == 0 or step == total_steps:
                 seconds = time.perf_counter() - started
                 speed = result.tokens / seconds
@@ -149,7 +148,7 @@ def main(cfg: FinetuneConfig) -> None:
                 evaluate(step)
 
     check_adapters_learned(model)
-    evaluate(step)
+    evaluate(total_steps)
     result_dir = run_dir / ("adapter" if has_adapters(model) else "model")
     save(model, result_dir, cfg)
     progress.say(f"wrote {result_dir}")

@@ -6,7 +6,7 @@ Face's names, so a Hugging Face checkpoint needs no key map.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,45 +81,18 @@ def llama(
             plan[name], in_features, out_features, bias=bias, device=device, dtype=dtype
         )
 
-    def own_dtype(name: str) -> torch.dtype:
-        return torch.float32 if name in trained else dtype
-
     def norm(name: str) -> nn.Module:
-        module = RMSNorm(arch.hidden_size, eps=arch.norm_eps, device=device, dtype=own_dtype(name))
+        own = torch.float32 if name in trained else dtype
+        module = RMSNorm(arch.hidden_size, eps=arch.norm_eps, device=device, dtype=own)
         return module.requires_grad_(name in trained)
 
-    def layer(index: int) -> DecoderLayer:
-        at, hidden, inner = f"layers.{index}", arch.hidden_size, arch.intermediate_size
-        q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        bias, mlp_bias = arch.attention_bias, arch.mlp_bias
-        return DecoderLayer(
-            self_attn=Attention(
-                q_proj=linear(f"{at}.self_attn.q_proj", hidden, q_size, bias),
-                k_proj=linear(f"{at}.self_attn.k_proj", hidden, kv_size, bias),
-                v_proj=linear(f"{at}.self_attn.v_proj", hidden, kv_size, bias),
-                o_proj=linear(f"{at}.self_attn.o_proj", q_size, hidden, bias),
-                num_heads=arch.num_heads,
-                num_kv_heads=arch.num_kv_heads,
-                head_dim=arch.head_dim,
-                layer=index,
-                attention_dropout=arch.attention_dropout,
-            ),
-            mlp=FeedForward(
-                gate_proj=linear(f"{at}.mlp.gate_proj", hidden, inner, mlp_bias),
-                up_proj=linear(f"{at}.mlp.up_proj", hidden, inner, mlp_bias),
-                down_proj=linear(f"{at}.mlp.down_proj", inner, hidden, mlp_bias),
-                activation=ACTIVATIONS[arch.hidden_act],
-            ),
-            input_layernorm=norm(f"{at}.input_layernorm"),
-            post_attention_layernorm=norm(f"{at}.post_attention_layernorm"),
-        )
-
-    embed_tokens = nn.Embedding(
-        arch.vocab_size, arch.hidden_size, device=device, dtype=own_dtype("embed_tokens")
-    )
+    train_embedding = "embed_tokens" in trained
+    embedding_dtype = torch.float32 if train_embedding else dtype
     decoder = Decoder(
-        embed_tokens=embed_tokens.requires_grad_("embed_tokens" in trained),
-        layers=[layer(index) for index in range(arch.num_layers)],
+        embed_tokens=nn.Embedding(
+            arch.vocab_size, arch.hidden_size, device=device, dtype=embedding_dtype
+        ).requires_grad_(train_embedding),
+        layers=[_decoder_layer(arch, index, linear, norm) for index in range(arch.num_layers)],
         norm=norm("norm"),
         rotary=RotaryEmbedding(_frequencies(arch)),
         compute_dtype=compute_dtype or dtype,
@@ -131,6 +104,36 @@ def llama(
     )
     model.spec = LlamaSpec(arch=arch, components=tuple(rules), train=tuple(train))
     return model
+
+
+def _decoder_layer(
+    arch: LlamaArch, index: int, linear: Callable[..., nn.Module], norm: Callable[[str], nn.Module]
+) -> DecoderLayer:
+    """One layer; `linear(name, in_features, out_features, bias)` fills a slot as the plan says."""
+    at, hidden, inner = f"layers.{index}", arch.hidden_size, arch.intermediate_size
+    q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    bias, mlp_bias = arch.attention_bias, arch.mlp_bias
+    return DecoderLayer(
+        self_attn=Attention(
+            q_proj=linear(f"{at}.self_attn.q_proj", hidden, q_size, bias),
+            k_proj=linear(f"{at}.self_attn.k_proj", hidden, kv_size, bias),
+            v_proj=linear(f"{at}.self_attn.v_proj", hidden, kv_size, bias),
+            o_proj=linear(f"{at}.self_attn.o_proj", q_size, hidden, bias),
+            num_heads=arch.num_heads,
+            num_kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            layer=index,
+            attention_dropout=arch.attention_dropout,
+        ),
+        mlp=FeedForward(
+            gate_proj=linear(f"{at}.mlp.gate_proj", hidden, inner, mlp_bias),
+            up_proj=linear(f"{at}.mlp.up_proj", hidden, inner, mlp_bias),
+            down_proj=linear(f"{at}.mlp.down_proj", inner, hidden, mlp_bias),
+            activation=ACTIVATIONS[arch.hidden_act],
+        ),
+        input_layernorm=norm(f"{at}.input_layernorm"),
+        post_attention_layernorm=norm(f"{at}.post_attention_layernorm"),
+    )
 
 
 def linear_slots(arch: LlamaArch) -> list[str]:

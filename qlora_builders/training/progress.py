@@ -38,7 +38,7 @@ class ProgressReport:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.total_steps = total_steps
         self._last_line = 0.0
-        self._started = time.monotonic()
+        self._started = 0.0
         columns = (
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -51,6 +51,7 @@ class ProgressReport:
         self._task = self._bar.add_task("", total=total_steps, figures="") if self._bar else None
 
     def __enter__(self) -> ProgressReport:
+        self._started = time.monotonic()
         if self._bar:
             self._bar.start()
         return self
