@@ -7,6 +7,7 @@ there is, and models can be built without memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "dequantize_nf4",
     "field_dtypes",
     "field_shapes",
+    "matmul_nf4",
     "quantize_nf4",
 ]
 
@@ -40,8 +42,14 @@ _library.define(
     "dequantize_nf4(Tensor codes, Tensor scales, Tensor scale_groups, *, int numel, int block_size,"
     " int scale_block_size, str scale_format, ScalarType dtype, ScalarType out_dtype) -> Tensor"
 )
+_library.define(
+    "matmul_nf4(Tensor input, Tensor codes, Tensor scales, Tensor scale_groups, Tensor? bias, *,"
+    " int[] shape, bool transposed, int block_size, int scale_block_size, str scale_format,"
+    " ScalarType dtype) -> Tensor"
+)
 _library.impl("quantize_nf4", nf4_reference.quantize_nf4, "CUDA")
 _library.impl("dequantize_nf4", nf4_reference.dequantize_nf4, "CUDA")
+_library.impl("matmul_nf4", nf4_reference.matmul_nf4, "CUDA")
 
 
 @torch.library.impl(_library, "quantize_nf4", "CPU")
@@ -57,6 +65,30 @@ def _dequantize_nf4_cpu(
     compiled = nf4_cpu.supports(options["scale_format"], options["dtype"], options["out_dtype"])
     backend = nf4_cpu if compiled else nf4_reference
     return backend.dequantize_nf4(codes, scales, scale_groups, **options)
+
+
+@torch.library.impl(_library, "matmul_nf4", "CPU")
+def _matmul_nf4_cpu(input: Tensor, *fields: Any, **options: Any) -> Tensor:
+    compiled = nf4_cpu.supports(options["scale_format"], options["dtype"], input.dtype)
+    return (nf4_cpu if compiled else nf4_reference).matmul_nf4(input, *fields, **options)
+
+
+@torch.library.register_fake("qlora_builders::matmul_nf4", lib=_library)
+def _matmul_nf4_fake(
+    input: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    scale_groups: Tensor,
+    bias: Tensor | None,
+    *,
+    shape: Sequence[int],
+    transposed: bool,
+    block_size: int,
+    scale_block_size: int,
+    scale_format: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return input.new_empty(input.shape[0], shape[0] if transposed else shape[1])
 
 
 @torch.library.register_fake("qlora_builders::quantize_nf4", lib=_library)
@@ -128,4 +160,34 @@ def dequantize_nf4(
         scale_format=scale_format,
         dtype=dtype,
         out_dtype=out_dtype,
+    )
+
+
+def matmul_nf4(
+    input: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    scale_groups: Tensor,
+    bias: Tensor | None = None,
+    *,
+    shape: Sequence[int],
+    transposed: bool,
+    block_size: int,
+    scale_block_size: int,
+    scale_format: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`input @ W.T + bias` (transposed) or `input @ W` for a weight of `shape` (out, in)."""
+    return torch.ops.qlora_builders.matmul_nf4(
+        input,
+        codes,
+        scales,
+        scale_groups,
+        bias,
+        shape=shape,
+        transposed=transposed,
+        block_size=block_size,
+        scale_block_size=scale_block_size,
+        scale_format=scale_format,
+        dtype=dtype,
     )

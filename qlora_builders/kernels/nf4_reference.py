@@ -37,6 +37,7 @@ Shapes: n elements, B = ceil(n / block_size) blocks, G = ceil(B / scale_block_si
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -166,6 +167,41 @@ def dequantize_nf4(
         values = (values * chunk_scales[:, None]).to(dtype).view(-1)
         out[start:stop] = values[: stop - start]
     return out
+
+
+def matmul_nf4(
+    input: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    scale_groups: Tensor,
+    bias: Tensor | None,
+    *,
+    shape: Sequence[int],
+    transposed: bool,
+    block_size: int,
+    scale_block_size: int,
+    scale_format: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`input @ W.T + bias` (transposed) or `input @ W`, in the input's dtype.
+
+    Args:
+        input: [m, in] if transposed, else [m, out].
+        bias: [out] in the input's dtype, or None; only if transposed.
+        shape: (out, in) of the weight.
+    """
+    weight = dequantize_nf4(
+        codes,
+        scales,
+        scale_groups,
+        numel=shape[0] * shape[1],
+        block_size=block_size,
+        scale_block_size=scale_block_size,
+        scale_format=scale_format,
+        dtype=dtype,
+        out_dtype=input.dtype,
+    ).view(*shape)
+    return torch.nn.functional.linear(input, weight, bias) if transposed else input @ weight
 
 
 def encode_scales(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_builders.kernels import matmul_nf4
 from qlora_builders.tensor.nf4_tensor import DISPATCH_TABLE, FUNCTION_TABLE, NF4Tensor, to_nf4
 
 aten = torch.ops.aten
@@ -34,48 +35,69 @@ def _register(table: dict[Any, Implementation], *ops: Any) -> Callable[..., Impl
 # ---- linear -------------------------------------------------------------------------------------
 
 
-class _LinearNF4(torch.autograd.Function):
-    """F.linear on a frozen 4-bit weight; backward dequantizes again instead of saving 16 bits."""
+class _MatmulNF4(torch.autograd.Function):
+    """x W^T + b (transposed) or x W with a frozen 4-bit W, which is all that backward keeps.
+
+    Each is the other's gradient, so derivatives of any order work.
+    """
 
     @staticmethod
-    def forward(input: Tensor, weight: NF4Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(input, weight.dequantize(input.dtype), bias)  # [..., in] -> [..., out]
+    def forward(input: Tensor, weight: NF4Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        output = matmul_nf4(
+            input.reshape(-1, input.shape[-1]),
+            weight.codes,
+            weight.scales,
+            weight.scale_groups,
+            bias,
+            shape=weight.shape,
+            transposed=transposed,
+            dtype=weight.dtype,
+            **weight.nf4_options,
+        )
+        return output.view(*input.shape[:-1], output.shape[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        input, weight, _ = inputs
+        _, weight, _, ctx.transposed = inputs
         ctx.save_for_backward(weight)
-        ctx.input_dtype = input.dtype
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         grad_input = grad_bias = None
         if ctx.needs_input_grad[0]:
-            # autocast may have made grad_output narrower than the input was
-            grad_input = grad_output @ weight.dequantize(
-                grad_output.dtype
-            )  # [..., out] -> [..., in]
-            grad_input = grad_input.to(ctx.input_dtype)
+            grad_input = _MatmulNF4.apply(grad_output, weight, None, not ctx.transposed)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
-        return grad_input, None, grad_bias
+        return grad_input, None, grad_bias, None
 
 
 def linear_nf4(input: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` with an NF4 weight, in the input's dtype.
+    """`F.linear` with an NF4 weight, in the input's dtype (or autocast's).
 
     Output and input gradient equal those of F.linear on `weight.dequantize(input.dtype)`; only the
-    4-bit weight is kept for backward.
+    4-bit weight is kept for backward. On CPUs the gradient of a weight of more than two million
+    elements is added up in another order.
 
     Args:
         input: [..., in_features], any float dtype.
         weight: [out_features, in_features].
         bias: [out_features], cast to the input's dtype.
+
+    Raises:
+        ValueError: if the shapes do not fit.
     """
+    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_nf4 takes an input [..., in] and a weight [out, in]; got input "
+            f"{list(input.shape)} and weight {list(weight.shape)}"
+        )
+    device = input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        input = input.to(torch.get_autocast_dtype(device))
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
-    return _LinearNF4.apply(input, weight, bias)
+    return _MatmulNF4.apply(input, weight, bias, True)
 
 
 @_register(FUNCTION_TABLE, F.linear)

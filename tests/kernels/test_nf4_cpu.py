@@ -124,6 +124,29 @@ def test_a_range_is_part_of_the_whole() -> None:
         assert torch.equal(out, whole[start:stop])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(37, 52), (64, 100), (5, 129)], ids=str)
+def test_tiled_products_are_those_of_the_reference(
+    dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tile gives the same bits; many tiles the same sums in another order."""
+    generator = torch.Generator().manual_seed(0)
+    weight = to_nf4(torch.randn(shape, generator=generator).bfloat16(), block_size=32)
+    bias = torch.randn(shape[0], generator=generator).to(dtype)
+    fields = (weight.codes, weight.scales, weight.scale_groups)
+    options = {**weight.nf4_options, "dtype": weight.dtype, "shape": shape}
+    for tile, tolerance in ((1 << 21, 0.0), (1, 1e-5 if dtype == torch.float32 else 0.05)):
+        monkeypatch.setattr(nf4_cpu, "_TILE_ELEMENTS", tile)
+        for transposed in (True, False):
+            width = shape[1] if transposed else shape[0]
+            input = torch.randn(6, width, generator=generator).to(dtype)
+            for b in (None, bias) if transposed else (None,):
+                args = (input, *fields, b)
+                want = nf4_reference.matmul_nf4(*args, **options, transposed=transposed)
+                got = nf4_cpu.matmul_nf4(*args, **options, transposed=transposed)
+                torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_both_backends_refuse_what_is_not_finite(value: float, dtype: torch.dtype) -> None:
