@@ -35,8 +35,8 @@ __all__ = [
 
 _library = torch.library.Library("qlora_builders", "DEF")
 _library.define(
-    "quantize_nf4(Tensor weight, *, int block_size, int scale_block_size, str scale_format)"
-    " -> (Tensor, Tensor, Tensor)"
+    "quantize_nf4(Tensor weight, *, int block_size, int scale_block_size, str scale_format,"
+    " bool scale_search=False) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "dequantize_nf4(Tensor codes, Tensor scales, Tensor scale_groups, *, int numel, int block_size,"
@@ -93,7 +93,12 @@ def _matmul_nf4_fake(
 
 @torch.library.register_fake("qlora_builders::quantize_nf4", lib=_library)
 def _quantize_nf4_fake(
-    weight: Tensor, *, block_size: int, scale_block_size: int, scale_format: str
+    weight: Tensor,
+    *,
+    block_size: int,
+    scale_block_size: int,
+    scale_format: str,
+    scale_search: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     codes, scales, groups = field_shapes(
         weight.numel(),
@@ -126,7 +131,12 @@ def _dequantize_nf4_fake(
 
 
 def quantize_nf4(
-    weight: Tensor, *, block_size: int, scale_block_size: int, scale_format: str
+    weight: Tensor,
+    *,
+    block_size: int,
+    scale_block_size: int,
+    scale_format: str,
+    scale_search: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scales, scale_groups) of a finite weight; `nf4_reference` describes the layout."""
     return torch.ops.qlora_builders.quantize_nf4(
@@ -134,6 +144,7 @@ def quantize_nf4(
         block_size=block_size,
         scale_block_size=scale_block_size,
         scale_format=scale_format,
+        scale_search=scale_search,
     )
 
 

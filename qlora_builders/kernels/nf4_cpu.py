@@ -50,7 +50,12 @@ def supports(scale_format: str, *dtypes: torch.dtype) -> bool:
 
 
 def quantize_nf4(
-    weight: Tensor, *, block_size: int, scale_block_size: int, scale_format: str
+    weight: Tensor,
+    *,
+    block_size: int,
+    scale_block_size: int,
+    scale_format: str,
+    scale_search: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `nf4_reference.quantize_nf4`; a strided weight is copied first."""
     weight = weight.contiguous()
@@ -76,6 +81,7 @@ def quantize_nf4(
         scale_block_size,
         _FORMATS[scale_format],
         _DTYPES[weight.dtype],
+        scale_search,
         torch.get_num_threads(),
     )
     if status == _NOT_FINITE:
@@ -227,7 +233,7 @@ def _library() -> ctypes.CDLL | None:
         )
         return None
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.qlora_quantize_nf4.argtypes = [pointer] * 4 + [size] * 3 + [integer] * 3
+    library.qlora_quantize_nf4.argtypes = [pointer] * 4 + [size] * 3 + [integer] * 4
     library.qlora_dequantize_nf4.argtypes = [pointer] * 5 + [size] * 4 + [integer] * 4
     library.qlora_dequantize_nf4.restype = None
     return library

@@ -36,11 +36,20 @@ Shapes: n elements, B = ceil(n / block_size) blocks, G = ceil(B / scale_block_si
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from qlora_builders.kernels.nf4_scales import (
+    decode_scales,
+    dynamic_codebook,
+    encode_scales,
+    num_blocks,
+    pad,
+)
+
+__all__ = ["decode_scales", "dynamic_codebook", "encode_scales"]  # part of the definition
 
 NF4_CODEBOOK = torch.tensor(
     [
@@ -74,12 +83,10 @@ SCALE_FORMATS = ("geometric", "none", "bnb")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOT_FINITE = "the weight has NaN or infinite elements; repair the checkpoint"
 
+SEARCHED_FACTORS = tuple(float(torch.tensor(1 - 0.02 * k, device="cpu")) for k in range(16))
+
 # Elements worked on at once; bounds the float32 and int32 temporaries to about 16 MiB.
 _CHUNK_ELEMENTS = 1 << 20
-
-
-def num_blocks(numel: int, block_size: int) -> int:
-    return -(-numel // block_size)
 
 
 def field_shapes(
@@ -98,9 +105,17 @@ def field_dtypes(scale_format: str) -> tuple[torch.dtype, torch.dtype, torch.dty
 
 
 def quantize_nf4(
-    weight: Tensor, *, block_size: int, scale_block_size: int, scale_format: str
+    weight: Tensor,
+    *,
+    block_size: int,
+    scale_block_size: int,
+    scale_format: str,
+    scale_search: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize a weight of any shape; returns (codes, scales, scale_groups).
+
+    Args:
+        scale_search: take the best of 16 scales for each block; see `search_scales`. Not for `bnb`.
 
     Raises:
         ValueError: if the weight has NaN or infinite elements.
@@ -109,14 +124,15 @@ def quantize_nf4(
     absmax = _block_absmax(flat, block_size)
     if not torch.isfinite(absmax).all():
         raise ValueError(NOT_FINITE)
+    wanted = search_scales(flat, absmax, block_size) if scale_search else absmax
     scales, scale_groups = encode_scales(
-        absmax, scale_block_size=scale_block_size, scale_format=scale_format, dtype=weight.dtype
+        wanted, scale_block_size=scale_block_size, scale_format=scale_format, dtype=weight.dtype
     )
     codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=weight.device)
     step = _chunk_elements(block_size, scale_block_size)
     for start in range(0, flat.numel(), step):
         chunk = flat[start : start + step]
-        blocks = _pad(chunk.float(), block_size).view(-1, block_size)
+        blocks = pad(chunk.float(), block_size).view(-1, block_size)
         in_chunk = slice(start // block_size, start // block_size + blocks.shape[0])
         group = start // (block_size * scale_block_size)
         decoded = decode_scales(
@@ -163,7 +179,7 @@ def dequantize_nf4(
             dtype=dtype,
         )
         values = table.index_select(0, codes[start // 2 : (stop + 1) // 2].int()).view(-1)
-        values = _pad(values[: stop - start], block_size).view(-1, block_size)
+        values = pad(values[: stop - start], block_size).view(-1, block_size)
         values = (values * chunk_scales[:, None]).to(dtype).view(-1)
         out[start:stop] = values[: stop - start]
     return out
@@ -204,101 +220,33 @@ def matmul_nf4(
     return torch.nn.functional.linear(input, weight, bias) if transposed else input @ weight
 
 
-def encode_scales(
-    absmax: Tensor, *, scale_block_size: int, scale_format: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Block maxima float32 [B] of a weight of `dtype` -> (scales, scale_groups)."""
-    if scale_format == "none":
-        return absmax, absmax.new_empty(0, 2)
-    if scale_format == "bnb":
-        return _encode_bnb(absmax, scale_block_size)
-    scales = torch.empty(absmax.numel(), dtype=torch.uint8, device=absmax.device)
-    scale_groups = absmax.new_empty(num_blocks(absmax.numel(), scale_block_size), 2)
-    step = max(1, _CHUNK_ELEMENTS // 2048)  # groups; their grids take 2 KiB each
-    for group in range(0, scale_groups.shape[0], step):
-        blocks = slice(group * scale_block_size, (group + step) * scale_block_size)
-        codes, groups = _encode_geometric(absmax[blocks], scale_block_size, dtype)
-        scales[blocks] = codes
-        scale_groups[group : group + step] = groups
-    return scales, scale_groups
+def search_scales(flat: Tensor, absmax: Tensor, block_size: int) -> Tensor:
+    """For every block the scale, of 16 from 1.0 to 0.7 of its maximum, of least squared error.
 
-
-def decode_scales(
-    scales: Tensor,
-    scale_groups: Tensor,
-    *,
-    scale_block_size: int,
-    scale_format: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """What multiplies the codebook: float32 [B], for all but `bnb` rounded to `dtype`.
-
-    `scales` begins at a group's first block and `scale_groups` at that group.
+    Clipping the extremes a little serves the many: on normal weights the error falls by 6 %. The
+    first of equal scales is taken, so a weight that was decoded before keeps its scale, where its
+    error is zero. Errors are relative to the maximum (no overflow) and added up by halves, in an
+    order that every backend can repeat.
     """
-    if scale_format == "none":
-        return scales.to(dtype).float()
-    codes = _pad(scales, scale_block_size).view(-1, scale_block_size)  # [G, S]
-    first, second = scale_groups[: codes.shape[0], :1], scale_groups[: codes.shape[0], 1:]
-    if scale_format == "bnb":
-        decoded = dynamic_codebook().to(codes.device)[codes.int()] * first + second
-        return decoded.view(-1)[: scales.numel()]
-    bits = _grid_bits(codes.long(), _bits(first), _bits(second))
-    bits = torch.where(codes > 0, bits, 0)
-    decoded = bits.to(torch.int32).view(torch.float32).view(-1)[: scales.numel()]
-    return decoded.to(dtype).float()
-
-
-def _encode_geometric(
-    absmax: Tensor, scale_block_size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [B] and (lo, hi) float32 [G, 2] of whole groups."""
-    grouped = _pad(absmax, scale_block_size).view(-1, scale_block_size)  # [G, S]
-    hi = grouped.amax(dim=1)
-    lo = grouped.masked_fill(grouped == 0, torch.inf).amin(dim=1)
-    lo = torch.minimum(lo, hi)  # a group of zero blocks has no positive scale: lo = hi = 0
-    grid = _grid_bits(
-        torch.arange(1, 256, device=absmax.device)[None, :], _bits(lo)[:, None], _bits(hi)[:, None]
-    )
-    grid = grid.to(torch.int32).view(torch.float32).to(dtype).float()  # [G, 255], ascending
-
-    above = torch.searchsorted(grid, grouped).clamp_(max=254)  # first code not below the maximum
-    upper = grid.gather(1, above)
-    lower = grid.gather(1, (above - 1).clamp_(min=0))
-    # of equal rounded scales the first is meant, so that a second pass finds the same code
-    below = torch.searchsorted(grid, lower)
-    nearest = torch.where((grouped - lower).abs() <= (upper - grouped).abs(), below, above)
-    codes = torch.where(grouped > 0, nearest + 1, 0).to(torch.uint8)
-    return codes.view(-1)[: absmax.numel()], torch.stack([lo, hi], dim=1)
-
-
-def _encode_bnb(absmax: Tensor, scale_block_size: int) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [B] and (largest magnitude, offset) float32 [G, 2]."""
-    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    if not torch.isfinite(offset):
-        raise ValueError("the weight is too large for scale_format 'bnb': its mean scale overflows")
-    grouped = _pad(absmax - offset, scale_block_size).view(-1, scale_block_size)  # [G, S]
-    largest = grouped.abs().amax(dim=1, keepdim=True)
-    divisor = torch.where(largest > 0, largest, 1.0)  # a group of equal scales is all offset
-    codebook = dynamic_codebook().to(absmax.device)
-    midpoints = (codebook[:-1] + codebook[1:]) / 2
-    codes = torch.bucketize(grouped * (1 / divisor), midpoints, out_int32=True).to(torch.uint8)
-    groups = torch.cat([largest, offset.expand_as(largest)], dim=1)
-    return codes.view(-1)[: absmax.numel()], groups
-
-
-@functools.cache
-def dynamic_codebook() -> Tensor:
-    """The 256 values, ascending, of signed dynamic 8-bit quantization, on the CPU.
-
-    Seven decades below 1, the decade 10^(e-6) .. 10^(e-7) cut into 2^e cells whose middles are the
-    values, with both signs; and 0 and 1 (Dettmers et al., https://arxiv.org/abs/2110.02861).
-    """
-    values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, device="cpu")
-        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
-        values += middles.tolist() + (-middles).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
+    best = absmax.clone()
+    step = _chunk_elements(block_size, 1)
+    for start in range(0, flat.numel(), step):
+        blocks = pad(flat[start : start + step].float(), block_size).view(-1, block_size)
+        in_chunk = slice(start // block_size, start // block_size + blocks.shape[0])
+        peak = absmax[in_chunk]
+        divisor = torch.where(peak > 0, peak, torch.inf)[:, None]
+        least = torch.full_like(peak, torch.inf)
+        for factor in SEARCHED_FACTORS:
+            scale = (peak * factor).to(flat.dtype).float()
+            codes = _nearest_codes(blocks, peak, scale)
+            decoded = NF4_CODEBOOK.to(codes.device)[codes.int()] * scale[:, None]
+            error = ((blocks - decoded.to(flat.dtype).float()) / divisor).square()
+            while error.shape[1] > 1:
+                error = error[:, : error.shape[1] // 2] + error[:, error.shape[1] // 2 :]
+            better = error[:, 0] < least
+            least = torch.where(better, error[:, 0], least)
+            best[in_chunk] = torch.where(better, scale, best[in_chunk])
+    return best
 
 
 def _block_absmax(flat: Tensor, block_size: int) -> Tensor:
@@ -308,19 +256,10 @@ def _block_absmax(flat: Tensor, block_size: int) -> Tensor:
     )
     step = _chunk_elements(block_size, 1)
     for start in range(0, flat.numel(), step):
-        blocks = _pad(flat[start : start + step], block_size).view(-1, block_size)
+        blocks = pad(flat[start : start + step], block_size).view(-1, block_size)
         block = start // block_size
         absmax[block : block + blocks.shape[0]] = blocks.abs().amax(dim=1)
     return absmax
-
-
-def _grid_bits(codes: Tensor, lo_bits: Tensor, hi_bits: Tensor) -> Tensor:
-    """Bit pattern of scale code k = 1..255, int64; +127 makes the integer division round."""
-    return lo_bits + ((codes - 1) * (hi_bits - lo_bits) + 127).div(254, rounding_mode="floor")
-
-
-def _bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.int32).long()
 
 
 def _nearest_codes(blocks: Tensor, absmax: Tensor, scale: Tensor) -> Tensor:
@@ -362,8 +301,3 @@ def _chunk_elements(block_size: int, scale_block_size: int) -> int:
     """Whole groups of blocks (so that no chunk splits one), at least one, and an even number."""
     group = 2 * block_size * scale_block_size
     return max(1, _CHUNK_ELEMENTS // group) * group
-
-
-def _pad(x: Tensor, multiple: int) -> Tensor:
-    missing = -x.numel() % multiple
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x

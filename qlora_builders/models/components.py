@@ -19,7 +19,7 @@ from qlora_builders.models.slot_patterns import match_names
 from qlora_builders.modules import FrozenNF4Linear, Linear, LoRALinear, check_lora_options
 from qlora_builders.tensor import check_nf4_options
 
-_NF4_OPTIONS = ("block_size", "scale_block_size", "scale_format")
+_NF4_OPTIONS = ("block_size", "scale_block_size", "scale_format", "scale_search")
 _NF4_DEFAULTS = {"block_size": 64, "scale_block_size": 256, "scale_format": "geometric"}
 _LORA_OPTIONS = ("rank", "alpha", "dropout", "use_rslora")
 KINDS: dict[str, tuple[str, ...]] = {
@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 _INTEGERS = ("rank", "block_size", "scale_block_size")
 _NUMBERS = ("alpha", "dropout")
-_SWITCHES = ("use_rslora", "trainable")
+_SWITCHES = ("use_rslora", "trainable", "scale_search")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class ComponentRule:
         kind: `linear`, `frozen_nf4`, `lora` (plain base) or `qlora` (NF4 base).
         rank, alpha: of the adapter; both needed by `lora` and `qlora`.
         dropout, use_rslora: of the adapter; see `LoRALinear`.
-        block_size, scale_block_size, scale_format: of the NF4 base; see `to_nf4`.
+        block_size, scale_block_size, scale_format, scale_search: of the NF4 base; see `to_nf4`.
         trainable: train the weight itself, in float32; `linear` only.
 
     Raises:
@@ -58,6 +58,7 @@ class ComponentRule:
     block_size: int | None = None
     scale_block_size: int | None = None
     scale_format: str | None = None
+    scale_search: bool | None = None
     trainable: bool | None = None
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ class FrozenNF4Linear(nn.Module):
         out_features: size of the last output axis.
         bias: whether there is a bias; it is kept in `dtype` and frozen.
         dtype: dtype of the weight that the codes stand for.
-        nf4_options: `block_size`, `scale_block_size`, `scale_format` of `to_nf4`.
+        nf4_options: `block_size`, `scale_block_size`, `scale_format`, `scale_search` of `to_nf4`.
     """
 
     weight: Tensor
@@ -188,7 +188,7 @@ def quantize_(
     Args:
         module: any module; returned.
         filter_fn: (fully qualified name, layer) -> whether to quantize; None quantizes them all.
-        nf4_options: `block_size`, `scale_block_size`, `scale_format` of `to_nf4`.
+        nf4_options: `block_size`, `scale_block_size`, `scale_format`, `scale_search` of `to_nf4`.
 
     Raises:
         ValueError: if no layer is selected, or a selected weight is shared with another module (a
@@ -282,7 +282,7 @@ def quantize_state_dict(
     if not isinstance(weight, Tensor) or weight.shape != own.shape:
         return
     if isinstance(weight, NF4Tensor):
-        if weight.nf4_options == own.nf4_options and weight.dtype == own.dtype:
+        if weight.nf4_format == own.nf4_format and weight.dtype == own.dtype:
             return
         weight = weight.dequantize()
     device = weight.device if own.is_meta else own.device

@@ -52,7 +52,7 @@ class _MatmulNF4(torch.autograd.Function):
             shape=weight.shape,
             transposed=transposed,
             dtype=weight.dtype,
-            **weight.nf4_options,
+            **weight.nf4_format,
         )
         return output.view(*input.shape[:-1], output.shape[-1])
 
@@ -225,4 +225,4 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> Tensor:
 
 
 def _same_format(a: NF4Tensor, b: NF4Tensor) -> bool:
-    return a.dtype == b.dtype and a.nf4_options == b.nf4_options
+    return a.dtype == b.dtype and a.nf4_format == b.nf4_format

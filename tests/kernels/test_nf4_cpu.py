@@ -72,10 +72,13 @@ def test_equals_the_reference(dtype: torch.dtype, scale_format: str) -> None:
                 "scale_block_size": scale_block_size,
                 "scale_format": scale_format,
             }
-            expected = nf4_reference.quantize_nf4(weight[:size], **options)
-            got = nf4_cpu.quantize_nf4(weight[:size], **options)
-            for want, have in zip(expected, got, strict=True):
-                assert torch.equal(bits(want), bits(have)), (name, options)
+            for search in (False, True) if scale_format != "bnb" else (False,):
+                options["scale_search"] = search
+                expected = nf4_reference.quantize_nf4(weight[:size], **options)
+                got = nf4_cpu.quantize_nf4(weight[:size], **options)
+                for want, have in zip(expected, got, strict=True):
+                    assert torch.equal(bits(want), bits(have)), (name, options)
+            del options["scale_search"]
             for out_dtype in DTYPES:
                 options |= {"numel": size, "dtype": dtype, "out_dtype": out_dtype}
                 want = nf4_reference.dequantize_nf4(*expected, **options)
@@ -134,7 +137,7 @@ def test_tiled_products_are_those_of_the_reference(
     weight = to_nf4(torch.randn(shape, generator=generator).bfloat16(), block_size=32)
     bias = torch.randn(shape[0], generator=generator).to(dtype)
     fields = (weight.codes, weight.scales, weight.scale_groups)
-    options = {**weight.nf4_options, "dtype": weight.dtype, "shape": shape}
+    options = {**weight.nf4_format, "dtype": weight.dtype, "shape": shape}
     for tile, tolerance in ((1 << 21, 0.0), (1, 1e-5 if dtype == torch.float32 else 0.05)):
         monkeypatch.setattr(nf4_cpu, "_TILE_ELEMENTS", tile)
         for transposed in (True, False):

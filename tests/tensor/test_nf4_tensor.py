@@ -72,7 +72,7 @@ def test_repr_names_shape_dtype_and_options_and_decodes_nothing(
     monkeypatch.setattr(NF4Tensor, "dequantize", None)
     assert repr(weight) == (
         "NF4Tensor(shape=[30, 70], dtype=torch.bfloat16, device=cpu, block_size=32, "
-        "scale_block_size=256, scale_format='none')"
+        "scale_block_size=256, scale_format='none', scale_search=False)"
     )
 
 

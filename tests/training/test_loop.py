@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,10 @@ def test_nothing_to_train_is_an_error() -> None:
         trainable_parameters(llama(ARCH))
 
 
-def test_first_signal_asks_and_the_second_interrupts() -> None:
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_first_signal_asks_and_the_second_interrupts(before: Any) -> None:
+    """A background job starts with SIGINT ignored; it can be stopped all the same."""
+    outside = signal.signal(signal.SIGINT, before)
     with stop_on_signal() as stop:
         assert not stop
         os.kill(os.getpid(), signal.SIGINT)
@@ -130,4 +134,4 @@ def test_first_signal_asks_and_the_second_interrupts() -> None:
     with stop_on_signal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.exit_code == 0
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, outside) is before

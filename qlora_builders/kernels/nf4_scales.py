@@ -1,0 +1,128 @@
+"""Block scales in 8 bits: the `geometric` and `bnb` formats that `nf4_reference` describes.
+
+Shapes: B blocks, S = scale_block_size, G = ceil(B / S) groups.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+# Groups encoded at once; a group's grid of 255 float32 and int64 takes 3 KiB.
+_CHUNK_GROUPS = 512
+
+
+def num_blocks(numel: int, block_size: int) -> int:
+    return -(-numel // block_size)
+
+
+def pad(x: Tensor, multiple: int) -> Tensor:
+    missing = -x.numel() % multiple
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+
+def encode_scales(
+    absmax: Tensor, *, scale_block_size: int, scale_format: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Block maxima float32 [B] of a weight of `dtype` -> (scales, scale_groups)."""
+    if scale_format == "none":
+        return absmax, absmax.new_empty(0, 2)
+    if scale_format == "bnb":
+        return _encode_bnb(absmax, scale_block_size)
+    scales = torch.empty(absmax.numel(), dtype=torch.uint8, device=absmax.device)
+    scale_groups = absmax.new_empty(num_blocks(absmax.numel(), scale_block_size), 2)
+    for group in range(0, scale_groups.shape[0], _CHUNK_GROUPS):
+        blocks = slice(group * scale_block_size, (group + _CHUNK_GROUPS) * scale_block_size)
+        codes, groups = _encode_geometric(absmax[blocks], scale_block_size, dtype)
+        scales[blocks] = codes
+        scale_groups[group : group + _CHUNK_GROUPS] = groups
+    return scales, scale_groups
+
+
+def decode_scales(
+    scales: Tensor,
+    scale_groups: Tensor,
+    *,
+    scale_block_size: int,
+    scale_format: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What multiplies the codebook: float32 [B], for all but `bnb` rounded to `dtype`.
+
+    `scales` begins at a group's first block and `scale_groups` at that group.
+    """
+    if scale_format == "none":
+        return scales.to(dtype).float()
+    codes = pad(scales, scale_block_size).view(-1, scale_block_size)  # [G, S]
+    first, second = scale_groups[: codes.shape[0], :1], scale_groups[: codes.shape[0], 1:]
+    if scale_format == "bnb":
+        decoded = dynamic_codebook().to(codes.device)[codes.int()] * first + second
+        return decoded.view(-1)[: scales.numel()]
+    bits = _grid_bits(codes.long(), _bits(first), _bits(second))
+    bits = torch.where(codes > 0, bits, 0)
+    decoded = bits.to(torch.int32).view(torch.float32).view(-1)[: scales.numel()]
+    return decoded.to(dtype).float()
+
+
+def _encode_geometric(
+    absmax: Tensor, scale_block_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [B] and (lo, hi) float32 [G, 2] of whole groups."""
+    grouped = pad(absmax, scale_block_size).view(-1, scale_block_size)  # [G, S]
+    hi = grouped.amax(dim=1)
+    lo = grouped.masked_fill(grouped == 0, torch.inf).amin(dim=1)
+    lo = torch.minimum(lo, hi)  # a group of zero blocks has no positive scale: lo = hi = 0
+    grid = _grid_bits(
+        torch.arange(1, 256, device=absmax.device)[None, :], _bits(lo)[:, None], _bits(hi)[:, None]
+    )
+    grid = grid.to(torch.int32).view(torch.float32).to(dtype).float()  # [G, 255], ascending
+
+    above = torch.searchsorted(grid, grouped).clamp_(max=254)  # first code not below the maximum
+    upper = grid.gather(1, above)
+    lower = grid.gather(1, (above - 1).clamp_(min=0))
+    # of equal rounded scales the first is meant, so that a second pass finds the same code
+    below = torch.searchsorted(grid, lower)
+    nearest = torch.where((grouped - lower).abs() <= (upper - grouped).abs(), below, above)
+    codes = torch.where(grouped > 0, nearest + 1, 0).to(torch.uint8)
+    return codes.view(-1)[: absmax.numel()], torch.stack([lo, hi], dim=1)
+
+
+def _encode_bnb(absmax: Tensor, scale_block_size: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [B] and (largest magnitude, offset) float32 [G, 2]."""
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    if not torch.isfinite(offset):
+        raise ValueError("the weight is too large for scale_format 'bnb': its mean scale overflows")
+    grouped = pad(absmax - offset, scale_block_size).view(-1, scale_block_size)  # [G, S]
+    largest = grouped.abs().amax(dim=1, keepdim=True)
+    divisor = torch.where(largest > 0, largest, 1.0)  # a group of equal scales is all offset
+    codebook = dynamic_codebook().to(absmax.device)
+    midpoints = (codebook[:-1] + codebook[1:]) / 2
+    codes = torch.bucketize(grouped * (1 / divisor), midpoints, out_int32=True).to(torch.uint8)
+    groups = torch.cat([largest, offset.expand_as(largest)], dim=1)
+    return codes.view(-1)[: absmax.numel()], groups
+
+
+@functools.cache
+def dynamic_codebook() -> Tensor:
+    """The 256 values, ascending, of signed dynamic 8-bit quantization, on the CPU.
+
+    Seven decades below 1, the decade 10^(e-6) .. 10^(e-7) cut into 2^e cells whose middles are the
+    values, with both signs; and 0 and 1 (Dettmers et al., https://arxiv.org/abs/2110.02861).
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, device="cpu")
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        values += middles.tolist() + (-middles).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
+
+
+def _grid_bits(codes: Tensor, lo_bits: Tensor, hi_bits: Tensor) -> Tensor:
+    """Bit pattern of scale code k = 1..255, int64; +127 makes the integer division round."""
+    return lo_bits + ((codes - 1) * (hi_bits - lo_bits) + 127).div(254, rounding_mode="floor")
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32).long()
