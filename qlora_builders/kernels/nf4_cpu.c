@@ -22,6 +22,9 @@
        makes the check for them free. Counting midpoints is 15 compares without a branch.
        Dequantize computes the 16 values that a block can hold, rounded to the output's dtype, and
        then only looks them up; with AVX-512 that is one permute for 16 elements.
+       Measured on two cores with AVX-512, 4096 x 4096 bfloat16: quantize 16 ms (bitsandbytes
+       0.50.2: 348); dequantize into a buffer 4.8 ms, where copying the result takes 2.3, and to
+       float32 4.8 ms (copy 4.5).
 
        With `search`, 16 scales from 1.0 to 0.7 of the maximum are tried for every block and the
        one with the least squared error is kept; errors are added up by halves, as the reference
@@ -39,6 +42,10 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -318,6 +325,17 @@ INLINE void look_up_block(const float *values, const uint8_t *codes, void *out, 
     }
 }
 
+/* A fresh 32 MiB result costs more in page faults than in decoding: large pages halve the time. */
+static void ask_for_large_pages(void *out, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = 4096, start = ((uintptr_t)out + page - 1) / page * page;
+    const uintptr_t end = ((uintptr_t)out + (uintptr_t)bytes) / page * page;
+    if (bytes >= 1 << 22) (void)madvise((void *)start, end - start, MADV_HUGEPAGE);
+#else
+    (void)out, (void)bytes;
+#endif
+}
+
 /* Elements first .. last of the weight go to out[0 ..]; first is a multiple of block_size.
    scale_codebook[256] is read by bnb only. */
 INLINE void dequantize(const uint8_t *codes, const void *scales, const float *groups,
@@ -325,6 +343,7 @@ INLINE void dequantize(const uint8_t *codes, const void *scales, const float *gr
                        int format, int dtype, int threads, int out_dtype) {
     int64_t blocks = ceil_div(last - first, block_size), first_block = first / block_size;
     codes += first / 2;
+    ask_for_large_pages(out, (last - first) * (out_dtype == FLOAT32 ? 4 : 2));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t b = 0; b < blocks; b++) {
         int64_t block = first_block + b;

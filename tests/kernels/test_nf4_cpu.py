@@ -127,6 +127,25 @@ def test_a_range_is_part_of_the_whole() -> None:
         assert torch.equal(out, whole[start:stop])
 
 
+@pytest.mark.parametrize("scale_format", FORMATS)
+def test_elements_beyond_two_to_the_31_are_found(scale_format: str) -> None:
+    """Only the pages that are written here ever exist: the codes take 1.5 GiB of addresses."""
+    part = to_nf4(torch.randn(2 * 256 * 64), scale_format=scale_format)
+    first = 3 * 2**30  # in elements; whole blocks and groups
+    codes = torch.empty(first // 2 + part.codes.numel(), dtype=torch.uint8)
+    codes[first // 2 :] = part.codes
+    scales = torch.empty(first // 64 + part.scales.numel(), dtype=part.scales.dtype)
+    scales[first // 64 :] = part.scales
+    groups = torch.empty(first // (64 * 256) + 2, 2)
+    if scale_format != "none":
+        groups[-2:] = part.scale_groups
+    out = torch.empty(part.numel())
+    nf4_cpu.dequantize_range_(
+        out, codes, scales, groups, start=first, dtype=part.dtype, **part.nf4_format
+    )
+    assert torch.equal(out, part.dequantize())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(37, 52), (64, 100), (5, 129)], ids=str)
 def test_tiled_products_are_those_of_the_reference(
