@@ -91,6 +91,32 @@ def _matmul_nf4_fake(
     return input.new_empty(input.shape[0], shape[0] if transposed else shape[1])
 
 
+def _keep_for_backward(
+    ctx: Any, inputs: tuple, keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    ctx.save_for_backward(*inputs[1:4])  # the 4-bit fields, nothing decoded
+    ctx.options = keyword_only_inputs
+
+
+def _matmul_nf4_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """x W^T and x W are each other's gradient, so derivatives of any order work."""
+    options = {**ctx.options, "transposed": not ctx.options["transposed"]}
+    grad_input = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_input = matmul_nf4(grad, *ctx.saved_tensors, **options)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.sum(0)
+    return grad_input, None, None, None, grad_bias
+
+
+torch.library.register_autograd(
+    "qlora_builders::matmul_nf4",
+    _matmul_nf4_backward,
+    setup_context=_keep_for_backward,
+    lib=_library,
+)
+
+
 @torch.library.register_fake("qlora_builders::quantize_nf4", lib=_library)
 def _quantize_nf4_fake(
     weight: Tensor,

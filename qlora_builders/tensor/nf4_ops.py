@@ -35,43 +35,6 @@ def _register(table: dict[Any, Implementation], *ops: Any) -> Callable[..., Impl
 # ---- linear -------------------------------------------------------------------------------------
 
 
-class _MatmulNF4(torch.autograd.Function):
-    """x W^T + b (transposed) or x W with a frozen 4-bit W, which is all that backward keeps.
-
-    Each is the other's gradient, so derivatives of any order work.
-    """
-
-    @staticmethod
-    def forward(input: Tensor, weight: NF4Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-        output = matmul_nf4(
-            input.reshape(-1, input.shape[-1]),
-            weight.codes,
-            weight.scales,
-            weight.scale_groups,
-            bias,
-            shape=weight.shape,
-            transposed=transposed,
-            dtype=weight.dtype,
-            **weight.nf4_format,
-        )
-        return output.view(*input.shape[:-1], output.shape[-1])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, weight, _, ctx.transposed = inputs
-        ctx.save_for_backward(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        grad_input = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_input = _MatmulNF4.apply(grad_output, weight, None, not ctx.transposed)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
-        return grad_input, None, grad_bias, None
-
-
 def linear_nf4(input: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` with an NF4 weight, in the input's dtype (or autocast's).
 
@@ -97,7 +60,18 @@ def linear_nf4(input: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> 
         input = input.to(torch.get_autocast_dtype(device))
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
-    return _MatmulNF4.apply(input, weight, bias, True)
+    output = matmul_nf4(
+        input.reshape(-1, input.shape[-1]),
+        weight.codes,
+        weight.scales,
+        weight.scale_groups,
+        bias,
+        shape=weight.shape,
+        transposed=True,
+        dtype=weight.dtype,
+        **weight.nf4_format,
+    )
+    return output.view(*input.shape[:-1], output.shape[-1])
 
 
 @_register(FUNCTION_TABLE, F.linear)

@@ -1,0 +1,75 @@
+"""torch.compile and torch.export go through NF4 layers whole, and change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qlora_builders import LlamaArch, llama
+from qlora_builders.modules import CausalLM
+
+ARCH = LlamaArch(
+    vocab_size=61,
+    hidden_size=48,
+    intermediate_size=80,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,
+    max_position_embeddings=64,
+    attention_bias=True,
+)
+PLAN = [
+    {"match": "layers.**", "kind": "frozen_nf4"},
+    {"match": "layers.*.*.{q,v,up,down}_proj", "kind": "qlora", "rank": 4, "alpha": 8},
+]
+# PyTorch's own deprecations, met while it traces
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning"),
+]
+
+
+def build() -> CausalLM:
+    torch.manual_seed(0)
+    model = llama(ARCH, PLAN, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_decoder_layer_compiles_whole_and_computes_the_same() -> None:
+    model = build()
+    layer = model.model.layers[0]
+    torch.manual_seed(1)
+    x = torch.randn(2, 10, ARCH.hidden_size)
+    cos, sin = model.model.rotary(torch.arange(10)[None], torch.float32)
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True)):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        output = run(leaf, cos, sin, None, None)
+        output.square().sum().backward()
+        assert leaf.grad is not None
+        results.append((output.detach(), leaf.grad, gradients(layer)))
+    (eager, eager_input, eager_grads), (output, input_grad, grads) = results
+    torch.testing.assert_close(output, eager, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(input_grad, eager_input, rtol=1e-4, atol=1e-4)
+    assert grads.keys() == eager_grads.keys()
+    assert len(grads) == 8  # lora_A and lora_B of four projections
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, eager_grads[name], rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_exports() -> None:
+    model = build().eval()
+    ids = torch.randint(ARCH.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))
+    exported = torch.export.export(model, (ids,))
+    torch.testing.assert_close(exported.module()(ids), model(ids), rtol=1e-5, atol=1e-5)
