@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_builders import kernels
 from qlora_builders.tensor import NF4Tensor, linear_nf4, to_nf4
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
