@@ -55,7 +55,7 @@ def main(cfg: EvaluateConfig) -> None:
         cfg.adapter.path,
         quantize=cfg.quantize,
         device=device,
-        dtype=resolve_dtype(cfg.dtype),
+        dtype=None if cfg.dtype == "auto" else resolve_dtype(cfg.dtype),
         compute_dtype=resolve_compute_dtype(cfg.compute_dtype, device),
     )
     check_token_range(data, model.spec.arch.vocab_size)

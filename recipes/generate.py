@@ -27,7 +27,7 @@ def main(cfg: GenerateConfig) -> None:
         cfg.adapter.path,
         quantize=cfg.quantize,
         device=device,
-        dtype=resolve_dtype(cfg.dtype),
+        dtype=None if cfg.dtype == "auto" else resolve_dtype(cfg.dtype),
         compute_dtype=resolve_compute_dtype(cfg.compute_dtype, device),
     )
     generator = torch.Generator(device).manual_seed(cfg.seed)

@@ -4,12 +4,11 @@ from qlora_builders.checkpoint.hf_config import arch_from_config, config_from_ar
 from qlora_builders.checkpoint.hf_llama import load_checkpoint, save_checkpoint
 from qlora_builders.checkpoint.merge import merge_adapter, save_merged
 from qlora_builders.checkpoint.peft_adapter import (
-    adapter_plan,
     load_adapter,
     read_adapter,
     save_adapter,
 )
-from qlora_builders.checkpoint.with_adapter import load_with_adapter
+from qlora_builders.checkpoint.with_adapter import adapter_plan, load_with_adapter
 
 __all__ = [
     "adapter_plan",

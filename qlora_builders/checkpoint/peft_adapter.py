@@ -5,7 +5,7 @@ the prefix `base_model.model.`, because modules carry Hugging Face's names and a
 Ranks and alphas that differ between modules are written as `rank_pattern` and `alpha_pattern`;
 parameters trained beside the adapters (norms, embedding, plain linear slots) as `modules_to_save`.
 Only keys that every PEFT version knows are written. A third file, `qlora_base.json`, which PEFT
-ignores, records the component plan that the adapter was trained under.
+ignores, records the component plan and dtype of the base that the adapter was trained on.
 """
 
 from __future__ import annotations
@@ -29,16 +29,14 @@ from qlora_builders.checkpoint.safetensors_io import (
     tensor_names,
     write_tensors,
 )
-from qlora_builders.errors import CheckpointError, did_you_mean
+from qlora_builders.errors import CheckpointError
 from qlora_builders.modules import CausalLM, LoRALinear
 
 PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "qlora_base.json"
-QUANTIZE = ("auto", "nf4", "none")
 
-NF4_BASE = {"match": "layers.**", "kind": "frozen_nf4"}
 
 # adapter_config.json keys that change the function computed, with the values we can honour
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -121,6 +119,7 @@ def save_adapter(model: CausalLM, path: str | Path, *, base_model: str = "") -> 
             for rule in model.spec.components
         ],
         "train": list(model.spec.train),
+        "dtype": str(model.spec.dtype).removeprefix("torch."),
     }
     with atomic_directory(path, marker=CONFIG_FILE) as directory:
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
@@ -257,43 +256,6 @@ def _plain_tensors(
             f"{file}: neither lora_A, lora_B nor in modules_to_save: {listed(stray)}"
         )
     return saved, copies
-
-
-def check_quantize(quantize: str) -> None:
-    if quantize not in QUANTIZE:
-        raise CheckpointError(f"quantize is {quantize!r}{did_you_mean(quantize, QUANTIZE)}")
-
-
-def adapter_plan(info: AdapterInfo, *, quantize: str = "auto") -> tuple[list[dict], list[str]]:
-    """(components, train) for a model that the adapter fits.
-
-    Args:
-        quantize: "auto" is the plan recorded with the adapter, or "none" where another tool wrote
-            it; "nf4" stores the decoder's linear layers in NF4; "none" keeps 16 or 32 bits.
-
-    Raises:
-        CheckpointError: for another `quantize`, or a recorded plan that cannot be read.
-    """
-    check_quantize(quantize)
-    if quantize == "auto" and info.base is not None:
-        recorded = info.base.get("components"), info.base.get("train")
-        if not (isinstance(recorded[0], list) and isinstance(recorded[1], list)):
-            raise CheckpointError(f"{info.path / BASE_FILE}: needs lists components and train")
-        return recorded[0], recorded[1]
-    nf4 = quantize == "nf4"
-    components: list[dict] = [dict(NF4_BASE)] if nf4 else []
-    for name, adapter in info.modules.items():
-        slot = name.removeprefix("model.")
-        kind = "qlora" if nf4 and slot.startswith("layers.") else "lora"
-        rule = {"match": slot, "kind": kind, "rank": adapter.rank, "alpha": adapter.alpha}
-        components.append(rule | {"use_rslora": adapter.use_rslora})
-    train = []
-    for name in sorted({saved.rpartition(".")[0].removeprefix("model.") for saved in info.saved}):
-        if name.endswith("_proj") or name == "lm_head":
-            components.append({"match": name, "kind": "linear", "trainable": True})
-        else:
-            train.append(name)
-    return components, train
 
 
 def load_adapter(model: CausalLM, path: str | Path) -> None:

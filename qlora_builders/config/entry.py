@@ -34,7 +34,7 @@ def run_recipe(main: Callable[[Any], object], verb: str, argv: Sequence[str] | N
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (QLoRAError, ImportError) as error:
+    except (QLoRAError, ImportError, OSError) as error:
         if isinstance(error, ImportError) and not _is_missing_extra(error):
             raise
         report(error)

@@ -50,6 +50,11 @@ def compute_dtype_knob() -> Any:
     return knob("auto", meaning, choices=("auto", *DTYPES))
 
 
+def base_dtype_knob() -> Any:
+    meaning = "dtype of the base; auto: as its adapter was trained (no adapter: bfloat16)"
+    return knob("auto", meaning, choices=("auto", *DTYPES))
+
+
 def quantize_knob() -> Any:
     meaning = (
         "the base in memory: nf4, none, or auto: as its adapter was trained (no adapter: none)"
@@ -216,7 +221,7 @@ class GenerateConfig:
     )
     seed: int = knob(0, "fixes sampling", at_least=0)
     stream: bool = knob(True, "print tokens as they come")
-    dtype: str = knob("bfloat16", "dtype of weights that are not NF4", choices=DTYPES)
+    dtype: str = base_dtype_knob()
     compute_dtype: str = compute_dtype_knob()
     device: str = device_knob()
 
@@ -234,7 +239,7 @@ class EvaluateConfig:
     exact_match: int = knob(0, "rows answered greedily and compared; 0: none", at_least=0)
     max_new_tokens: int = knob(128, "longest of those answers, tokens", at_least=1)
     output: str | None = knob(None, "JSON file for the results; null: only printed")
-    dtype: str = knob("bfloat16", "dtype of weights that are not NF4", choices=DTYPES)
+    dtype: str = base_dtype_knob()
     compute_dtype: str = compute_dtype_knob()
     device: str = device_knob()
 

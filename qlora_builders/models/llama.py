@@ -43,6 +43,7 @@ class LlamaSpec:
     arch: LlamaArch
     components: tuple[ComponentRule, ...] = ()
     train: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.bfloat16
 
 
 def llama(
@@ -102,7 +103,7 @@ def llama(
         lm_head=linear("lm_head", arch.hidden_size, arch.vocab_size),
         tie_word_embeddings=arch.tie_word_embeddings,
     )
-    model.spec = LlamaSpec(arch=arch, components=tuple(rules), train=tuple(train))
+    model.spec = LlamaSpec(arch=arch, components=tuple(rules), train=tuple(train), dtype=dtype)
     return model
 
 

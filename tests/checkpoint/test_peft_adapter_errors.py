@@ -251,3 +251,12 @@ def test_without_an_adapter(
         assert torch.equal(logits(bare), logits(plain))
     quantized = load_with_adapter(path, None, quantize="nf4", dtype=torch.float32)
     assert not torch.equal(logits(quantized), logits(plain))
+
+
+def test_a_recorded_dtype_that_weights_cannot_have_is_an_error(
+    adapter: Path, checkpoints: Callable[..., Path]
+) -> None:
+    file = adapter / "qlora_base.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "int8"}))
+    with pytest.raises(CheckpointError, match=r"dtype is 'int8'; allowed: float32, bfloat16"):
+        load_with_adapter(checkpoints(), adapter)

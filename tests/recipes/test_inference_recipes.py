@@ -186,3 +186,36 @@ def test_mistakes_are_one_message_and_exit_code_2(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_the_base_gets_the_dtype_that_the_adapter_was_trained_on(
+    checkpoint: Path, rows: Path, tmp_path: Path
+) -> None:
+    """float32 and bfloat16 weights quantize to different codes, so this is not a detail."""
+    run = tmp_path / "run"
+    argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}", f"output_dir={run}"]
+    options = ["training.dtype=float32", "training.max_steps=2", "optimizer.lr=1e-2"]
+    assert cli.main([*argv, *options, "data.eval=null", "training.compute_dtype=float32"]) == 0
+    model = load_with_adapter(checkpoint, run / "adapter")
+    assert model.get_parameter("model.layers.0.mlp.up_proj.weight").dtype == torch.float32
+    model = load_with_adapter(checkpoint, run / "adapter", dtype=torch.bfloat16)
+    assert model.get_parameter("model.layers.0.mlp.up_proj.weight").dtype == torch.bfloat16
+    losses = []
+    for dtype in ("auto", "float32"):
+        output = tmp_path / f"{dtype}.json"
+        argv = ["evaluate", f"checkpoint.dir={checkpoint}", f"data.eval={rows}", F32]
+        argv += [f"adapter.path={run / 'adapter'}", f"dtype={dtype}", f"output={output}"]
+        assert cli.main(argv) == 0
+        losses.append(json.loads(output.read_text())["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(
+    checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}", "data.eval=null"]
+    assert cli.main([*argv, f"output_dir={tmp_path / 'file' / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Not a directory" in error
