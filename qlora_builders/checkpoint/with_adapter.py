@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_builders.checkpoint.hf_llama import load_checkpoint
+from qlora_builders.checkpoint.load import load_checkpoint
 from qlora_builders.checkpoint.peft_adapter import (
     BASE_FILE,
     AdapterInfo,
