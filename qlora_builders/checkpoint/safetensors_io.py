@@ -22,6 +22,7 @@ from torch import Tensor
 from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.checkpoint.safetensors_header import Entry, read_header, write_header
 from qlora_builders.errors import CheckpointError
+from qlora_builders.tensor.nf4_layouts import tensor_bytes
 
 STEM = "model"  # model.safetensors, or model-00001-of-00002.safetensors with an index
 MAX_SHARD_BYTES = 5 * 10**9
@@ -177,9 +178,9 @@ def write_file(tensors: Iterable[LazyTensor], file: Path) -> None:
     with file.open("wb") as handle:
         handle.write(header)
         for tensor in ordered:
-            plain = tensor.load().detach().cpu().contiguous()
+            plain = tensor.load()
             assert (plain.shape, plain.dtype) == (tensor.shape, tensor.dtype), tensor.name
-            handle.write(plain.view(-1).view(torch.uint8).numpy().data)
+            handle.write(tensor_bytes(plain))
             del plain  # before the next is loaded
 
 

@@ -106,7 +106,7 @@ def unpack_native(parts: Mapping[str, Tensor]) -> NF4Tensor:
 def _checksum(fields: Mapping[str, Tensor], head: Mapping[str, Any]) -> int:
     value = 0
     for name in NF4Tensor.tensor_fields:
-        value = zlib.crc32(_bytes(fields[f".{name}"]), value)
+        value = zlib.crc32(tensor_bytes(fields[f".{name}"]), value)
     return zlib.crc32(json.dumps(head).encode(), value)
 
 
@@ -266,7 +266,7 @@ def _json_tensor(content: Mapping[str, Any]) -> Tensor:
 def _read_json(text: Tensor, keys: set[str] | None = None) -> dict[str, Any]:
     if text.dtype != torch.uint8 or text.dim() != 1:
         raise ValueError(f"the description is {text.dtype} {list(text.shape)}; expected uint8 [n]")
-    content = strict_json.loads(bytes(_bytes(text)))
+    content = strict_json.loads(bytes(tensor_bytes(text)))
     if not isinstance(content, dict):
         raise ValueError(f"the description is {type(content).__name__}, expected a JSON object")
     if keys is not None:
@@ -283,8 +283,12 @@ def _check_keys(content: Mapping[str, Any], keys: set[str]) -> None:
         )
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The elements of a plain tensor, row-major; a view of its memory where it can be one."""
+    plain = tensor.detach().cpu().contiguous()
+    # not view(-1): a tensor of one element may be contiguous with any stride
+    flat = plain.as_strided((plain.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().data
 
 
 def _shape(value: Any) -> torch.Size:
