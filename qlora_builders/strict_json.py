@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 
-def loads(text: bytes) -> Any:
+def parse_json(text: bytes) -> Any:
     """UTF-8 JSON without duplicate keys, NaN, infinity, or nesting that exhausts the stack.
 
     Raises:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qlora_builders import strict_json
 from qlora_builders.errors import CheckpointError
+from qlora_builders.strict_json import parse_json
 
 
 def read_json_object(file: Path, *, expected: str) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def read_json_object(file: Path, *, expected: str) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{file}: missing; expected {expected}")
     try:
-        content = strict_json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     if not isinstance(content, dict):

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from qlora_builders import strict_json
 from qlora_builders.errors import CheckpointError
+from qlora_builders.strict_json import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 DTYPES = {
@@ -69,7 +69,7 @@ def read_header(file: Path) -> dict[str, Entry]:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"{size} bytes cannot hold a header of {length} bytes")
-            content = strict_json.loads(handle.read(length))
+            content = parse_json(handle.read(length))
         return _entries(content, data_start=8 + length, size=size)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error

@@ -33,9 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_builders import strict_json
 from qlora_builders.kernels import NF4_CODEBOOK
 from qlora_builders.kernels.nf4_reference import decode_scales, dynamic_codebook
+from qlora_builders.strict_json import parse_json
 from qlora_builders.tensor.nf4_tensor import NF4Tensor, check_nf4_options
 
 NATIVE_JSON = ".nf4"
@@ -266,7 +266,7 @@ def _json_tensor(content: Mapping[str, Any]) -> Tensor:
 def _read_json(text: Tensor, keys: set[str] | None = None) -> dict[str, Any]:
     if text.dtype != torch.uint8 or text.dim() != 1:
         raise ValueError(f"the description is {text.dtype} {list(text.shape)}; expected uint8 [n]")
-    content = strict_json.loads(bytes(tensor_bytes(text)))
+    content = parse_json(bytes(tensor_bytes(text)))
     if not isinstance(content, dict):
         raise ValueError(f"the description is {type(content).__name__}, expected a JSON object")
     if keys is not None:
