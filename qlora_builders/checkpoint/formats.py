@@ -43,10 +43,8 @@ def detect_format(directory: Path) -> str:
     """The key in `READERS` of what lies in a directory.
 
     Raises:
-        CheckpointError: if it is no directory, or none that can be read.
+        CheckpointError: if nothing there can be read.
     """
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory; give a local checkpoint directory")
     file = directory / "config.json"
     if not file.is_file() and (directory / PARAMS_FILE).is_file():
         return "meta"
@@ -77,10 +75,12 @@ def _check_version(quantization: dict[str, Any], file: Path) -> None:
 def get_reader(directory: Path, format: str = AUTO) -> Reader:
     """
     Raises:
-        CheckpointError: for an unknown format, or one that contradicts config.json.
+        CheckpointError: for an unknown format, one that contradicts config.json, or no directory.
     """
     if format not in (AUTO, *READERS):
         raise CheckpointError(f"format is {format!r}{did_you_mean(format, (AUTO, *READERS))}")
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory; give a local checkpoint directory")
     if format == "meta":
         return READERS["meta"]
     found = detect_format(directory)

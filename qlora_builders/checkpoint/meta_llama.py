@@ -64,8 +64,8 @@ def read_meta(directory: Path) -> dict[str, LazyTensor]:
         CheckpointError: as `read_meta_arch`, or for tensors that the files do not all hold, or
             whose slices do not make up a whole.
     """
-    shapes = _shapes(directory)
     params = _params(directory)
+    shapes = _shapes(directory)
     arch = _arch(params, shapes, directory / PARAMS_FILE)
     heads = {"wq": arch.num_heads, "wk": arch.num_kv_heads}
     files = list(shapes)
