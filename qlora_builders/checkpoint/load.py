@@ -65,8 +65,10 @@ def load_checkpoint(
     _load_weights(model, tensors, path, device)
     for module in model.modules():
         if isinstance(module, LoRALinear):
-            module.lora_A.to_empty(device=device)
-            module.lora_B.to_empty(device=device)
+            for part in (module.lora_A, module.lora_B):
+                # not to_empty, which has torch import its compiler
+                empty = torch.empty(part.weight.shape, dtype=part.weight.dtype, device=device)
+                part.weight = nn.Parameter(empty)
             module.reset_lora_parameters()
     return model
 

