@@ -126,7 +126,14 @@ def _load_weights(
         slot = tensor.name.removesuffix(".weight").removeprefix("model.")
         _place(model, tensor, value, parameters[tensor.name], rules.get(slot), device)
 
-    stream([t for t in tensors.values() if not (tied and t.name == HEAD)], place)
+    def transient(tensor: LazyTensor) -> bool:
+        """Quantized, cast or moved; a weight that stays as it is keeps what it was read into."""
+        parameter = parameters[tensor.name]
+        as_it_is = device.type == "cpu" and tensor.dtype == parameter.dtype
+        return isinstance(parameter, NF4Tensor) or not as_it_is
+
+    wanted = [tensor for name, tensor in tensors.items() if not (tied and name == HEAD)]
+    stream(wanted, place, transient=transient)
     model.tie_weights()
 
 

@@ -1,18 +1,17 @@
 """Safetensors directories: read one tensor at a time, write one tensor at a time, never half.
 
-A tensor is read straight into the memory that it will occupy. Nothing is mapped: a file that
-shrinks under a mapping kills the process, and pages of a mapping count as the process's memory.
+A tensor is read straight into the memory that it will occupy. No file is mapped: one that shrinks
+under a mapping kills the process.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,6 @@ from qlora_builders.tensor.nf4_layouts import tensor_bytes
 
 STEM = "model"  # model.safetensors, or model-00001-of-00002.safetensors with an index
 MAX_SHARD_BYTES = 5 * 10**9
-LARGE_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,8 @@ class LazyTensor:
     """A tensor in a file or to be written: what must be known beforehand, and how to get it.
 
     `load` may give an `NF4Tensor` where `quantized`; `shape` and `dtype` are those of the weight it
-    stands for. `source` is the file it comes from, for error messages.
+    stands for. `load_into`, where there is one, loads into memory of the caller's, uint8 [nbytes].
+    `source` is the file it comes from, for error messages.
     """
 
     name: str
@@ -44,6 +43,7 @@ class LazyTensor:
     load: Callable[[], Tensor]
     source: Path | None = None
     quantized: bool = False
+    load_into: Callable[[Tensor], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +96,7 @@ def open_tensors(directory: Path, *, stem: str = STEM) -> dict[str, LazyTensor]:
     for name, file in files.items():
         entry = _entry(headers[file], file, name)
         load = partial(_read, file, name, entry)
-        found[name] = LazyTensor(name, entry.shape, entry.dtype, load, file)
+        found[name] = LazyTensor(name, entry.shape, entry.dtype, load, source=file, load_into=load)
     return found
 
 
@@ -119,8 +119,9 @@ def _entry(header: Mapping[str, Entry], file: Path, name: str) -> Entry:
     return header[name]
 
 
-def _read(file: Path, name: str, entry: Entry) -> Tensor:
-    buffer = _allocate(entry.nbytes)
+def _read(file: Path, name: str, entry: Entry, buffer: Tensor | None = None) -> Tensor:
+    if buffer is None:
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
     view, position = buffer.numpy().data, 0
     try:
         with file.open("rb", buffering=0) as handle:
@@ -133,18 +134,6 @@ def _read(file: Path, name: str, entry: Entry) -> Tensor:
     except OSError as error:
         raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
     return buffer.view(entry.dtype).view(entry.shape)
-
-
-def _allocate(nbytes: int) -> Tensor:
-    """uint8 [nbytes]. Large ones are mapped: freed at once, where malloc keeps what threads free
-    (200 MiB after loading 375), and in large pages, which halves the time of the first touch."""
-    if nbytes < LARGE_BYTES:
-        return torch.empty(nbytes, dtype=torch.uint8)
-    pages = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel built without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 # ---- out ----------------------------------------------------------------------------------------
