@@ -96,10 +96,16 @@ def _encode_bnb(absmax: Tensor, scale_block_size: int) -> tuple[Tensor, Tensor]:
         raise ValueError("the weight is too large for scale_format 'bnb': its mean scale overflows")
     grouped = pad(absmax - offset, scale_block_size).view(-1, scale_block_size)  # [G, S]
     largest = grouped.abs().amax(dim=1, keepdim=True)
-    divisor = torch.where(largest > 0, largest, 1.0)  # a group of equal scales is all offset
+    normalized = grouped * (1 / largest)
+    if absmax.device.type == "cpu":
+        # bitsandbytes looks codes up in 65,536 bins on CPUs and searches on GPUs: next to zero,
+        # where the codebook is finer than a bin, that makes up to four codes of difference
+        bins = ((normalized + 1) * 32767.5 + 0.5).floor_().clamp_(0, 65535)
+        normalized = bins / 32767.5 - 1
     codebook = dynamic_codebook().to(absmax.device)
     midpoints = (codebook[:-1] + codebook[1:]) / 2
-    codes = torch.bucketize(grouped * (1 / divisor), midpoints, out_int32=True).to(torch.uint8)
+    codes = torch.bucketize(normalized, midpoints, out_int32=True)
+    codes = torch.where(largest > 0, codes, 0).to(torch.uint8)  # equal scales are all offset
     groups = torch.cat([largest, offset.expand_as(largest)], dim=1)
     return codes.view(-1)[: absmax.numel()], groups
 
