@@ -205,3 +205,29 @@ def test_the_library_is_compiled_once(tmp_path: Path) -> None:
     made = library.stat().st_mtime_ns
     run_probe(tmp_path, os.environ.get("CC", "cc"))
     assert library.stat().st_mtime_ns == made
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from qlora_builders import to_nf4
+
+def kib(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+weight = torch.randn(4096, 4096).bfloat16()
+to_nf4(weight[:64], scale_format=sys.argv[1])
+Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+before = kib("VmRSS")
+quantized = to_nf4(weight, scale_format=sys.argv[1])
+print(((kib("VmHWM") - before) * 1024 - quantized.nbytes) / weight.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("scale_format", FORMATS)
+def test_quantizing_takes_little_memory_beside_the_result(scale_format: str) -> None:
+    command = [sys.executable, "-c", MEMORY, scale_format]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.1  # of the weight's own bytes
