@@ -8,11 +8,9 @@ adapter/ (PEFT layout) or, when whole weights were trained, model/ (Hugging Face
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
@@ -26,13 +24,11 @@ from qlora_builders.config.instantiate import instantiate
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.schema import DataConfig, FinetuneConfig
 from qlora_builders.data import (
-    Batch,
+    Batches,
     TokenizedDataset,
     Tokenizer,
-    batch_indices,
     build_dataset,
     check_token_range,
-    collate,
 )
 from qlora_builders.errors import ConfigError, TrainingError
 from qlora_builders.models import get_arch
@@ -78,7 +74,9 @@ def main(cfg: FinetuneConfig) -> None:
         check_token_range(data, model.spec.arch.vocab_size)
     parameters = trainable_parameters(model)
 
-    total_steps = count_steps(cfg, len(train_data))
+    train_batches = make_batches(train_data, cfg, shuffle=True)
+    eval_batches = make_batches(eval_data, cfg, shuffle=False) if eval_data else None
+    total_steps = count_steps(cfg, train_batches)
     optimizer = instantiate(cfg.optimizer, parameters, key="optimizer")
     factor = lr_factor(total_steps=total_steps, **asdict(cfg.lr_schedule))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -86,16 +84,14 @@ def main(cfg: FinetuneConfig) -> None:
     run_dir = make_run_dir(cfg)
     progress = ProgressReport(total_steps)
     metrics = MetricsLog(run_dir)
-    progress.say(f"train {train_data.report.summary()}")
-    if eval_data is not None:
-        progress.say(f"eval {eval_data.report.summary()}")
-    trained = sum(parameter.numel() for parameter in parameters)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    progress.say(f"{trained:,} of {total:,} parameters train, on {device}, in {run_dir}")
+    progress.say(f"train {train_batches.summary()}")
+    if eval_batches is not None:
+        progress.say(f"eval {eval_batches.summary()}")
+    progress.say(f"{parameter_counts(model)}, on {device}, in {run_dir}")
 
     def evaluate(step: int) -> None:
-        if eval_data is not None:
-            loss, tokens = evaluate_loss(model, eval_batches(eval_data, cfg, device))
+        if eval_batches is not None:
+            loss, tokens = evaluate_loss(model, eval_batches.of_epoch(0, device))
             metrics.write(step=step, eval_loss=loss, eval_tokens=tokens)
             progress.say(f"step {step}: eval loss {loss:.4f}")
 
@@ -107,8 +103,8 @@ def main(cfg: FinetuneConfig) -> None:
     evaluate(0)
     model.train()
     with progress, stop_on_signal() as stop:
-        batches_of_steps = itertools.islice(steps(train_data, cfg, device), total_steps)
-        for step, batches in enumerate(batches_of_steps, start=1):
+        for step in range(1, total_steps + 1):
+            batches = train_batches.of_step(step, cfg.training.grad_accumulation, device)
             started = time.perf_counter()
             lr = float(schedule.get_last_lr()[0])
             try:
@@ -170,45 +166,26 @@ def load_data(source: str, data: DataConfig, tokenizer: Tokenizer) -> TokenizedD
     )
 
 
-def count_steps(cfg: FinetuneConfig, num_examples: int) -> int:
+def make_batches(data: TokenizedDataset, cfg: FinetuneConfig, *, shuffle: bool) -> Batches:
+    return Batches(
+        data,
+        batch_size=cfg.training.batch_size,
+        packing=cfg.data.packing,
+        max_seq_len=cfg.data.max_seq_len,
+        seed=cfg.training.seed,
+        shuffle=shuffle,
+    )
+
+
+def count_steps(cfg: FinetuneConfig, batches: Batches) -> int:
     if cfg.training.max_steps is not None:
         return cfg.training.max_steps
-    batches = ceil(num_examples / cfg.training.batch_size) * cfg.training.epochs
-    return ceil(batches / cfg.training.grad_accumulation)
+    return ceil(batches.per_epoch * cfg.training.epochs / cfg.training.grad_accumulation)
 
 
-def steps(
-    data: TokenizedDataset, cfg: FinetuneConfig, device: torch.device
-) -> Iterator[Sequence[Batch]]:
-    """The batches of one optimizer step after another; epochs follow each other without end."""
-
-    def batches() -> Iterator[Batch]:
-        for epoch in itertools.count():
-            for indices in batch_indices(
-                len(data),
-                batch_size=cfg.training.batch_size,
-                seed=cfg.training.seed,
-                epoch=epoch,
-            ):
-                yield to_batch(data, indices, device)
-
-    remaining = batches()
-    while True:
-        yield list(itertools.islice(remaining, cfg.training.grad_accumulation))
-
-
-def eval_batches(
-    data: TokenizedDataset, cfg: FinetuneConfig, device: torch.device
-) -> Iterator[Batch]:
-    for indices in batch_indices(
-        len(data), batch_size=cfg.training.batch_size, seed=0, epoch=0, shuffle=False
-    ):
-        yield to_batch(data, indices, device)
-
-
-def to_batch(data: TokenizedDataset, indices: Sequence[int], device: torch.device) -> Batch:
-    examples = [data[index] for index in indices]
-    return collate(examples, pad_token_id=data.tokenizer.pad_token_id).to(device)
+def parameter_counts(model: CausalLM) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train"
 
 
 def make_run_dir(cfg: FinetuneConfig) -> Path:

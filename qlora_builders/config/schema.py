@@ -140,6 +140,11 @@ class DataConfig:
         "tokens that carry loss: every answer, the last answer, everything (format=text: always)",
         choices=("assistant", "completion", "all"),
     )
+    packing: str = knob(
+        "none",
+        "best_fit: fill rows of max_seq_len with whole examples that do not see each other",
+        choices=("none", "best_fit"),
+    )
     max_rows: int | None = knob(None, "rows read from each file; null: all", at_least=1)
 
 
