@@ -22,7 +22,7 @@ class Batches:
         batch_size: rows per batch.
         packing: "none": a row is an example; "best_fit": as many as fit into `max_seq_len` tokens,
             each a document of its own.
-        max_seq_len: what `data` was cut to.
+        max_seq_len: what `dataset` was cut to.
         shuffle: off, every epoch is the same, in the order of the source.
 
     Attributes:
@@ -32,7 +32,7 @@ class Batches:
 
     def __init__(
         self,
-        data: TokenizedDataset,
+        dataset: TokenizedDataset,
         *,
         batch_size: int,
         packing: str,
@@ -40,13 +40,13 @@ class Batches:
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
-        self.data = data
+        self.dataset = dataset
         self.batch_size = batch_size
         self.packing = packing
         self.max_seq_len = max_seq_len
         self.seed = seed
         self.shuffle = shuffle
-        self._lengths: list[int] = np.diff(data.offsets).tolist()
+        self._lengths: list[int] = np.diff(dataset.offsets).tolist()
         self._use_epoch(0)
         self.rows_per_epoch = len(self._rows)
         self.per_epoch = len(self._order)
@@ -55,8 +55,8 @@ class Batches:
         epoch, index = divmod(number, self.per_epoch)
         if epoch != self._epoch:
             self._use_epoch(epoch)
-        rows = [[self.data[i] for i in self._rows[row]] for row in self._order[index]]
-        pad_token_id = self.data.tokenizer.pad_token_id
+        rows = [[self.dataset[i] for i in self._rows[row]] for row in self._order[index]]
+        pad_token_id = self.dataset.tokenizer.pad_token_id
         if self.packing == "none":
             return collate([example for (example,) in rows], pad_token_id=pad_token_id)
         return collate_packed(rows, pad_token_id=pad_token_id)
@@ -72,7 +72,7 @@ class Batches:
 
     def summary(self) -> str:
         """One line for a log: the data's, and how full packed rows are."""
-        text = self.data.report.summary()
+        text = self.dataset.report.summary()
         if self.packing != "none":
             filled = sum(self._lengths) / (self.rows_per_epoch * self.max_seq_len)
             text += (
@@ -83,7 +83,7 @@ class Batches:
 
     def _use_epoch(self, epoch: int) -> None:
         """Set the rows of example indices of an epoch, and its batches of row indices."""
-        count = len(self.data)
+        count = len(self.dataset)
         if self.packing == "none":
             self._rows = [[index] for index in range(count)]
         else:

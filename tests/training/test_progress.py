@@ -3,14 +3,20 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from qlora_builders.training import progress
-from qlora_builders.training.progress import MetricsLog, ProgressReport, plot_losses
+from qlora_builders.training.loop import StepResult
+from qlora_builders.training.progress import MetricsLog, ProgressReport, plot_losses, step_row
 
-FIGURES = {"loss": 1.25, "lr": 1e-3, "tokens_per_s": 1234.0, "memory": 512.0}
+RESULT = StepResult(loss=1.25, grad_norm=0.5, target_tokens=100, tokens=1234)
+
+
+def row(step: int) -> dict[str, Any]:
+    return step_row(step, RESULT, lr=1e-3, seconds=1.0, memory=512.0)
 
 
 def test_metrics_are_on_disk_line_by_line(tmp_path: Path) -> None:
@@ -28,7 +34,7 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
     with ProgressReport(6, Console(file=out, width=120)) as report:
         report.say("hello")
         for step in range(1, 7):
-            report.step(step, **FIGURES)
+            report.step(row(step))
     lines = out.getvalue().splitlines()
     assert lines[0] == "hello"
     assert lines[1] == "step 1/6  loss 1.2500  lr 1.00e-03  1,234 tok/s  512 MiB  eta 20 s"
@@ -38,7 +44,7 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
 def test_a_bar_on_a_terminal() -> None:
     out = io.StringIO()
     with ProgressReport(2, Console(file=out, force_terminal=True, width=120)) as report:
-        report.step(2, **FIGURES)
+        report.step(row(2))
     assert "loss 1.2500" in out.getvalue()
     assert "2/2" in out.getvalue()
 
