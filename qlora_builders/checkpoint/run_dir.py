@@ -76,7 +76,7 @@ def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
             or a later checkpoint than the one that `resume` names.
         CheckpointError: if `resume` is a path without a good checkpoint.
     """
-    if run_dir.exists() and any(run_dir.iterdir()):
+    if _is_taken(run_dir):
         if resume is None and not overwrite:
             raise ConfigError(
                 f"output_dir={run_dir} is not empty; choose another, go on with its run by "
@@ -97,6 +97,11 @@ def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
         except CheckpointError as error:
             skipped.append(str(error))
     return Start(skipped=tuple(skipped))
+
+
+def _is_taken(run_dir: Path) -> bool:
+    """Whether there is more than the first file of a run that was killed at once."""
+    return run_dir.exists() and any(path.suffix != ".partial" for path in run_dir.iterdir())
 
 
 def _named_start(folder: Path, run_dir: Path) -> Start:
