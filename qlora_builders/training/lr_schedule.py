@@ -60,8 +60,13 @@ def check_same_past(
         schedule: the other arguments of `lr_factor`.
 
     Raises:
-        ConfigError: if steps already done would have had another learning rate.
+        ConfigError: if steps already done would have had another learning rate, or are too many.
     """
+    if steps_done > total_steps:
+        raise ConfigError(
+            f"cannot resume: {steps_done} steps are done, but the run has only {total_steps}; "
+            "raise training.max_steps or epochs"
+        )
     now, then = (lr_factor(total_steps=steps, **schedule) for steps in (total_steps, before))
     for step in range(steps_done):
         if now(step) != then(step):
