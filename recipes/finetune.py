@@ -87,7 +87,7 @@ def main(cfg: FinetuneConfig) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=start.step - 1)
 
     with (
-        run_directory(run_dir, start, overwrite=cfg.overwrite),
+        run_directory(run_dir, start, overwrite=cfg.overwrite, keep_last=cfg.training.keep_last),
         stop_on_signal() as stop,
         ProgressReport(total_steps, steps_done=start.step) as progress,
     ):

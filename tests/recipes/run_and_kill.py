@@ -1,9 +1,9 @@
 """A script for tests: runs of `qlora`, each in a process that can be killed at any point.
 
 Reads JSON lines `{"argv": [...], "watch": RUN, "signals": {event number: signal}}`, answers each
-with `{"code": exit code, "events": [...]}`. Events are numbered from 0: every file that is opened,
-made, renamed or removed in RUN, every fsync, forward pass and optimizer step. Torch is imported
-once; a run is a fork of that.
+with `{"code": exit code, "events": [...], "output": text}`. Events are numbered from 0: every file
+that is opened, made, renamed or removed in RUN, every fsync, forward pass and optimizer step. Torch
+is imported once; a run is a fork of that.
 """
 
 from __future__ import annotations
@@ -66,26 +66,34 @@ def run(argv: list[str], folder: str, signals: dict[int, int], log: Path) -> Non
     except SystemExit as error:
         code = int(error.code or 0)
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name in ("qlora_builders.config.entry", "qlora_builders.checkpoint", "matplotlib.figure"):
+    for name in ("qlora_builders.config.entry", "qlora_builders.checkpoint"):
         importlib.import_module(name)  # once for all runs
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # a plot costs as much as ten steps
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the runs print goes to stderr
     for line in sys.stdin:
         task = json.loads(line)
         with tempfile.TemporaryDirectory() as temporary:
-            log = Path(temporary) / "events"
+            log, output = Path(temporary) / "events", Path(temporary) / "output"
             child = os.fork()
             if child == 0:
+                descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
                 signals = {int(number): value for number, value in task["signals"].items()}
                 run(task["argv"], task["watch"], signals, log)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            events = log.read_text().splitlines()
-        answers.write(json.dumps({"code": code, "events": events}) + "\n")
+            answer = {
+                "code": code,
+                "events": log.read_text().splitlines(),
+                "output": output.read_text(),
+            }
+        answers.write(json.dumps(answer) + "\n")
 
 
 if __name__ == "__main__":
