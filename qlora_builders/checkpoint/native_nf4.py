@@ -57,13 +57,13 @@ def collect_weights(
     unpack: Callable[[Mapping[str, Tensor]], NF4Tensor],
 ) -> dict[str, LazyTensor]:
     """One lazy NF4 weight for the parts of each; tensors that belong to none stay as they are."""
+    parts_of = {name: _split(name) for name in tensors}
     weights: dict[str, dict[str, LazyTensor]] = {
-        name.removesuffix(json_suffix): {} for name in tensors if name.endswith(json_suffix)
+        key: {} for key, suffix in parts_of.values() if suffix == json_suffix
     }
     found = {}
     for name, tensor in tensors.items():
-        module, dot_weight, suffix = name.partition(".weight")
-        key = module + dot_weight
+        key, suffix = parts_of[name]
         if key in weights:
             weights[key][suffix] = tensor
         else:
@@ -77,6 +77,12 @@ def collect_weights(
         load = partial(_load, key, parts, unpack)
         found[key] = LazyTensor(key, head["shape"], head["dtype"], load, text.source, True)
     return found
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`model.norm.weight.scales` -> (`model.norm.weight`, `.scales`)"""
+    module, dot_weight, suffix = name.partition(".weight")
+    return module + dot_weight, suffix
 
 
 def _load(
