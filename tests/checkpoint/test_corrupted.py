@@ -1,4 +1,4 @@
-"""More than 2,000 damaged files: each is an error that names the file, or loads to the very same weights.
+"""Damaged files, 2,400 of them: an error that names the file, or the very same weights.
 
 Damage is drawn with a seed, byte by byte and by the structure of the JSON. Left out is damage that
 turns one valid file into another, which no reader can tell from what was meant: one 16-bit dtype
