@@ -118,8 +118,8 @@ class _SkipMetaInit(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in (init.normal_, init.uniform_, init.kaiming_uniform_):
-            tensor: Tensor = kwargs["tensor"]
-            if tensor.is_meta:
+            tensor = kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
                 return tensor
         return func(*args, **kwargs)
 
