@@ -30,6 +30,7 @@ from qlora_builders.tensor.nf4_layouts import (
 
 STEM = "nf4"
 QUANT_METHOD = "qlora_builders_nf4"
+_SMALL_BYTES = 2**16
 QUANTIZATION_CONFIG = {"quant_method": QUANT_METHOD, "version": 1}
 
 
@@ -70,8 +71,9 @@ def collect_weights(
             found[name] = tensor
     for key, parts in weights.items():
         text = parts[json_suffix]
+        stored = text.load()
         try:
-            head = metadata(text.load())
+            head = metadata(stored)
         except ValueError as error:
             raise CheckpointError(f"{text.source}: {text.name}: {error}") from error
         load = partial(_load, key, parts, unpack)
@@ -101,12 +103,14 @@ def _load(
 def lazy_parts(
     name: str, weight: NF4Tensor, pack: Callable[[NF4Tensor], dict[str, Tensor]]
 ) -> Iterator[LazyTensor]:
-    """The parts of a weight to be written. Those that packing computes are computed when written:
-    for a whole model they would add up."""
+    """The parts of a weight to be written. Large ones that packing computes (decoded scales) are
+    computed again when they are written: for a whole model they would add up."""
+    memory = {getattr(weight, field).data_ptr() for field in NF4Tensor.tensor_fields}
+
+    def part_again(suffix: str) -> Tensor:
+        return pack(weight)[suffix]
+
     for suffix, part in pack(weight).items():
-        load = partial(_part, weight, pack, suffix)
+        is_free = part.nbytes < _SMALL_BYTES or part.data_ptr() in memory
+        load = partial(part.view, part.shape) if is_free else partial(part_again, suffix)
         yield LazyTensor(name + suffix, part.shape, part.dtype, load)
-
-
-def _part(weight: NF4Tensor, pack: Callable[[NF4Tensor], dict[str, Tensor]], suffix: str) -> Tensor:
-    return pack(weight)[suffix]
