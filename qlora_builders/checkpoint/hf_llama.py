@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_builders.checkpoint.base_record import hash_directory
 from qlora_builders.checkpoint.hf_config import config_from_arch, read_arch, read_config
 from qlora_builders.checkpoint.safetensors_io import (
     MAX_SHARD_BYTES,
@@ -22,7 +24,7 @@ from qlora_builders.checkpoint.safetensors_io import (
     write_shards,
 )
 from qlora_builders.errors import CheckpointError, did_you_mean
-from qlora_builders.models import ComponentRule, LlamaArch, llama
+from qlora_builders.models import BaseCheckpoint, ComponentRule, LlamaArch, llama
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.tensor import NF4Tensor
 
@@ -76,6 +78,8 @@ def load_checkpoint(
     )
     device = torch.device(device)
     _load_weights(model, path, device)
+    content_hash = hash_directory(path, tied=model.tie_word_embeddings)
+    model.spec = replace(model.spec, base=BaseCheckpoint("hf", content_hash))
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.lora_A.to_empty(device=device)

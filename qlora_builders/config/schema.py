@@ -92,11 +92,16 @@ class MethodConfig:
     train: list[str] = knob([], "parameters the preset trains beside adapters, as patterns")
 
 
+def allow_base_mismatch_knob() -> Any:
+    return knob(False, "load it onto another base than the one recorded with it")
+
+
 @dataclass
 class AdapterConfig:
     """The adapter on top of the base."""
 
     path: str | None = knob(None, "adapter folder (PEFT layout); null: the base alone")
+    allow_base_mismatch: bool = allow_base_mismatch_knob()
 
 
 @dataclass
@@ -104,6 +109,7 @@ class RequiredAdapterConfig:
     """The adapter to merge."""
 
     path: str = knob(REQUIRED, "adapter folder (PEFT layout)")
+    allow_base_mismatch: bool = allow_base_mismatch_knob()
 
 
 @dataclass
