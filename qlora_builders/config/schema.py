@@ -263,6 +263,15 @@ class MergeConfig:
         "weights to add to: dequantized (those seen in training), or a folder of 16-bit originals",
     )
     dtype: str = knob("bfloat16", "dtype written", choices=DTYPES)
+    format: str = knob(
+        "hf",
+        "layout written; nf4 and bnb-4bit quantize again, which erases most small updates",
+        choices=("hf", "nf4", "bnb-4bit"),
+    )
+    max_error: float = knob(
+        0.5, "largest |error| / |update| accepted, in the weights and in the logits", above=0
+    )
+    report: str | None = knob(None, "JSON file for the figures of every layer; null: none")
     max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
 
 
