@@ -416,7 +416,7 @@ def test_the_writer_gets_the_quantized_model(
 
 @pytest.mark.parametrize(
     ("relative_delta", "error", "kept"),
-    [(0.01, 1.13, 0.03), (0.05, 1.03, 0.36), (0.1, 0.78, 0.82), (0.3, 0.31, 0.97)],
+    [(0.01, 1.097, 0.015), (0.05, 1.033, 0.277), (0.1, 0.784, 0.844), (0.3, 0.319, 0.994)],
 )
 def test_survival_in_nf4(relative_delta: float, error: float, kept: float) -> None:
     """Onto NF4 weights, as bitsandbytes quantizes, in its own hands and in ours."""
@@ -438,8 +438,8 @@ def test_survival_in_nf4(relative_delta: float, error: float, kept: float) -> No
     )
     along = (difference * delta).sum() / delta.square().sum()
     assert survival.kept == pytest.approx(along.item(), abs=1e-3)
-    assert survival.error == pytest.approx(error, abs=0.06)
-    assert survival.kept == pytest.approx(kept, abs=0.1)
+    assert survival.error == pytest.approx(error, abs=0.005)
+    assert survival.kept == pytest.approx(kept, abs=0.02)
 
 
 # ---- errors -------------------------------------------------------------------------------------
