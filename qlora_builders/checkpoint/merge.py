@@ -62,7 +62,7 @@ def merge_adapter(
         base: "dequantized" adds the update to the weights the adapter was trained on. The path of
             the original 16-bit checkpoint adds it to those: a better base, but another function.
         dtype: of the merged weights; by default each weight's own.
-        max_error: as for `save_merged`; here the logits are compared too.
+        max_error: as for `save_merged`.
         allow_base_mismatch: merge onto a `base` whose content hash is not the model's.
 
     Raises:
@@ -109,7 +109,9 @@ def save_merged(
     if format != "hf":
         merged = plan.build()
         report = plan.check(merged, max_error)
-        save_checkpoint(merged, path, format=format, companions=companions)
+        save_checkpoint(
+            merged, path, format=format, max_shard_bytes=max_shard_bytes, companions=companions
+        )
         return report
     tensors = list(plan.tensors())
     with atomic_directory(path, marker="config.json") as temporary:

@@ -396,7 +396,7 @@ def test_the_writer_gets_the_quantized_model(
     calls: list[tuple] = []
     monkeypatch.setattr(
         "qlora_builders.checkpoint.merge.save_checkpoint",
-        lambda model, path, *, format, companions: calls.append((model, path, format)),
+        lambda model, path, *, format, **_: calls.append((model, path, format)),
     )
     model = shrink(adapted(), 0.3)
     report = save_merged(model, tmp_path / "out", format=format, max_error=3)
