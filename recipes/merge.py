@@ -34,6 +34,7 @@ def main(cfg: MergeConfig) -> None:
         cfg.checkpoint.dir,
         cfg.adapter.path,
         quantize=cfg.quantize,
+        format=cfg.checkpoint.format,
         compute_dtype=torch.float32,
         allow_base_mismatch=cfg.adapter.allow_base_mismatch,
     )

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_builders.checkpoint.peft_config import read_json
-from qlora_builders.checkpoint.safetensors_io import find_tensors, listed, read_tensor
+from qlora_builders.checkpoint.json_files import read_json_object
+from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.errors import CheckpointError, PlanError
 from qlora_builders.models import BaseCheckpoint, ComponentRule
 from qlora_builders.modules import CausalLM
@@ -51,41 +51,56 @@ class BaseRecord:
     nf4: dict[str, dict[str, Any]] | None
 
 
-def content_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of named tensors, whatever order, file or shard they come from.
+class ContentHash:
+    """A hash of named tensors, whatever order, file, shard or format they come from.
 
     It covers every name, dtype and shape, and of the bytes of each tensor a fixed sample: all of
-    up to 4 KiB, else 16 windows of 256 bytes. Equal hashes therefore prove the same layout and the
-    same sampled bytes; they do not prove that the bytes between are the same. Another model, a
+    up to 4 KiB, else 16 windows of 256 bytes. Of an NF4 weight the codes and scales are sampled, so
+    a quantized copy is another content. Equal hashes therefore prove the same layout and the same
+    sampled bytes; they do not prove that the bytes between are the same. Another model, a
     fine-tuned, requantized or cast copy differs nearly everywhere and so in the sample; a few
     changed rows of an embedding, say, can go unseen. It guards against mix-ups, not against
-    somebody who wants to deceive.
+    somebody who wants to deceive. Taking the sample while a tensor is loaded costs no reading.
     """
-    digests = []
-    for name, tensor in tensors:
+
+    def __init__(self) -> None:
+        self._digests: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
         digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        if data.numel() > _WINDOWS * _WINDOW_BYTES:
-            last = data.numel() - _WINDOW_BYTES
-            starts = [index * last // (_WINDOWS - 1) for index in range(_WINDOWS)]
-            data = torch.cat([data[start : start + _WINDOW_BYTES] for start in starts])
-        digest.update(data.cpu().numpy().tobytes())
-        digests.append((name, digest.hexdigest()))
-    return hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()
+        parts = [tensor.detach()]
+        if isinstance(tensor, NF4Tensor):
+            digest.update(str(tensor.nf4_format).encode())
+            parts = [getattr(tensor, part) for part in NF4Tensor.tensor_fields]
+        for part in parts:
+            digest.update(_sample(part))
+        self._digests[name] = digest.hexdigest()
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(json.dumps(sorted(self._digests.items())).encode()).hexdigest()
 
 
-def hash_directory(directory: Path, *, tied: bool) -> str:
-    """The content hash of a safetensors directory. Reads the sample alone: files are mapped.
+def _sample(tensor: Tensor) -> bytes:
+    data = tensor.contiguous().view(-1).view(torch.uint8)
+    if data.numel() > _WINDOWS * _WINDOW_BYTES:
+        last = data.numel() - _WINDOW_BYTES
+        starts = [index * last // (_WINDOWS - 1) for index in range(_WINDOWS)]
+        data = torch.cat([data[start : start + _WINDOW_BYTES] for start in starts])
+    sample: bytes = data.cpu().numpy().tobytes()
+    return sample
+
+
+def hash_tensors(tensors: Iterable[LazyTensor], *, tied: bool) -> str:
+    """The content hash of a checkpoint that is not being loaded; it reads every tensor once.
 
     Args:
         tied: leave out the head, which such a checkpoint may hold or not.
     """
-    names = {
-        name: file
-        for name, file in find_tensors(directory).items()
-        if not (name.endswith(".inv_freq") or (tied and name == "lm_head.weight"))
-    }
-    return content_hash((name, read_tensor(file, name)) for name, file in names.items())
+    content = ContentHash()
+    for tensor in tensors:
+        if not (tied and tensor.name == "lm_head.weight"):
+            content.add(tensor.name, tensor.load())
+    return content.hexdigest()
 
 
 def base_record(model: CausalLM) -> dict[str, Any]:
@@ -112,7 +127,7 @@ def read_base_record(directory: Path) -> BaseRecord | None:
     file = directory / BASE_FILE
     if not file.is_file():
         return None
-    content = read_json(file)
+    content = read_json_object(file, expected="the record of a base")
     dtype = content.get("dtype")
     if dtype not in DTYPES:
         raise CheckpointError(f"{file}: dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -144,7 +159,9 @@ def check_base(
     """
     problems = []
     known, own = record.checkpoint, model.spec.base
-    if "content" in aspects and known is not None and own is not None and known != own:
+    if known is None or own is None or "content" not in aspects:
+        pass
+    elif known.content_hash != own.content_hash:
         problems.append(
             f"checkpoint: trained on {known.format} {known.content_hash[:12]}, "
             f"here {own.format} {own.content_hash[:12]}"

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_builders.checkpoint.base_record import ALLOW, hash_directory
+from qlora_builders.checkpoint.base_record import ALLOW, hash_tensors
+from qlora_builders.checkpoint.formats import read_tensors
 from qlora_builders.checkpoint.hf_llama import (
     base_parameters,
     lazy_parameter,
@@ -31,8 +32,7 @@ from qlora_builders.checkpoint.safetensors_io import (
     MAX_SHARD_BYTES,
     LazyTensor,
     atomic_directory,
-    find_tensors,
-    read_tensor,
+    listed,
 )
 from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.models import LlamaArch, linear_slots, llama
@@ -218,15 +218,19 @@ class _MergePlan:
                     lazy_parameter(f"{hf_name(slot)}.bias", zeros, None), module, dtype
                 )
 
-    def _find_originals(self) -> dict[str, Path]:
-        base, own = Path(self.base), self.model.spec.base
-        originals = find_tensors(base)
-        if own is None or own.format != "hf" or self.allow_base_mismatch:
+    def _find_originals(self) -> dict[str, LazyTensor]:
+        originals, own = read_tensors(self.base), self.model.spec.base
+        quantized = sorted(name for name, tensor in originals.items() if tensor.quantized)
+        if quantized:
+            raise CheckpointError(
+                f"{self.base}: holds 4-bit weights ({listed(quantized)}); give 16- or 32-bit ones"
+            )
+        if own is None or own.format not in ("hf", "meta") or self.allow_base_mismatch:
             return originals  # the weights themselves are compared as they come
-        found = hash_directory(base, tied=self.model.tie_word_embeddings)
+        found = hash_tensors(originals.values(), tied=self.model.tie_word_embeddings)
         if found != own.content_hash:
             raise CheckpointError(
-                f"{base}: not the checkpoint that the model was loaded from (content hash "
+                f"{self.base}: not the checkpoint that the model was loaded from (content hash "
                 f"{found[:12]}, the model's is {own.content_hash[:12]}); give that one, or merge "
                 f"onto this one with {ALLOW}"
             )
@@ -235,24 +239,19 @@ class _MergePlan:
     def _original(self, weight: LazyTensor, device: torch.device) -> LazyTensor:
         """The tensor of the original checkpoint in place of the model's (possibly 4-bit) one."""
         assert self.originals is not None
-        name, originals = weight.name, self.originals
-        if name == "lm_head.weight" and name not in originals:
-            name = "model.embed_tokens.weight"  # tied in the original
-        if name not in originals:
+        original = self.originals.get(weight.name)
+        if original is None and weight.name == "lm_head.weight":
+            original = self.originals.get("model.embed_tokens.weight")  # tied in the original
+        if original is None:
             raise CheckpointError(
-                f"{self.base}: no tensor {name!r}; is it the base of this adapter?"
+                f"{self.base}: no tensor {weight.name!r}; is it the base of this adapter?"
             )
-
-        def load() -> Tensor:
-            tensor = read_tensor(originals[name], name)
-            if tensor.shape != weight.shape:
-                raise CheckpointError(
-                    f"{originals[name]}: {name} has shape {list(tensor.shape)}; "
-                    f"the model needs {list(weight.shape)}"
-                )
-            return tensor.to(device, copy=True)  # not the mapped file
-
-        return replace(weight, load=load)
+        if original.shape != weight.shape:
+            raise CheckpointError(
+                f"{original.source}: {original.name} has shape {list(original.shape)}; "
+                f"the model needs {list(weight.shape)}"
+            )
+        return replace(weight, load=lambda: original.load().to(device))
 
     def _check_relation(self, name: str, weight: Tensor, trained: Tensor) -> None:
         """A hash cannot tell which 16-bit checkpoint a quantized one was made from; this can."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_builders.checkpoint.hf_config import read_arch
+from qlora_builders.checkpoint.formats import read_arch
 from qlora_builders.checkpoint.peft_export import adapters_of
 from qlora_builders.checkpoint.safetensors_io import find_tensors, read_tensor
 from qlora_builders.errors import CheckpointError

@@ -35,11 +35,8 @@ from qlora_builders.checkpoint.peft_export import (
     hf_name,
     trained_parameters,
 )
-from qlora_builders.checkpoint.safetensors_io import (
-    listed,
-    read_tensor,
-    tensor_names,
-)
+from qlora_builders.checkpoint.safetensors_header import read_header
+from qlora_builders.checkpoint.safetensors_io import listed, read_tensor
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import linear_slots
 from qlora_builders.modules import CausalLM, LoRALinear
@@ -78,16 +75,16 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     path = Path(path)
     config = read_peft_config(path)
     file = path / WEIGHTS_FILE
-    names = tensor_names(file)
-    foreign = sorted(name for name in names if not name.startswith(PREFIX))
+    header = read_header(file)
+    foreign = sorted(name for name in header if not name.startswith(PREFIX))
     if foreign:
         raise CheckpointError(
             f"{file}: keys must begin with {PREFIX!r}, but these do not: {listed(foreign)}"
         )
     parts: dict[str, dict[str, list[int]]] = {}
     plain = []
-    for name in (name.removeprefix(PREFIX) for name in names):
-        tensor = read_tensor(file, PREFIX + name)
+    for key, tensor in header.items():
+        name = key.removeprefix(PREFIX)
         if tensor.dtype not in _DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise CheckpointError(f"{file}: {name} has dtype {tensor.dtype}; allowed: {allowed}")
@@ -97,7 +94,7 @@ def read_adapter(path: str | Path) -> AdapterInfo:
         else:
             parts.setdefault(match[1], {})[match[2]] = list(tensor.shape)
     if not parts:
-        raise CheckpointError(f"{file}: holds no lora_A and lora_B ({len(names)} tensors)")
+        raise CheckpointError(f"{file}: holds no lora_A and lora_B ({len(header)} tensors)")
     modules = {name: _adapter_module(file, config, name, p) for name, p in sorted(parts.items())}
     saved, copies = _plain_tensors(file, plain, modules, config)
     config.check_entries(modules, {name.rpartition(".")[0] for name in saved})

@@ -7,7 +7,6 @@ nothing is an error, and so is a module in the file that no entry selects.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.checkpoint.safetensors_io import listed
 from qlora_builders.errors import CheckpointError
 
@@ -184,7 +184,7 @@ def read_peft_config(directory: Path) -> PeftConfig:
             feature that we do not have.
     """
     file = directory / CONFIG_FILE
-    config = read_json(file)
+    config = read_json_object(file, expected="a PEFT adapter directory")
     if config.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"{file}: peft_type is {config['peft_type']!r}; only LORA is read")
     if config.get("use_dora") not in (False, None):
@@ -279,15 +279,3 @@ def _check_regex(file: Path, key: str, entry: str) -> None:
         re.compile(entry)
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file}: {key} entry {entry!r} is no regex: {error}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing; expected a PEFT adapter directory")
-    try:
-        content = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds {type(content).__name__}, expected an object")
-    return content

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from qlora_builders.checkpoint.base_record import ASPECTS, BASE_FILE
-from qlora_builders.checkpoint.hf_config import read_arch
-from qlora_builders.checkpoint.hf_llama import load_checkpoint
+from qlora_builders.checkpoint.formats import AUTO, read_arch, stored_plan
+from qlora_builders.checkpoint.load import load_checkpoint
 from qlora_builders.checkpoint.peft_adapter import AdapterInfo, load_adapter_info, read_adapter
 from qlora_builders.checkpoint.peft_export import WEIGHTS_FILE, hf_name
 from qlora_builders.checkpoint.safetensors_io import listed
@@ -64,6 +64,7 @@ def load_with_adapter(
     adapter: str | Path | None,
     *,
     quantize: str = "auto",
+    format: str = AUTO,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -74,7 +75,8 @@ def load_with_adapter(
     Args:
         path: the base checkpoint.
         adapter: an adapter directory, or None.
-        quantize: as for `adapter_plan`; "auto" without an adapter is "none".
+        quantize: as for `adapter_plan`; "auto" without an adapter is as the checkpoint is stored.
+        format: of the checkpoint, as for `load_checkpoint`.
         dtype: of the base; None is the one the adapter was trained on, or bfloat16.
         device, compute_dtype: as for `load_checkpoint`.
         allow_base_mismatch: as for `load_adapter`. What `quantize` or `dtype` names is the caller's
@@ -89,14 +91,17 @@ def load_with_adapter(
     if info is not None:
         components, train = adapter_plan(info, quantize=quantize)
     else:
-        components, train = [NF4_BASE] if quantize == "nf4" else [], []
+        stored = stored_plan(path, format=format) if quantize == "auto" else []
+        components, train = [NF4_BASE] if quantize == "nf4" else stored, []
     recorded = None if info is None or info.base is None else info.base.dtype
     try:
         if info is not None:
-            _check_plan(info, resolve(components, linear_slots(read_arch(path))))
+            arch = read_arch(path, format=format)
+            _check_plan(info, resolve(components, linear_slots(arch)))
         model = load_checkpoint(
             path,
             components,
+            format=format,
             train=train,
             device=device,
             dtype=dtype or recorded or torch.bfloat16,

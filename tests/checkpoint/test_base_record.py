@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,11 @@ from qlora_builders.checkpoint import (
     load_checkpoint,
     load_with_adapter,
     read_adapter,
+    read_tensors,
     save_adapter,
+    save_checkpoint,
 )
-from qlora_builders.checkpoint.base_record import content_hash, hash_directory
+from qlora_builders.checkpoint.base_record import ContentHash, hash_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import llama
 from qlora_builders.modules import CausalLM
@@ -54,6 +55,17 @@ def adapter(
 
 
 # ---- the hash -----------------------------------------------------------------------------------
+
+
+def content_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    content = ContentHash()
+    for name, tensor in tensors:
+        content.add(name, tensor)
+    return content.hexdigest()
+
+
+def stored_hash(path: Path, *, tied: bool = False) -> str:
+    return hash_tensors(read_tensors(path).values(), tied=tied)
 
 
 def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -107,33 +119,35 @@ def test_single_and_sharded_files_are_the_same_base(
 ) -> None:
     tied = variant == "tied"
     single, sharded = checkpoints(variant), checkpoints(variant, sharded=True)
-    assert hash_directory(single, tied=tied) == hash_directory(sharded, tied=tied)
+    assert stored_hash(single, tied=tied) == stored_hash(sharded, tied=tied)
     half = checkpoints(variant, dtype=torch.bfloat16)
-    assert hash_directory(single, tied=tied) != hash_directory(half, tied=tied)
+    assert stored_hash(single, tied=tied) != stored_hash(half, tied=tied)
 
 
 def test_a_stored_copy_of_a_tied_head_does_not_count(own_copy: Callable[..., Path]) -> None:
     path = own_copy("tied")
     file = path / "model.safetensors"
-    before = hash_directory(path, tied=True)
+    before = stored_hash(path, tied=True)
     stored = load_file(file)
     save_file(stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}, file)
-    assert hash_directory(path, tied=True) == before
+    assert stored_hash(path, tied=True) == before
     assert load_checkpoint(path).spec.base.content_hash == before
 
 
-def test_the_hash_reads_its_samples_alone(tmp_path: Path) -> None:
-    """Of 8 GB, in a sparse file: a full read would fault in two million pages."""
-    header = json.dumps(
-        {"w": {"dtype": "BF16", "shape": [2**16, 2**16], "data_offsets": [0, 2**33]}}
-    ).encode()
-    with (tmp_path / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + 2**33)
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    hash_directory(tmp_path, tied=False)
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    assert after.ru_minflt + after.ru_majflt - before.ru_minflt - before.ru_majflt < 2000
+def test_a_quantized_copy_is_another_content(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """But the same NF4 weights in our layout and in bitsandbytes' are the same."""
+    rule = {"match": "layers.**", "kind": "frozen_nf4", "scale_format": "bnb"}
+    hashes = [stored_hash(checkpoints())]
+    quantized = load_checkpoint(checkpoints(), [rule])
+    for format in ("nf4", "bnb-4bit"):
+        save_checkpoint(quantized, tmp_path / format, format=format)
+        loaded = load_checkpoint(tmp_path / format, [rule])
+        assert loaded.spec.base.format == format
+        hashes.append(stored_hash(tmp_path / format))
+        assert loaded.spec.base.content_hash == hashes[-1]
+    assert hashes[0] != hashes[1] == hashes[2]
 
 
 # ---- the record ---------------------------------------------------------------------------------
@@ -143,7 +157,7 @@ def test_record(adapter: Path, checkpoints: Callable[..., Path]) -> None:
     record = json.loads((adapter / "qlora_base.json").read_text())
     assert record["checkpoint"] == {
         "format": "hf",
-        "content_hash": hash_directory(checkpoints(), tied=False),
+        "content_hash": stored_hash(checkpoints()),
     }
     assert record["dtype"] == "float32"
     assert (record["components"], record["train"]) == (PLAN, [])
@@ -161,7 +175,7 @@ def test_saving_reads_no_weight(
     build: Callable[..., CausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build()
-    monkeypatch.setattr("qlora_builders.checkpoint.base_record.content_hash", None)
+    monkeypatch.setattr("qlora_builders.checkpoint.base_record.ContentHash", None)
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:  # nothing is there to be read
             owner, _, leaf = name.rpartition(".")

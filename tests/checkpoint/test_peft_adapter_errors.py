@@ -90,8 +90,8 @@ def test_intact(build: Callable[..., CausalLM], adapter: Path) -> None:
         ({"r": 4.0}, r"r is 4\.0; it must be an integer >= 1"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'; it must be a finite number > 0"),
         ({"lora_alpha": 0}, "lora_alpha is 0; it must be a finite number > 0"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan; it must be a finite number > 0"),
-        ({"lora_alpha": float("inf")}, "lora_alpha is inf; it must be a finite number > 0"),
+        ({"lora_alpha": float("nan")}, "not JSON: NaN is not a number"),
+        ({"lora_alpha": float("inf")}, "not JSON: Infinity is not a number"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes'; it must be true or false"),
         ({"rank_pattern": ["up_proj"]}, r"rank_pattern is \['up_proj'\]; it must be names to int"),
         ({"rank_pattern": {"up_proj": "4"}}, "rank_pattern is .*; it must be names to integers"),
@@ -168,7 +168,7 @@ def test_unreadable_json(adapter: Path, name: str, text: str, message: str) -> N
 
 def test_deeply_nested_json(adapter: Path) -> None:
     (adapter / "adapter_config.json").write_text("[" * 100_000)
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: not JSON: maximum recursion"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: .*nested too deeply"):
         read_adapter(adapter)
 
 
