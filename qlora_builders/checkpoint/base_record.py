@@ -159,9 +159,7 @@ def check_base(
     """
     problems = []
     known, own = record.checkpoint, model.spec.base
-    if known is None or own is None or "content" not in aspects:
-        pass
-    elif known.content_hash != own.content_hash:
+    if "content" in aspects and known and own and known.content_hash != own.content_hash:
         problems.append(
             f"checkpoint: trained on {known.format} {known.content_hash[:12]}, "
             f"here {own.format} {own.content_hash[:12]}"
