@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_builders.checkpoint.formats import AUTO, read_arch, read_tensors
+from qlora_builders.checkpoint.base_record import ContentHash
+from qlora_builders.checkpoint.formats import AUTO, detect_format, read_arch, read_tensors
 from qlora_builders.checkpoint.hf_llama import base_parameters
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.checkpoint.streaming import stream
 from qlora_builders.errors import CheckpointError
-from qlora_builders.models import ComponentRule, LlamaArch, linear_slots, llama, resolve
+from qlora_builders.models import (
+    BaseCheckpoint,
+    ComponentRule,
+    LlamaArch,
+    linear_slots,
+    llama,
+    resolve,
+)
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.tensor import NF4Tensor
 
@@ -63,7 +72,9 @@ def load_checkpoint(
         arch, components, train=train, device="meta", dtype=dtype, compute_dtype=compute_dtype
     )
     device = torch.device(device)
-    _load_weights(model, tensors, path, device)
+    content = _load_weights(model, tensors, path, device)
+    found = detect_format(path) if format == AUTO else format
+    model.spec = replace(model.spec, base=BaseCheckpoint(found, content))
     for module in model.modules():
         if isinstance(module, LoRALinear):
             for part in (module.lora_A, module.lora_B):
@@ -108,7 +119,8 @@ def _check_shape(tensor: LazyTensor, shape: Sequence[int]) -> None:
 
 def _load_weights(
     model: CausalLM, tensors: Mapping[str, LazyTensor], path: Path, device: torch.device
-) -> None:
+) -> str:
+    """Gives the content hash of what was read."""
     parameters = base_parameters(model)
     tied = model.tie_word_embeddings
     required = set(parameters) - ({HEAD} if tied else set())
@@ -120,8 +132,10 @@ def _load_weights(
     for name, tensor in tensors.items():
         _check_shape(tensor, parameters[name].shape)
     rules = resolve(model.spec.components, linear_slots(model.spec.arch))
+    content = ContentHash()
 
     def place(tensor: LazyTensor, value: Tensor) -> None:
+        content.add(tensor.name, value)
         slot = tensor.name.removesuffix(".weight").removeprefix("model.")
         _place(model, tensor, value, parameters[tensor.name], rules.get(slot), device)
 
@@ -136,6 +150,7 @@ def _load_weights(
     if tied and HEAD in tensors:
         _check_tied(tensors[HEAD], model.get_parameter(EMBEDDING))
     model.tie_weights()
+    return content.hexdigest()
 
 
 def _place(

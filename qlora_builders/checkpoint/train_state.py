@@ -24,7 +24,8 @@ import torch
 
 from qlora_builders.checkpoint.hf_llama import save_checkpoint
 from qlora_builders.checkpoint.manifest import MANIFEST_FILE, check_manifest, write_manifest
-from qlora_builders.checkpoint.peft_adapter import load_adapter, save_adapter
+from qlora_builders.checkpoint.peft_adapter import load_adapter
+from qlora_builders.checkpoint.peft_export import save_adapter
 from qlora_builders.checkpoint.safetensors_io import atomic_directory, find_tensors, read_tensor
 from qlora_builders.errors import CheckpointError
 from qlora_builders.modules import CausalLM, LoRALinear

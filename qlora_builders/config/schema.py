@@ -99,11 +99,16 @@ class MethodConfig:
     train: list[str] = knob([], "parameters the preset trains beside adapters, as patterns")
 
 
+def allow_base_mismatch_knob() -> Any:
+    return knob(False, "load it onto another base than the one recorded with it")
+
+
 @dataclass
 class AdapterConfig:
     """The adapter on top of the base."""
 
     path: str | None = knob(None, "adapter folder (PEFT layout); null: the base alone")
+    allow_base_mismatch: bool = allow_base_mismatch_knob()
 
 
 @dataclass
@@ -111,6 +116,7 @@ class RequiredAdapterConfig:
     """The adapter to merge."""
 
     path: str = knob(REQUIRED, "adapter folder (PEFT layout)")
+    allow_base_mismatch: bool = allow_base_mismatch_knob()
 
 
 @dataclass
@@ -289,6 +295,15 @@ class MergeConfig:
         "weights to add to: dequantized (those seen in training), or a folder of 16-bit originals",
     )
     dtype: str = knob("bfloat16", "dtype written", choices=DTYPES)
+    format: str = knob(
+        "hf",
+        "layout written; nf4 and bnb-4bit quantize again, which erases most small updates",
+        choices=("hf", "nf4", "bnb-4bit"),
+    )
+    max_error: float = knob(
+        0.5, "largest |error| / |update| accepted, in the weights and in the logits", above=0
+    )
+    report: str | None = knob(None, "JSON file for the figures of every layer; null: none")
     max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
 
 

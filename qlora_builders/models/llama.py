@@ -39,13 +39,26 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @dataclass(frozen=True)
+class BaseCheckpoint:
+    """Which weights a model was loaded from; the hash is `checkpoint.base_record`'s."""
+
+    format: str
+    content_hash: str
+
+
+@dataclass(frozen=True)
 class LlamaSpec:
-    """What a model was built from; `model.spec` remembers it for whoever writes a checkpoint."""
+    """What a model was built from; `model.spec` remembers it for whoever writes a checkpoint.
+
+    Attributes:
+        base: the checkpoint its weights came from; None where nobody recorded it.
+    """
 
     arch: LlamaArch
     components: tuple[ComponentRule, ...] = ()
     train: tuple[str, ...] = ()
     dtype: torch.dtype = torch.bfloat16
+    base: BaseCheckpoint | None = None
 
 
 def llama(

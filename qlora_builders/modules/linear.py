@@ -83,7 +83,8 @@ class LoRALinear(nn.Module):
     (https://arxiv.org/abs/2312.03732). B starts at zero, so an untrained adapter changes nothing.
 
     Parameters: `weight` [out, in] (NF4 with `quantize_base`), `bias` [out],
-    `lora_A.weight` [r, in] and `lora_B.weight` [out, r], both float32 and never quantized.
+    `lora_A.weight` [r, in] and `lora_B.weight` [out, r], both float32 and never quantized; with
+    `lora_bias` also `lora_B.bias` [out], trained from zero and scaled like the rest of the update.
 
     Args:
         rank: r >= 1.
@@ -111,6 +112,7 @@ class LoRALinear(nn.Module):
         bias: bool = False,
         quantize_base: bool = False,
         use_rslora: bool = False,
+        lora_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **nf4_options: Any,
@@ -130,7 +132,7 @@ class LoRALinear(nn.Module):
             quantize_weight_(self, **nf4_options)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_A = Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = Linear(rank, out_features, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = Linear(rank, out_features, bias=lora_bias, device=device, dtype=torch.float32)
         self.reset_lora_parameters()
 
     @property
@@ -140,7 +142,8 @@ class LoRALinear(nn.Module):
     def reset_lora_parameters(self) -> None:
         """A as PEFT and the LoRA authors' code draw it, B zero."""
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
+        for parameter in self.lora_B.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         output = linear(input, self.weight, self.bias)  # [..., out]
@@ -152,6 +155,11 @@ class LoRALinear(nn.Module):
     def lora_delta(self) -> Tensor:
         """scaling * B A, the float32 [out, in] update that merging adds to the weight."""
         return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+
+    def lora_bias_delta(self) -> Tensor | None:
+        """What merging adds to the bias: float32 [out], or None without `lora_bias`."""
+        bias = self.lora_B.bias
+        return None if bias is None else self.scaling * bias.float()
 
     def extra_repr(self) -> str:
         return f"{_describe(self)}, rank={self.rank}, alpha={self.alpha}"
