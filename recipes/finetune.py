@@ -145,7 +145,7 @@ def main(cfg: FinetuneConfig) -> None:
             if step and not step_folder(run_dir, step).exists():
                 save(step)
             progress.say(f"stopped by signal {stop.signal_number} after step {step}")
-            progress.say(last_checkpoint(run_dir))
+            progress.say(f"{last_checkpoint(run_dir)}; training.resume=auto takes the run up again")
             sys.exit(stop.exit_code)
 
         check_adapters_learned(model)
