@@ -160,6 +160,7 @@ def prepare_model(
     model = load_checkpoint(
         cfg.checkpoint.dir,
         plan_rules(cfg),
+        format=cfg.checkpoint.format,
         arch=get_arch(cfg.model.arch) if cfg.model.arch else None,
         train=train_patterns(cfg),
         device=device,
