@@ -212,14 +212,20 @@ def test_a_signal_before_the_first_step_just_ends_the_run(finetune: Run, tmp_pat
 # ---- resumed otherwise --------------------------------------------------------------------------
 
 
-def test_a_finished_run_writes_its_result_again(
+def test_a_run_that_was_stopped_after_its_last_step_only_has_to_be_finished(
     finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    """The last step is not lost when the run dies after it."""
-    run = tmp_path / "run"
-    shutil.copytree(uninterrupted[0], run)
-    assert finetune(run, "training.resume=auto")["code"] == 0
-    same_run(run, uninterrupted[0])
+    run, expected = tmp_path / "run", tmp_path / "expected"
+    assert finetune(run, signals={f"optimizer {STEPS - 1}": signal.SIGTERM})["code"] == 0
+    assert not (run / "adapter").exists()
+    answer = finetune(run, "training.resume=auto")
+    assert answer["code"] == 0
+    assert "optimizer" not in answer["events"]
+    assert (run / "checkpoints" / f"step_{STEPS}").is_dir()
+    shutil.copytree(uninterrupted[0], expected)
+    for folder in (run, expected):
+        shutil.rmtree(folder / "checkpoints")
+    same_run(run, expected)
 
 
 def test_a_damaged_checkpoint_is_skipped(
