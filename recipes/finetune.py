@@ -93,7 +93,7 @@ def main(cfg: FinetuneConfig) -> None:
     ):
         save_config(cfg, run_dir / "config.yaml")
         metrics = MetricsLog(run_dir, step=start.step, source=start.run_dir)
-        for line in (*start.messages(), *data_summaries(train_data, eval_data)):
+        for line in (*start.messages, *data_summaries(train_data, eval_data)):
             progress.say(line)
         progress.say(f"{parameter_counts(model)}, on {device}, in {run_dir}")
 

@@ -9,7 +9,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,18 +49,12 @@ class Start:
     step: int = 0
     folder: Path | None = None  # of the checkpoint
     about: dict[str, Any] = field(default_factory=dict)  # as it was given to `add_step`
-    skipped: tuple[str, ...] = ()  # newer checkpoints, and what is wrong with them
+    messages: tuple[str, ...] = ()  # how that came about
 
     @property
     def run_dir(self) -> Path | None:
         """Of the run that made the checkpoint."""
         return None if self.folder is None else self.folder.parent.parent
-
-    def messages(self) -> list[str]:
-        lines = [f"warning: a damaged checkpoint is skipped: {text}" for text in self.skipped]
-        if self.folder is not None:
-            lines.append(f"resumed after step {self.step} from {self.folder}")
-        return lines
 
 
 def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
@@ -89,14 +83,18 @@ def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
         return Start()
     if resume != AUTO:
         return _named_start(Path(resume), run_dir)
-    skipped: list[str] = []
+    messages: list[str] = []
     for folder in reversed(step_folders(run_dir)):
         try:
-            step, about = read_step(folder)
-            return Start(step, folder, about, tuple(skipped))
+            return _start_at(folder, messages)
         except CheckpointError as error:
-            skipped.append(str(error))
-    return Start(skipped=tuple(skipped))
+            messages.append(f"warning: a damaged checkpoint is skipped: {error}")
+    return Start(messages=(*messages, f"no checkpoint in {run_dir} to resume from: a new run"))
+
+
+def _start_at(folder: Path, messages: Iterable[str] = ()) -> Start:
+    step, about = read_step(folder)
+    return Start(step, folder, about, (*messages, f"resumed after step {step} from {folder}"))
 
 
 def _is_taken(run_dir: Path) -> bool:
@@ -106,14 +104,14 @@ def _is_taken(run_dir: Path) -> bool:
 
 def _named_start(folder: Path, run_dir: Path) -> Start:
     """To go back in a run is to give up what came later, which nobody should do by accident."""
-    step, about = read_step(folder)
+    start = _start_at(folder)
     there = [other.resolve() for other in step_folders(run_dir)]
     if there and folder.resolve() != there[-1]:
         raise ConfigError(
             f"training.resume={folder} is not the last checkpoint in output_dir={run_dir}, which "
             f"is {there[-1].name}; choose a new output_dir"
         )
-    return Start(step, folder, about)
+    return start
 
 
 @contextmanager
