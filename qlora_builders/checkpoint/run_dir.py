@@ -66,8 +66,8 @@ def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
         overwrite: replace the run in `run_dir`.
 
     Raises:
-        ConfigError: if `run_dir` is not empty and neither argument allows that, if it holds no run,
-            or a later checkpoint than the one that `resume` names.
+        ConfigError: if `run_dir` is not empty and neither argument allows that, or holds no run, or
+            not the one that `resume` names.
         CheckpointError: if `resume` is a path without a good checkpoint.
     """
     if _is_taken(run_dir):
@@ -103,13 +103,13 @@ def _is_taken(run_dir: Path) -> bool:
 
 
 def _named_start(folder: Path, run_dir: Path) -> Start:
-    """To go back in a run is to give up what came later, which nobody should do by accident."""
+    """Only what comes last in a directory may go on there; anything else would replace a run."""
     start = _start_at(folder)
-    there = [other.resolve() for other in step_folders(run_dir)]
-    if there and folder.resolve() != there[-1]:
+    last = [other.resolve() for other in step_folders(run_dir)][-1:]
+    if _is_taken(run_dir) and last != [folder.resolve()]:
         raise ConfigError(
-            f"training.resume={folder} is not the last checkpoint in output_dir={run_dir}, which "
-            f"is {there[-1].name}; choose a new output_dir"
+            f"output_dir={run_dir} holds a run whose last checkpoint is not training.resume="
+            f"{folder}; choose a new output_dir, or go on with that run by training.resume=auto"
         )
     return start
 
@@ -131,7 +131,7 @@ def run_directory(
     with _only_one_process(run_dir):
         if overwrite:
             for path in run_dir.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if _is_real_directory(path) else path.unlink()
         clean_up(run_dir)
         clean_up(run_dir / "checkpoints")
         for folder in step_folders(run_dir):
@@ -185,6 +185,10 @@ def _only_one_process(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_real_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _step_of(folder: Path) -> int:

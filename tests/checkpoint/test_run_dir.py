@@ -105,9 +105,13 @@ def test_a_path_is_taken_as_it_is(run: Path, tmp_path: Path) -> None:
     first, last = step_folders(run)
     assert start(tmp_path / "new", str(first)).step == 1
     assert start(run, str(last)).step == 2
-    message = r"step_1 is not the last checkpoint in output_dir=.*, which is step_2; choose a new"
-    with pytest.raises(ConfigError, match=message):
-        start(run, str(first))
+    other = tmp_path / "other"  # a run without checkpoints
+    other.mkdir()
+    (other / "config.yaml").touch()
+    message = r"holds a run whose last checkpoint is not training.resume=.*step_1; choose a new"
+    for folder in (run, other):
+        with pytest.raises(ConfigError, match=message):
+            start(folder, str(first))
     damage(run, 1)
     with pytest.raises(CheckpointError, match=r"step_1: train_state.json has 25 bytes"):
         start(tmp_path / "new", str(first))
@@ -129,11 +133,13 @@ def test_a_directory_is_taken_only_as_asked(run: Path, tmp_path: Path) -> None:
             start(tmp_path / "notes", resume, overwrite)
 
 
-def test_overwriting_removes_everything(run: Path) -> None:
+def test_overwriting_removes_everything(run: Path, tmp_path: Path) -> None:
     add(run, 1)
-    (run / "adapter").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (run / "adapter").symlink_to(tmp_path / "elsewhere")
     with run_directory(run, Start(), overwrite=True, keep_last=9):
         assert list(run.iterdir()) == []
+    assert (tmp_path / "elsewhere").is_dir()
 
 
 def test_what_dead_processes_left_is_removed(run: Path) -> None:
