@@ -93,7 +93,7 @@ def main(cfg: FinetuneConfig) -> None:
     ):
         save_config(cfg, run_dir / "config.yaml")
         metrics = MetricsLog(run_dir, step=start.step, source=start.run_dir)
-        for line in (*start.messages(), *data_summaries(train_data, eval_data)):
+        for line in (*start.messages, *data_summaries(train_data, eval_data)):
             progress.say(line)
         progress.say(f"{parameter_counts(model)}, on {device}, in {run_dir}")
 
@@ -145,7 +145,7 @@ def main(cfg: FinetuneConfig) -> None:
             if step and not step_folder(run_dir, step).exists():
                 save(step)
             progress.say(f"stopped by signal {stop.signal_number} after step {step}")
-            progress.say(last_checkpoint(run_dir))
+            progress.say(f"{last_checkpoint(run_dir)}; training.resume=auto takes the run up again")
             sys.exit(stop.exit_code)
 
         check_adapters_learned(model)

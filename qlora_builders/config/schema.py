@@ -157,7 +157,7 @@ class DataConfig:
     )
     packing: str = knob(
         "none",
-        "best_fit: fill rows of max_seq_len with whole examples that do not see each other",
+        "an example per row, or as many whole ones as fit into max_seq_len, unseen by each other",
         choices=("none", "best_fit"),
     )
     max_rows: int | None = knob(None, "rows read from each file; null: all", at_least=1)

@@ -49,10 +49,13 @@ def test_evaluate_reports_what_it_writes(
     assert tuned["answers"][0]["answer"] == tuned["answers"][0]["reference"] == "two"
 
 
-def test_evaluation_loss_is_transformers_loss(checkpoint: Path, rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", ["none", "best_fit"])
+def test_evaluation_loss_is_transformers_loss(
+    checkpoint: Path, rows: Path, tmp_path: Path, packing: str
+) -> None:
     output = tmp_path / "result.json"
     argv = ["evaluate", f"checkpoint.dir={checkpoint}", f"data.eval={rows}", F32]
-    assert cli.main([*argv, f"output={output}", "batch_size=3"]) == 0
+    assert cli.main([*argv, f"output={output}", "batch_size=3", f"data.packing={packing}"]) == 0
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     total, count = 0.0, 0
