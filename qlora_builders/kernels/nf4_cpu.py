@@ -19,7 +19,6 @@ import platform
 import shlex
 import subprocess
 import tempfile
-import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_builders.kernels.cpu_tiles import tiled_matmul
 from qlora_builders.kernels.nf4_reference import (
     NOT_FINITE,
     dynamic_codebook,
@@ -39,8 +39,6 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS = {"geometric": 0, "none": 1, "bnb": 2}
 _NOT_FINITE = 1
-_TILE_ELEMENTS = 1 << 21  # of a weight decoded at once: 8 MiB in float32
-_local = threading.local()
 
 
 def supports(scale_format: str, *dtypes: torch.dtype) -> bool:
@@ -171,49 +169,29 @@ def matmul_nf4(
     scale_format: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `nf4_reference.matmul_nf4`, some rows of the weight at a time.
+    """As `nf4_reference.matmul_nf4`, decoding some rows of the weight at a time."""
 
-    The rows are decoded into a small buffer that is used again and again, so the product finds
-    them in cache and nothing the size of the weight is allocated: page faults on a fresh 64 MiB
-    cost three times the decoding. A weight of one tile gives the very bits of the dense product;
-    over several, `input @ W` adds up in another order.
-    """
-    out_features, in_features = shape
-    step = block_size // math.gcd(in_features, block_size)  # a tile begins with a block
-    tile = max(1, _TILE_ELEMENTS // (in_features * step)) * step
-    buffer = _buffer(min(tile, out_features) * in_features, input.dtype)
-    output = input.new_empty(input.shape[0], out_features if transposed else in_features)
-    for first in range(0, out_features, tile):
-        rows = slice(first, min(first + tile, out_features))
-        weight = buffer[: (rows.stop - first) * in_features].view(-1, in_features)
+    def decode(first: int, rows: Tensor) -> None:
         dequantize_range_(
-            weight.view(-1),
+            rows.view(-1),
             codes,
             scales,
             scale_groups,
-            start=first * in_features,
+            start=first * shape[1],
             block_size=block_size,
             scale_block_size=scale_block_size,
             scale_format=scale_format,
             dtype=dtype,
         )
-        if not transposed:
-            beta = 0 if first == 0 else 1
-            torch.addmm(output, input[:, rows], weight, beta=beta, out=output)
-        elif bias is None:
-            torch.mm(input, weight.t(), out=output[:, rows])
-        else:
-            torch.addmm(bias[rows], input, weight.t(), out=output[:, rows])
-    return output
 
-
-def _buffer(numel: int, dtype: torch.dtype) -> Tensor:
-    """Scratch memory of this thread; autograd runs backward in threads of its own."""
-    buffer = getattr(_local, str(dtype), None)
-    if buffer is None or buffer.numel() < numel:
-        buffer = torch.empty(numel, dtype=dtype)
-        setattr(_local, str(dtype), buffer)
-    return buffer[:numel]
+    return tiled_matmul(
+        input,
+        bias,
+        decode,
+        shape=shape,
+        transposed=transposed,
+        row_multiple=block_size // math.gcd(shape[1], block_size),  # a tile begins with a block
+    )
 
 
 # ---- building -----------------------------------------------------------------------------------
