@@ -37,6 +37,7 @@ from qlora_builders.data import (
 from qlora_builders.errors import ConfigError, TrainingError
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
     peak_memory_mib,
     resolve_compute_dtype,
@@ -79,6 +80,7 @@ def main(cfg: FinetuneConfig) -> None:
     parameters = trainable_parameters(model)
 
     total_steps = count_steps(cfg, len(train_data))
+    compile_layers(model, cfg.training.compile, num_tokens=total_steps * tokens_per_step(cfg))
     optimizer = instantiate(cfg.optimizer, parameters, key="optimizer")
     factor = lr_factor(total_steps=total_steps, **asdict(cfg.lr_schedule))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -175,6 +177,11 @@ def count_steps(cfg: FinetuneConfig, num_examples: int) -> int:
         return cfg.training.max_steps
     batches = ceil(num_examples / cfg.training.batch_size) * cfg.training.epochs
     return ceil(batches / cfg.training.grad_accumulation)
+
+
+def tokens_per_step(cfg: FinetuneConfig) -> int:
+    """At most."""
+    return cfg.training.batch_size * cfg.training.grad_accumulation * cfg.data.max_seq_len
 
 
 def steps(
