@@ -36,7 +36,7 @@ from qlora_builders.checkpoint.peft_export import (
     trained_parameters,
 )
 from qlora_builders.checkpoint.safetensors_header import read_header
-from qlora_builders.checkpoint.safetensors_io import listed, read_tensor
+from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import linear_slots
 from qlora_builders.modules import CausalLM, LoRALinear
@@ -55,6 +55,7 @@ class AdapterInfo:
         base: `qlora_base.json`, or None for an adapter that another tool wrote.
         copies: tensors in the file -> parameters of the base they must equal. PEFT writes the base
             weight of an adapted head, and the embedding where asked to.
+        tensors: of the file, by their names there.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class AdapterInfo:
     saved: tuple[str, ...]
     base: BaseRecord | None
     copies: dict[str, str]
+    tensors: dict[str, LazyTensor]
 
 
 def read_adapter(path: str | Path) -> AdapterInfo:
@@ -75,7 +77,8 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     path = Path(path)
     config = read_peft_config(path)
     file = path / WEIGHTS_FILE
-    header = read_header(file)
+    read_header(file)  # says what is wrong with the file, if anything
+    header = open_tensors(path, stem=WEIGHTS_FILE.partition(".")[0])
     foreign = sorted(name for name in header if not name.startswith(PREFIX))
     if foreign:
         raise CheckpointError(
@@ -98,7 +101,7 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     modules = {name: _adapter_module(file, config, name, p) for name, p in sorted(parts.items())}
     saved, copies = _plain_tensors(file, plain, modules, config)
     config.check_entries(modules, {name.rpartition(".")[0] for name in saved})
-    return AdapterInfo(path, config, modules, tuple(saved), read_base_record(path), copies)
+    return AdapterInfo(path, config, modules, tuple(saved), read_base_record(path), copies, header)
 
 
 def _adapter_module(
@@ -220,7 +223,7 @@ def _lora_biases(info: AdapterInfo, adapters: dict[str, LoRALinear]) -> list[str
             if not own.lora_bias:
                 raise CheckpointError(f"{info.path}: no {key}, but the model has lora_bias there")
             names.append(key)
-        elif own.lora_bias and read_tensor(info.path / WEIGHTS_FILE, PREFIX + key).any():
+        elif own.lora_bias and info.tensors[PREFIX + key].load().any():
             raise CheckpointError(
                 f"{info.path}: {key} is not zero, but the model has no lora_bias there"
             )
@@ -229,7 +232,7 @@ def _lora_biases(info: AdapterInfo, adapters: dict[str, LoRALinear]) -> list[str
 
 def _read_fitting(model: nn.Module, info: AdapterInfo, name: str) -> Tensor:
     parameter = model.get_parameter(name)
-    tensor = read_tensor(info.path / WEIGHTS_FILE, PREFIX + name)
+    tensor = info.tensors[PREFIX + name].load()
     if tensor.shape != parameter.shape:
         raise CheckpointError(
             f"{info.path / WEIGHTS_FILE}: {name} has shape {list(tensor.shape)}; "
@@ -243,7 +246,7 @@ def _read_fitting(model: nn.Module, info: AdapterInfo, name: str) -> Tensor:
 def _check_copies(model: nn.Module, info: AdapterInfo) -> None:
     """A copy of a base weight that differs from ours was trained, or belongs to another base."""
     for name, parameter_name in info.copies.items():
-        copy = read_tensor(info.path / WEIGHTS_FILE, PREFIX + name)
+        copy = info.tensors[PREFIX + name].load()
         own = model.get_parameter(parameter_name)
         if copy.shape != own.shape or not torch.equal(copy.to(own), own):
             raise CheckpointError(
