@@ -118,8 +118,17 @@ def test_feed_forward_equals_the_formula(name: str) -> None:
     }
     gate, up, down = Linear(8, 12), Linear(8, 12), Linear(12, 8)
     layer = FeedForward(gate_proj=gate, up_proj=up, down_proj=down, activation=ACTIVATIONS[name])
-    x = torch.randn(3, 8)
-    assert torch.equal(layer(x), down(functions[name](gate(x)) * up(x)))
+    results = []
+    for forward in (layer, lambda x: down(functions[name](gate(x)) * up(x))):
+        layer.zero_grad()
+        torch.manual_seed(0)
+        x = torch.randn(3, 8, requires_grad=True)
+        output = forward(x)
+        output.square().sum().backward()
+        gradients = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+        results.append([output.detach(), x.grad, *gradients])
+    assert len(results[0]) == 2 + 6
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_attention_dropout_acts_in_training_only() -> None:
