@@ -49,7 +49,7 @@ class MetricsLog:
     def __init__(self, directory: Path, *, step: int = 0, source: Path | None = None) -> None:
         self.path = directory / METRICS_FILE
         earlier = (source or directory) / METRICS_FILE
-        rows = _read_rows(earlier) if step and earlier.is_file() else []
+        rows = read_rows(earlier) if step and earlier.is_file() else []
         kept = [row for row in rows if row["step"] <= step]
         partial = self.path.with_name(METRICS_FILE + ".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -77,13 +77,13 @@ class MetricsLog:
             os.fsync(file.fileno())
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[Any]:
     """The rows up to the first one that a kill or a power cut left in pieces."""
     rows = []
     for line in file.read_text(errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     return rows
 
@@ -163,7 +163,7 @@ def plot_losses(directory: Path) -> Path:
     """
     optional_import("matplotlib", "plot")
     figure_module = optional_import("matplotlib.figure", "plot")
-    rows = _read_rows(directory / METRICS_FILE)
+    rows = read_rows(directory / METRICS_FILE)
     figure = figure_module.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss per token (nats)")
     for key, style in (("loss", "-"), ("eval_loss", "o-")):

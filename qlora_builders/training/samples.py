@@ -1,0 +1,51 @@
+"""Answers of the model to rows of its data: to look at, and to count."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from qlora_builders.models import generate
+from qlora_builders.modules import CausalLM
+
+SAMPLES_FILE = "samples.jsonl"
+
+
+class Answerable(Protocol):
+    """What is needed of a dataset."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Any: ...
+    def prompt_and_answer(self, index: int) -> tuple[Sequence[int], str]: ...
+
+
+def answer_rows(
+    model: CausalLM, data: Answerable, count: int, *, max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Greedy answers to the first rows, compared with the reference without outer white space.
+
+    Dropout is off meanwhile, and no random number is drawn.
+    """
+    training = model.training
+    model.eval()
+    for index in range(min(count, len(data))):
+        prompt_ids, reference = data.prompt_and_answer(index)
+        ids = generate(
+            model,
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=data.tokenizer.stop_token_ids,
+        )
+        answer = data.tokenizer.decode(list(ids)).strip()
+        yield {
+            "row": data[index].row,
+            "prompt": data.tokenizer.decode(prompt_ids),
+            "reference": reference.strip(),
+            "answer": answer,
+            "right": answer == reference.strip(),
+        }
+    model.train(training)
