@@ -87,7 +87,7 @@ def main(cfg: FinetuneConfig) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=start.step - 1)
 
     with (
-        run_directory(run_dir, start, overwrite=cfg.overwrite),
+        run_directory(run_dir, start, overwrite=cfg.overwrite, keep_last=cfg.training.keep_last),
         stop_on_signal() as stop,
         ProgressReport(total_steps, steps_done=start.step) as progress,
     ):
@@ -145,7 +145,7 @@ def main(cfg: FinetuneConfig) -> None:
             if step and not step_folder(run_dir, step).exists():
                 save(step)
             progress.say(f"stopped by signal {stop.signal_number} after step {step}")
-            progress.say(last_checkpoint(run_dir))
+            progress.say(f"{last_checkpoint(run_dir)}; training.resume=auto takes the run up again")
             sys.exit(stop.exit_code)
 
         check_adapters_learned(model)
@@ -160,6 +160,7 @@ def prepare_model(
     model = load_checkpoint(
         cfg.checkpoint.dir,
         plan_rules(cfg),
+        format=cfg.checkpoint.format,
         arch=get_arch(cfg.model.arch) if cfg.model.arch else None,
         train=train_patterns(cfg),
         device=device,

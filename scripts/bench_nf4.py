@@ -3,11 +3,12 @@
 usage: python scripts/bench_nf4.py [--device cpu|cuda] [--shapes 4096x4096,14336x4096,...]
                                    [--dtype bfloat16] [--tokens 256,1024] [--repeats 9]
 
-Contestants alternate within one run and medians are reported, in milliseconds. Quantizing and
-dequantizing use single-level scales for the peers and our default format, whose 8-bit scales are
-decoded in the same pass. Beside them stand a copy of the decoded weight and the dense products,
-the bounds of what dequantizing and a linear layer can reach. `reused` writes into a buffer that
-exists already, which peers cannot do on CPUs; `fresh` allocates its result.
+Contestants alternate within one run and medians are reported, in milliseconds; on a GPU they are
+captured in CUDA graphs where they can be, which leaves the launches out. bitsandbytes has
+single-level scales, which it is faster with; ours are the 8-bit ones of the default format, decoded
+in the same pass. Beside them stand a copy of the decoded weight and the dense products, the bounds
+of what dequantizing and a linear layer can reach; `matvec` is a product with one token. `reused`
+writes into a buffer that exists already, which peers cannot do on CPUs; `fresh` allocates.
 
 Llama 3 8B: 4096x4096, 14336x4096, 1024x4096. 70B: 8192x8192, 28672x8192, 1024x8192.
 """
@@ -53,81 +54,148 @@ def main() -> None:
 
 
 def run_shape(weight: Tensor, tokens: list[int], repeats: int) -> dict[str, dict[str, float]]:
+    peers = Peers(weight)
     ours = to_nf4(weight)
-    bnb, torchao = installed("bitsandbytes.functional"), installed("torchao.quantization")
-    packed = bnb and bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    quantize: Contestants = {"ours": lambda: to_nf4(weight)}
-    if bnb:
-        quantize["bitsandbytes"] = lambda: bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    if torchao:
-        quantize["torchao"] = lambda: torchao.to_nf4(weight)
-    results = {"quantize": measure(quantize, repeats)}
+    results = {"quantize": measure({"ours": lambda: to_nf4(weight)} | peers.quantizers(), repeats)}
     for dtype in (torch.bfloat16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
-        results[f"dequantize to {name}"] = measure(dequantizers(ours, bnb, packed, dtype), repeats)
+        contestants = dequantizers(ours, dtype) | peers.dequantizers(dtype)
+        results[f"dequantize to {name_of(dtype)}"] = measure(contestants, repeats)
+    dtype = torch.float32 if weight.device.type == "cpu" else torch.bfloat16
+    results[f"matvec, {name_of(dtype)}"] = measure(matvecs(ours, peers, dtype), repeats)
     for count in tokens:
-        for dtype in (torch.float32,) if weight.device.type == "cpu" else (torch.bfloat16,):
-            name = f"linear forward + backward, {count} tokens, {str(dtype)[6:]}"
-            results[name] = measure(linears(ours, count, dtype), repeats)
+        name = f"linear forward + backward, {count} tokens, {name_of(dtype)}"
+        results[name] = measure(linears(ours, peers, count, dtype), repeats)
     return results
 
 
-def dequantizers(ours: NF4Tensor, bnb: Any, packed: Any, dtype: torch.dtype) -> Contestants:
-    """bitsandbytes decodes to the dtype that its state names."""
+class Peers:
+    """The same weight in bitsandbytes and torchao, where they are installed."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.bnb, self.torchao = installed("bitsandbytes"), installed("torchao.quantization")
+        if self.bnb:
+            self.packed, self.state = self.bnb.functional.quantize_nf4(weight)
+        if self.torchao:
+            self.nf4 = self.torchao.to_nf4(weight)
+
+    def quantizers(self) -> Contestants:
+        contestants: Contestants = {}
+        if self.bnb:
+            contestants["bitsandbytes"] = lambda: self.bnb.functional.quantize_nf4(self.weight)
+        if self.torchao:
+            contestants["torchao"] = lambda: self.torchao.to_nf4(self.weight)
+        return contestants
+
+    def dequantizers(self, dtype: torch.dtype) -> Contestants:
+        """bitsandbytes decodes to the dtype that its state names; on GPUs into a buffer."""
+        contestants: Contestants = {}
+        out = torch.empty_like(self.weight, dtype=dtype) if self.weight.is_cuda else None
+
+        def bitsandbytes() -> Tensor:
+            self.state.dtype = dtype
+            return self.bnb.functional.dequantize_4bit(self.packed, self.state, out=out)
+
+        if self.bnb:
+            contestants["bitsandbytes"] = bitsandbytes
+        if self.torchao:
+            contestants["torchao"] = lambda: self.nf4.to(dtype)
+        return contestants
+
+    def linear(self, input: Tensor) -> Contestants:
+        contestants: Contestants = {}
+        if self.bnb:
+            packed, state = self.packed.t(), self.state
+            contestants["bitsandbytes"] = lambda: self.bnb.matmul_4bit(input, packed, state)
+        if self.torchao:
+            contestants["torchao"] = lambda: torch.nn.functional.linear(input, self.nf4)
+        return contestants
+
+
+def dequantizers(ours: NF4Tensor, dtype: torch.dtype) -> Contestants:
     buffer = ours.dequantize(dtype).flatten()
-    contestants: Contestants = {"ours, fresh": lambda: ours.dequantize(dtype)}
-    if ours.device.type == "cpu":
-        fields = (ours.codes, ours.scales, ours.scale_groups)
-        contestants["ours, reused"] = lambda: nf4_cpu.dequantize_range_(
-            buffer, *fields, start=0, dtype=ours.dtype, **ours.nf4_format
-        )
-    if bnb:
-        data, state = packed
-        out = torch.empty(ours.shape, dtype=dtype, device=ours.device)
-
-        def theirs() -> Tensor:
-            state.dtype = dtype
-            if ours.device.type == "cpu":
-                return bnb.dequantize_4bit(data, state)
-            return bnb.dequantize_4bit(data, state, out=out)
-
-        contestants["bitsandbytes"] = theirs
-    contestants["copy, fresh"] = lambda: buffer.clone()
     other = buffer.clone()
-    contestants["copy, reused"] = lambda: other.copy_(buffer)
-    return contestants
+    fields = (ours.codes, ours.scales, ours.scale_groups)
+    backend: Any = nf4_cpu
+    if ours.is_cuda:
+        backend = importlib.import_module("qlora_builders.kernels.nf4_triton")
+    return {
+        "ours, fresh": lambda: ours.dequantize(dtype),
+        "ours, reused": lambda: backend.dequantize_range_(
+            buffer, *fields, start=0, dtype=ours.dtype, **ours.nf4_format
+        ),
+        "copy, fresh": lambda: buffer.clone(),
+        "copy, reused": lambda: other.copy_(buffer),
+    }
 
 
-def linears(ours: NF4Tensor, count: int, dtype: torch.dtype) -> Contestants:
+def matvecs(ours: NF4Tensor, peers: Peers, dtype: torch.dtype) -> Contestants:
+    dense = ours.dequantize(dtype)
+    input = torch.randn(1, ours.shape[1], dtype=dtype, device=ours.device)
+    contestants: Contestants = {
+        "ours": lambda: linear_nf4(input, ours),
+        "dense product": lambda: input @ dense.t(),
+    }
+    return contestants | peers.linear(input)
+
+
+def linears(ours: NF4Tensor, peers: Peers, count: int, dtype: torch.dtype) -> Contestants:
     out_features, in_features = ours.shape
     dense = ours.dequantize(dtype)
     input = torch.randn(count, in_features, dtype=dtype, device=ours.device)
     grad = torch.randn(count, out_features, dtype=dtype, device=ours.device)
     leaf = input.clone().requires_grad_()
 
-    def quantized() -> None:
-        linear_nf4(leaf, ours).backward(grad)
-        leaf.grad = None
+    def with_backward(forward: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            forward().backward(grad)
+            leaf.grad = None
 
-    return {"ours": quantized, "dense products": lambda: (input @ dense.t(), grad @ dense)}
+        return run
+
+    forwards = {"ours": lambda: linear_nf4(leaf, ours)} | peers.linear(leaf)
+    contestants: Contestants = {name: with_backward(run) for name, run in forwards.items()}
+    contestants["dense products"] = lambda: (input @ dense.t(), grad @ dense)
+    return contestants
 
 
 def measure(contestants: Contestants, repeats: int) -> dict[str, float]:
     """Median milliseconds, taking turns; one round to warm up."""
+    runs = {name: graphed(run) for name, run in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats + 1):
-        for name, run in contestants.items():
+        for name, (run, calls) in runs.items():
             synchronize()
             started = time.perf_counter()
             run()
             synchronize()
-            times[name].append(1e3 * (time.perf_counter() - started))
-    return {name: round(median(values[1:]), 3) for name, values in times.items()}
+            times[name].append(1e3 * (time.perf_counter() - started) / calls)
+    return {name: round(median(values[1:]), 4) for name, values in times.items()}
+
+
+def graphed(run: Callable[[], Any], calls: int = 50) -> tuple[Callable[[], Any], int]:
+    """On a GPU `calls` calls in one CUDA graph, or in a loop where it cannot be captured."""
+    run()
+    if not torch.cuda.is_available():
+        return run, 1
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return lambda: [run() for _ in range(calls)], calls
+    return graph.replay, calls
 
 
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def installed(module: str) -> Any:

@@ -117,11 +117,14 @@ def _named_start(folder: Path, run_dir: Path) -> Start:
 
 
 @contextmanager
-def run_directory(run_dir: Path, start: Start, *, overwrite: bool) -> Iterator[None]:
+def run_directory(
+    run_dir: Path, start: Start, *, overwrite: bool, keep_last: int
+) -> Iterator[None]:
     """Make `run_dir` or take it over, keep other processes out of it, and tidy it up.
 
-    Tidied up means: nothing that a dead process left half-written, and no checkpoint newer than the
-    one that the run goes on from. Those are damaged; they get the name step_N.damaged.
+    Tidied up means: nothing that a dead process left half-written or had not yet removed, and no
+    checkpoint newer than the one that the run goes on from. Those are damaged; they get the name
+    step_N.damaged.
 
     Raises:
         ConfigError: if another process is using it.
@@ -138,6 +141,7 @@ def run_directory(run_dir: Path, start: Start, *, overwrite: bool) -> Iterator[N
                 damaged = folder.with_name(folder.name + ".damaged")
                 shutil.rmtree(damaged, ignore_errors=True)
                 folder.rename(damaged)
+        remove_old_steps(run_dir, keep_last)
         yield
 
 

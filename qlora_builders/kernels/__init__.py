@@ -1,13 +1,17 @@
 """NF4 kernels on plain tensors, one signature for every backend, chosen here by device.
 
-`nf4_reference` defines the result. Both kernels are `torch.library` ops, so that `torch.compile`
-and `torch.export` see one opaque call whose output shape is known; on the meta device that is all
-there is, and models can be built without memory.
+`nf4_reference` defines the result; `nf4_cpu` and `nf4_triton` give it faster. Each function is a
+`torch.library` op, so that `torch.compile` and `torch.export` see one opaque call whose output
+shape is known; on the meta device that is all there is, and models can be built without memory.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,30 +51,49 @@ _library.define(
     " int[] shape, bool transposed, int block_size, int scale_block_size, str scale_format,"
     " ScalarType dtype) -> Tensor"
 )
-_library.impl("quantize_nf4", nf4_reference.quantize_nf4, "CUDA")
-_library.impl("dequantize_nf4", nf4_reference.dequantize_nf4, "CUDA")
-_library.impl("matmul_nf4", nf4_reference.matmul_nf4, "CUDA")
 
 
-@torch.library.impl(_library, "quantize_nf4", "CPU")
-def _quantize_nf4_cpu(weight: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    compiled = nf4_cpu.supports(options["scale_format"], weight.dtype)
-    return (nf4_cpu if compiled else nf4_reference).quantize_nf4(weight, **options)
+def _backend(device: torch.device, scale_format: str, *dtypes: torch.dtype) -> ModuleType:
+    """The fastest that takes this format and these dtypes on this device."""
+    compiled = nf4_cpu if device.type == "cpu" else _triton_backend()
+    if compiled is not None and compiled.supports(scale_format, *dtypes):
+        return compiled
+    return nf4_reference
 
 
-@torch.library.impl(_library, "dequantize_nf4", "CPU")
-def _dequantize_nf4_cpu(
-    codes: Tensor, scales: Tensor, scale_groups: Tensor, **options: Any
-) -> Tensor:
-    compiled = nf4_cpu.supports(options["scale_format"], options["dtype"], options["out_dtype"])
-    backend = nf4_cpu if compiled else nf4_reference
-    return backend.dequantize_nf4(codes, scales, scale_groups, **options)
+@functools.cache
+def _triton_backend() -> ModuleType | None:
+    try:
+        return importlib.import_module("qlora_builders.kernels.nf4_triton")
+    except ImportError as error:
+        warnings.warn(
+            "Triton is not installed, so the slow PyTorch reference serves NF4 weights on this "
+            f"GPU: pip install triton. {error}",
+            stacklevel=2,
+        )
+        return None
 
 
-@torch.library.impl(_library, "matmul_nf4", "CPU")
-def _matmul_nf4_cpu(input: Tensor, *fields: Any, **options: Any) -> Tensor:
-    compiled = nf4_cpu.supports(options["scale_format"], options["dtype"], input.dtype)
-    return (nf4_cpu if compiled else nf4_reference).matmul_nf4(input, *fields, **options)
+def _quantize_nf4(weight: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    backend = _backend(weight.device, options["scale_format"], weight.dtype)
+    return backend.quantize_nf4(weight, **options)
+
+
+def _dequantize_nf4(codes: Tensor, *fields: Tensor, **options: Any) -> Tensor:
+    dtypes = options["dtype"], options["out_dtype"]
+    backend = _backend(codes.device, options["scale_format"], *dtypes)
+    return backend.dequantize_nf4(codes, *fields, **options)
+
+
+def _matmul_nf4(input: Tensor, *fields: Any, **options: Any) -> Tensor:
+    backend = _backend(input.device, options["scale_format"], options["dtype"], input.dtype)
+    return backend.matmul_nf4(input, *fields, **options)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("quantize_nf4", _quantize_nf4, _key)
+    _library.impl("dequantize_nf4", _dequantize_nf4, _key)
+    _library.impl("matmul_nf4", _matmul_nf4, _key)
 
 
 @torch.library.register_fake("qlora_builders::matmul_nf4", lib=_library)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import platform
 import shlex
@@ -23,6 +22,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from qlora_builders.kernels.nf4_reference import (
     encode_scales,
     field_shapes,
 )
+from qlora_builders.kernels.nf4_tiles import matmul_by_tiles
 
 _SOURCE = Path(__file__).with_name("nf4_cpu.c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std=gnu11")
@@ -171,40 +172,24 @@ def matmul_nf4(
     scale_format: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `nf4_reference.matmul_nf4`, some rows of the weight at a time.
-
-    The rows are decoded into a small buffer that is used again and again, so the product finds
-    them in cache and nothing the size of the weight is allocated: page faults on a fresh 64 MiB
-    cost three times the decoding. A weight of one tile gives the very bits of the dense product;
-    over several, `input @ W` adds up in another order.
-    """
-    out_features, in_features = shape
-    step = block_size // math.gcd(in_features, block_size)  # a tile begins with a block
-    tile = max(1, _TILE_ELEMENTS // (in_features * step)) * step
-    buffer = _buffer(min(tile, out_features) * in_features, input.dtype)
-    output = input.new_empty(input.shape[0], out_features if transposed else in_features)
-    for first in range(0, out_features, tile):
-        rows = slice(first, min(first + tile, out_features))
-        weight = buffer[: (rows.stop - first) * in_features].view(-1, in_features)
-        dequantize_range_(
-            weight.view(-1),
-            codes,
-            scales,
-            scale_groups,
-            start=first * in_features,
-            block_size=block_size,
-            scale_block_size=scale_block_size,
-            scale_format=scale_format,
-            dtype=dtype,
-        )
-        if not transposed:
-            beta = 0 if first == 0 else 1
-            torch.addmm(output, input[:, rows], weight, beta=beta, out=output)
-        elif bias is None:
-            torch.mm(input, weight.t(), out=output[:, rows])
-        else:
-            torch.addmm(bias[rows], input, weight.t(), out=output[:, rows])
-    return output
+    """As `nf4_reference.matmul_nf4`, some rows of the weight at a time; see `nf4_tiles`."""
+    fields = (codes, scales, scale_groups)
+    options: dict[str, Any] = {
+        "block_size": block_size,
+        "scale_block_size": scale_block_size,
+        "scale_format": scale_format,
+        "dtype": dtype,
+    }
+    return matmul_by_tiles(
+        input,
+        bias,
+        shape=shape,
+        transposed=transposed,
+        block_size=block_size,
+        tile_elements=_TILE_ELEMENTS,
+        scratch=lambda numel: _buffer(numel, input.dtype),
+        decode_=lambda out, start: dequantize_range_(out, *fields, start=start, **options),
+    )
 
 
 def _buffer(numel: int, dtype: torch.dtype) -> Tensor:

@@ -73,7 +73,7 @@ NF4_CODEBOOK = torch.tensor(
     dtype=torch.float32,
     device="cpu",
 )
-_MIDPOINTS = (NF4_CODEBOOK[:-1] + NF4_CODEBOOK[1:]) / 2
+MIDPOINTS = (NF4_CODEBOOK[:-1] + NF4_CODEBOOK[1:]) / 2
 # Both values of a byte at once: one gather instead of two gathers, a shift, a mask and a stack.
 _BYTE_VALUES = torch.stack(
     [NF4_CODEBOOK.repeat_interleave(16), NF4_CODEBOOK.repeat(16)], dim=1
@@ -282,7 +282,7 @@ def _bnb_codes(blocks: Tensor, absmax: Tensor) -> Tensor:
 
 def _bucketize(normalized: Tensor) -> Tensor:
     """Number of midpoints strictly below; a tie goes to the lower code."""
-    midpoints = _MIDPOINTS.to(normalized.device)
+    midpoints = MIDPOINTS.to(normalized.device)
     return torch.bucketize(normalized, midpoints, out_int32=True).to(torch.uint8)
 
 

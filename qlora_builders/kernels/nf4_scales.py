@@ -10,8 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
-# Groups encoded at once; a group's grid of 255 float32 and int64 takes 3 KiB.
-_CHUNK_GROUPS = 512
+# Groups encoded at once: their temporaries stay at about a megabyte.
+_CHUNK_GROUPS = 128
 
 
 def num_blocks(numel: int, block_size: int) -> int:
@@ -29,14 +29,18 @@ def encode_scales(
     """Block maxima float32 [B] of a weight of `dtype` -> (scales, scale_groups)."""
     if scale_format == "none":
         return absmax, absmax.new_empty(0, 2)
-    if scale_format == "bnb":
-        return _encode_bnb(absmax, scale_block_size)
+    offset = _bnb_offset(absmax) if scale_format == "bnb" else None
     scales = torch.empty(absmax.numel(), dtype=torch.uint8, device=absmax.device)
     scale_groups = absmax.new_empty(num_blocks(absmax.numel(), scale_block_size), 2)
     for group in range(0, scale_groups.shape[0], _CHUNK_GROUPS):
         blocks = slice(group * scale_block_size, (group + _CHUNK_GROUPS) * scale_block_size)
-        codes, groups = _encode_geometric(absmax[blocks], scale_block_size, dtype)
-        scales[blocks] = codes
+        chunk = absmax[blocks] if offset is None else absmax[blocks] - offset
+        grouped = pad(chunk, scale_block_size).view(-1, scale_block_size)  # [G, S]
+        if offset is None:
+            codes, groups = _encode_geometric(grouped, dtype)
+        else:
+            codes, groups = _encode_bnb(grouped, offset)
+        scales[blocks] = codes.view(-1)[: chunk.numel()]
         scale_groups[group : group + _CHUNK_GROUPS] = groups
     return scales, scale_groups
 
@@ -66,16 +70,13 @@ def decode_scales(
     return decoded.to(dtype).float()
 
 
-def _encode_geometric(
-    absmax: Tensor, scale_block_size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [B] and (lo, hi) float32 [G, 2] of whole groups."""
-    grouped = pad(absmax, scale_block_size).view(-1, scale_block_size)  # [G, S]
+def _encode_geometric(grouped: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [G, S] and (lo, hi) float32 [G, 2] of groups [G, S]."""
     hi = grouped.amax(dim=1)
     lo = grouped.masked_fill(grouped == 0, torch.inf).amin(dim=1)
     lo = torch.minimum(lo, hi)  # a group of zero blocks has no positive scale: lo = hi = 0
     grid = _grid_bits(
-        torch.arange(1, 256, device=absmax.device)[None, :], _bits(lo)[:, None], _bits(hi)[:, None]
+        torch.arange(1, 256, device=grouped.device)[None, :], _bits(lo)[:, None], _bits(hi)[:, None]
     )
     grid = grid.to(torch.int32).view(torch.float32).to(dtype).float()  # [G, 255], ascending
 
@@ -86,22 +87,32 @@ def _encode_geometric(
     below = torch.searchsorted(grid, lower)
     nearest = torch.where((grouped - lower).abs() <= (upper - grouped).abs(), below, above)
     codes = torch.where(grouped > 0, nearest + 1, 0).to(torch.uint8)
-    return codes.view(-1)[: absmax.numel()], torch.stack([lo, hi], dim=1)
+    return codes, torch.stack([lo, hi], dim=1)
 
 
-def _encode_bnb(absmax: Tensor, scale_block_size: int) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [B] and (largest magnitude, offset) float32 [G, 2]."""
+def _bnb_offset(absmax: Tensor) -> Tensor:
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     if not torch.isfinite(offset):
         raise ValueError("the weight is too large for scale_format 'bnb': its mean scale overflows")
-    grouped = pad(absmax - offset, scale_block_size).view(-1, scale_block_size)  # [G, S]
+    return offset
+
+
+def _encode_bnb(grouped: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [G, S] and (largest magnitude, offset) float32 [G, 2]; offset is taken off.
+
+    bitsandbytes looks codes up in 65,536 bins on CPUs and searches on GPUs, and so do we: next to
+    zero, where the codebook is finer than a bin, that makes up to four codes of difference.
+    """
     largest = grouped.abs().amax(dim=1, keepdim=True)
-    divisor = torch.where(largest > 0, largest, 1.0)  # a group of equal scales is all offset
-    codebook = dynamic_codebook().to(absmax.device)
+    normalized = grouped * (1 / largest)
+    if grouped.device.type == "cpu":
+        bins = ((normalized + 1) * 32767.5 + 0.5).floor_().clamp_(0, 65535)
+        normalized = bins / 32767.5 - 1
+    codebook = dynamic_codebook().to(grouped.device)
     midpoints = (codebook[:-1] + codebook[1:]) / 2
-    codes = torch.bucketize(grouped * (1 / divisor), midpoints, out_int32=True).to(torch.uint8)
-    groups = torch.cat([largest, offset.expand_as(largest)], dim=1)
-    return codes.view(-1)[: absmax.numel()], groups
+    codes = torch.bucketize(normalized, midpoints, out_int32=True)
+    codes = torch.where(largest > 0, codes, 0).to(torch.uint8)  # equal scales are all offset
+    return codes, torch.cat([largest, offset.expand_as(largest)], dim=1)
 
 
 @functools.cache

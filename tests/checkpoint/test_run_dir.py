@@ -75,7 +75,7 @@ def test_auto_skips_what_is_damaged_and_says_why(run: Path) -> None:
     assert first.startswith("warning: a damaged checkpoint is skipped: ")
     assert "step_3: train_state.json has 25 bytes, but 24 were written" in first
     assert "step_2: train_state.json" in second
-    with run_directory(run, found, overwrite=False):
+    with run_directory(run, found, overwrite=False, keep_last=9):
         # out of the way, so that `keep_last` does not keep them, but not lost
         assert names(run) == ["step_1", "step_2.damaged", "step_3.damaged"]
 
@@ -128,7 +128,7 @@ def test_a_directory_is_taken_only_as_asked(run: Path, tmp_path: Path) -> None:
 def test_overwriting_removes_everything(run: Path) -> None:
     add(run, 1)
     (run / "adapter").mkdir()
-    with run_directory(run, Start(), overwrite=True):
+    with run_directory(run, Start(), overwrite=True, keep_last=9):
         assert list(run.iterdir()) == []
 
 
@@ -139,14 +139,14 @@ def test_what_dead_processes_left_is_removed(run: Path) -> None:
         (folder / ".step_2.abc.partial" / "file").touch()
     (run / ".adapter.abc.old").mkdir()
     (run / ".adapter.abc.old" / "adapter_config.json").touch()
-    with run_directory(run, start(run), overwrite=False):
+    with run_directory(run, start(run), overwrite=False, keep_last=9):
         assert names(run) == ["step_1"]
         assert sorted(p.name for p in run.iterdir()) == ["adapter", "checkpoints", "config.yaml"]
     assert (run / "adapter" / "adapter_config.json").exists()
 
 
 def _hold(run: Path, held: object, done: object) -> None:
-    with run_directory(run, Start(), overwrite=False):
+    with run_directory(run, Start(), overwrite=False, keep_last=9):
         held.set()  # type: ignore[attr-defined]
         done.wait()  # type: ignore[attr-defined]
 
@@ -160,13 +160,13 @@ def test_two_processes_cannot_share_a_directory(run: Path) -> None:
         assert held.wait(60)
         with (
             pytest.raises(ConfigError, match=r"run is in use by another process"),
-            run_directory(run, Start(), overwrite=True),
+            run_directory(run, Start(), overwrite=True, keep_last=9),
         ):
             pass
         assert (run / "config.yaml").exists()
         process.kill()  # a lock of a dead process is no lock
         process.join()
-        with run_directory(run, Start(), overwrite=False):
+        with run_directory(run, Start(), overwrite=False, keep_last=9):
             pass
     finally:
         process.kill()
@@ -177,3 +177,5 @@ def test_only_the_last_are_kept(run: Path) -> None:
     add(run, 9, 10, 11)
     remove_old_steps(run, 2)
     assert names(run) == ["step_10", "step_11"]
+    with run_directory(run, start(run), overwrite=False, keep_last=1):  # killed before it did that
+        assert names(run) == ["step_11"]

@@ -33,7 +33,7 @@ def test_the_scale_codebook_is_theirs() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block_size", [64, 128])
-def test_quantizing_gives_their_codes(
+def test_quantizing_gives_their_bits(
     dtype: torch.dtype, shape: tuple[int, int], block_size: int
 ) -> None:
     for weight in weights(dtype, shape):
@@ -44,14 +44,7 @@ def test_quantizing_gives_their_codes(
         assert torch.equal(ours.codes, packed.flatten())
         assert torch.equal(ours.scale_groups[:, 0], state.state2.absmax)
         assert (ours.scale_groups[:, 1] == state.offset).all()
-        # their CPU kernel looks the code up in 65,536 bins, ours is the nearest: next to zero,
-        # where the codebook is finer than a bin, that is one more code apart
-        apart = (ours.scales.int() - state.absmax.int()).abs()
-        assert (apart > 0).sum() <= 3 + 0.01 * len(apart)
-        scale = ours.scale_groups[:, 0].repeat_interleave(256)[: len(apart)]
-        values = dynamic_codebook()
-        moved = (values[ours.scales.int()] - values[state.absmax.int()]).abs() * scale
-        assert (moved <= scale / 2**15).logical_or(apart <= 1).all()
+        assert torch.equal(ours.scales, state.absmax)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

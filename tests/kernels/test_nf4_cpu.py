@@ -11,46 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from nf4_weights import DTYPES, FORMATS, adversarial, bits
 
 from qlora_builders import to_nf4
 from qlora_builders.kernels import nf4_cpu, nf4_reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMATS = ("geometric", "none", "bnb")
-
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler"
 )
-
-
-def adversarial(dtype: torch.dtype, n: int = 5000) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    normal = torch.randn(n, generator=generator)
-    tiny, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
-    outlier = normal.clone()
-    outlier[5] = 500
-    zeros = normal.clone()
-    zeros[:1000] = 0
-    powers = 2.0 ** torch.randint(-14, 15, (n,), generator=generator)
-    scales = torch.logspace(-30, 30, n).clamp(tiny / 8, largest / 8)
-    weights = {
-        "normal": normal,
-        "outlier": outlier,
-        "zero blocks": zeros,
-        "all zero": torch.zeros(n),
-        "constant": torch.full((n,), -0.3),
-        "powers of two": powers,
-        "mixed scales": normal * scales,
-        "subnormal": normal * tiny / 4,
-        "around the smallest normal": normal * tiny * 16,
-        "huge": torch.rand(n, generator=generator) * largest - largest / 2,
-    }
-    return {name: w.to(dtype).nan_to_num(0, largest, -largest) for name, w in weights.items()}
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -237,3 +205,29 @@ def test_the_library_is_compiled_once(tmp_path: Path) -> None:
     made = library.stat().st_mtime_ns
     run_probe(tmp_path, os.environ.get("CC", "cc"))
     assert library.stat().st_mtime_ns == made
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from qlora_builders import to_nf4
+
+def kib(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+weight = torch.randn(4096, 4096).bfloat16()
+to_nf4(weight[:64], scale_format=sys.argv[1])
+Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+before = kib("VmRSS")
+quantized = to_nf4(weight, scale_format=sys.argv[1])
+print(((kib("VmHWM") - before) * 1024 - quantized.nbytes) / weight.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("scale_format", FORMATS)
+def test_quantizing_takes_little_memory_beside_the_result(scale_format: str) -> None:
+    command = [sys.executable, "-c", MEMORY, scale_format]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.1  # of the weight's own bytes

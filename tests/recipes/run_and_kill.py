@@ -1,9 +1,10 @@
 """A script for tests: runs of `qlora`, each in a process that can be killed at any point.
 
-Reads JSON lines `{"argv": [...], "watch": RUN, "signals": {event number: signal}}`, answers each
-with `{"code": exit code, "events": [...]}`. Events are numbered from 0: every file that is opened,
-made, renamed or removed in RUN, every fsync, forward pass and optimizer step. Torch is imported
-once; a run is a fork of that.
+Reads JSON lines `{"argv": [...], "watch": RUN, "signals": {"event 7": signal}}`, answers each with
+`{"code": exit code, "events": [...], "output": text}`. An event is a file that is opened, made,
+renamed or removed in RUN, an fsync, a forward pass or an optimizer step; "event 7" is the eighth of
+them, "optimizer 2" the third optimizer step of the process. Torch is imported once; a run is a fork
+of that.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,18 +29,19 @@ from qlora_builders.modules import CausalLM
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove")
 
 
-def watch(folder: str, signals: dict[int, int], log: Path) -> None:
-    """Number the events of this process from now on, and send it the signals."""
-    count = 0
+def watch(folder: str, signals: dict[str, int], log: Path) -> None:
+    """Write down the events of this process from now on, and send it the signals."""
+    counts: Counter[str] = Counter()
     file = log.open("w")
 
     def event(name: str) -> None:
-        nonlocal count
-        number, count = count, count + 1
         file.write(name + "\n")
         file.flush()
-        if number in signals:
-            os.kill(os.getpid(), signals[number])
+        for kind in ("event", name.partition(" ")[0]):
+            number = counts[kind]
+            counts[kind] += 1
+            if f"{kind} {number}" in signals:
+                os.kill(os.getpid(), signals[f"{kind} {number}"])
 
     def audit(name: str, args: tuple[Any, ...]) -> None:
         if name in FILE_EVENTS and folder in str(args[0]):
@@ -59,33 +62,40 @@ def watch(folder: str, signals: dict[int, int], log: Path) -> None:
     register_optimizer_step_post_hook(lambda optimizer, args, kwargs: event("optimizer"))
 
 
-def run(argv: list[str], folder: str, signals: dict[int, int], log: Path) -> None:
+def run(argv: list[str], folder: str, signals: dict[str, int], log: Path) -> None:
     watch(folder, signals, log)
     try:
         code = cli.main(argv)
     except SystemExit as error:
         code = int(error.code or 0)
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name in ("qlora_builders.config.entry", "qlora_builders.checkpoint", "matplotlib.figure"):
+    for name in ("qlora_builders.config.entry", "qlora_builders.checkpoint"):
         importlib.import_module(name)  # once for all runs
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # a plot costs as much as ten steps
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the runs print goes to stderr
     for line in sys.stdin:
         task = json.loads(line)
         with tempfile.TemporaryDirectory() as temporary:
-            log = Path(temporary) / "events"
+            log, output = Path(temporary) / "events", Path(temporary) / "output"
             child = os.fork()
             if child == 0:
-                signals = {int(number): value for number, value in task["signals"].items()}
-                run(task["argv"], task["watch"], signals, log)
+                descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
+                run(task["argv"], task["watch"], task["signals"], log)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            events = log.read_text().splitlines()
-        answers.write(json.dumps({"code": code, "events": events}) + "\n")
+            answer = {
+                "code": code,
+                "events": log.read_text().splitlines(),
+                "output": output.read_text(),
+            }
+        answers.write(json.dumps(answer) + "\n")
 
 
 if __name__ == "__main__":
