@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_builders.checkpoint.safetensors_io import find_tensors, read_tensor
+from qlora_builders.checkpoint.formats import read_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import linear_slots
 from qlora_builders.modules import CausalLM
@@ -31,37 +31,36 @@ class WeightFigures:
         return None if self.error is None or self.norm == 0 else self.error / self.norm
 
 
-def weight_figures(model: CausalLM, path: str | Path) -> Iterator[tuple[str, WeightFigures]]:
+def weight_figures(
+    model: CausalLM, path: str | Path, *, format: str = "auto"
+) -> Iterator[tuple[str, WeightFigures]]:
     """(slot, figures) of each linear slot, read from a checkpoint as they are asked for.
 
     Args:
         model: what the checkpoint would be loaded into; it may be on meta, and is not changed.
-        path: directory with safetensors. A weight that is stored quantized is left out.
+        path, format: of the checkpoint. A weight that is stored quantized is left out: what it was
+            before is not known.
 
     Raises:
-        CheckpointError: if a tensor cannot be read, has another shape or cannot be quantized.
+        CheckpointError: if a weight cannot be read, has another shape or cannot be quantized.
     """
-    files = find_tensors(Path(path))
+    tensors = read_tensors(path, format=format)
     for slot in linear_slots(model.spec.arch):
-        name = slot if slot == "lm_head" else f"model.{slot}"
-        own = model.get_parameter(f"{name}.weight")
-        if f"{name}.weight" not in files:
+        name = f"{slot}.weight" if slot == "lm_head" else f"model.{slot}.weight"
+        own = model.get_parameter(name)
+        if name not in tensors or tensors[name].quantized:
             continue
-        file = files[f"{name}.weight"]
-        stored = read_tensor(file, f"{name}.weight")
-        if not stored.is_floating_point():
-            continue
+        stored = tensors[name].load()
         if stored.shape != own.shape:
             raise CheckpointError(
-                f"{file}: {name}.weight has shape {list(stored.shape)}; "
-                f"the model needs {list(own.shape)}"
+                f"{path}: {name} has shape {list(stored.shape)}; the model needs {list(own.shape)}"
             )
         seen = None
         if isinstance(own, NF4Tensor):
             try:
                 seen = to_nf4(stored.to(own.dtype), **own.nf4_options).dequantize()
             except ValueError as error:
-                raise CheckpointError(f"{file}: {name}.weight: {error}") from error
+                raise CheckpointError(f"{path}: {name}: {error}") from error
         yield slot, _figures(stored, seen)
 
 

@@ -205,6 +205,12 @@ class TrainingConfig:
         "there is none; or the path of a checkpoints/step_N",
         shapes_curve=False,
     )
+    samples: int = knob(
+        0,
+        "rows of data.eval answered before and after training, for the report; 0: none",
+        at_least=0,
+        shapes_curve=False,
+    )
     clip_grad_norm: float | None = knob(1.0, "largest gradient norm; null: no clipping", above=0)
 
 
@@ -224,6 +230,12 @@ class FinetuneConfig:
     optimizer: dict[str, Any] = knob({}, "`component`: its class; all other keys: its arguments")
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    loggers: list[dict[str, Any]] = knob(
+        [],
+        "where metrics go beside metrics.jsonl: `component`: a class of training.loggers or your "
+        "own; all other keys: its arguments",
+        shapes_curve=False,
+    )
     device: str = device_knob()
     output_dir: str = knob(
         "runs/${now:%Y-%m-%d_%H-%M-%S}",
@@ -317,6 +329,14 @@ class QuantizeConfig:
     max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
 
 
+@dataclass
+class ReportConfig:
+    """Write one self-contained HTML page on one run, or on several beside each other."""
+
+    runs: list[str] = knob([], "run folders; may be given without `runs=`")
+    output: str | None = knob(None, "HTML file; null: report.html in the first run's folder")
+
+
 ROOTS: dict[str, type] = {
     "finetune": FinetuneConfig,
     "generate": GenerateConfig,
@@ -324,6 +344,7 @@ ROOTS: dict[str, type] = {
     "merge": MergeConfig,
     "quantize": QuantizeConfig,
     "inspect": FinetuneConfig,
+    "report": ReportConfig,
 }
 
 

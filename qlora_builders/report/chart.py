@@ -230,7 +230,9 @@ def _range(one: Series) -> str:
     values = one.finite()
     if not values:
         return f"{one.name}: no finite value"
-    return f"{one.name}: last {spell(values[-1])}, from {spell(min(values))} to {spell(max(values))}"
+    return (
+        f"{one.name}: last {spell(values[-1])}, from {spell(min(values))} to {spell(max(values))}"
+    )
 
 
 def _values(chart: Chart) -> Element:
@@ -241,7 +243,7 @@ def _values(chart: Chart) -> Element:
         last = len(xs) - 1
         shown = [xs[round(i * last / (_TABLE_ROWS - 1))] for i in range(_TABLE_ROWS)]
     lookups = [dict(zip(one.x, one.y, strict=True)) for one in chart.series]
-    rows = [[spell(x), *(spell(l[x]) if x in l else "" for l in lookups)] for x in shown]
+    rows = [[spell(x), *(spell(ys[x]) if x in ys else "" for ys in lookups)] for x in shown]
     caption = f"{chart.title}: {len(shown)} of {len(xs)} points"
     return fold(
         "values", table([chart.x_label, *(one.name for one in chart.series)], rows, caption=caption)

@@ -81,9 +81,7 @@ def _losses(runs: Sequence[Run]) -> Chart | None:
                 series.append(Series(name, steps, values, kind if single else index, dots))
     if not series:
         return None
-    return Chart(
-        "Loss", "nats per token", series, marks=_resumes(runs), smooth=True, wide=True
-    )
+    return Chart("Loss", "nats per token", series, marks=_resumes(runs), smooth=True, wide=True)
 
 
 def _metric(key: str, runs: Sequence[Run]) -> Chart | None:
@@ -122,7 +120,9 @@ def _layer_charts(runs: Sequence[Run], layers: Sequence[LayerFigures]) -> Iterat
         }
         if errors and errors not in drawn:
             drawn.append(errors)
-            yield _over_layers(f"Quantization error{of}", "|W - NF4(W)| / |W|", errors, from_zero=False)
+            yield _over_layers(
+                f"Quantization error{of}", "|W - NF4(W)| / |W|", errors, from_zero=False
+            )
 
 
 def _over_layers(

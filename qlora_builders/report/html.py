@@ -41,9 +41,7 @@ def element(tag: str, *children: Child, **attributes: object) -> Element:
 
 def fold(title: str, *children: Child, open_: bool = False) -> Element:
     """A part that a click on its title shows or hides."""
-    return element(
-        "details", element("summary", title), *children, open="open" if open_ else None
-    )
+    return element("details", element("summary", title), *children, open="open" if open_ else None)
 
 
 def table(
@@ -77,9 +75,8 @@ def document(title: str, *content: Child) -> str:
     """The whole page, with this package's style and script inside it."""
     style, script = (Path(__file__).with_name(name).read_text() for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    )
+    allowed = ("img-src data:", "style-src 'unsafe-inline'", f"script-src 'sha256-{digest}'")
+    policy = "; ".join(("default-src 'none'", *allowed))
     head = element(
         "head",
         element("meta", charset="utf-8"),

@@ -45,11 +45,11 @@ def layer_figures(run: Run) -> LayerFigures:
         note = "the base checkpoint is not where the run found it, so weights are not compared"
         return LayerFigures(updates, notes=(note,))
     try:
+        format = str(run.config.get("checkpoint.format", "auto"))
+        arch = read_arch(base, format=format)
         components, train = adapter_plan(info)
-        model = llama(
-            read_arch(base), components, train=train, device="meta", dtype=base_dtype(info)
-        )
-        return LayerFigures(updates, dict(weight_figures(model, base)))
+        model = llama(arch, components, train=train, device="meta", dtype=base_dtype(info))
+        return LayerFigures(updates, dict(weight_figures(model, base, format=format)))
     except (QLoRAError, OSError) as error:
         return LayerFigures(updates, notes=(f"the base checkpoint cannot be read: {error}",))
 

@@ -67,7 +67,9 @@ function makeReadable(plot) {
       ...rows
         .filter(([s, i]) => Math.abs(s.x[i] - steps[at]) <= near)
         .map(([s, i]) => {
-          const value = series.length > 1 ? `${s.name}: ${spell(s.y[i])}` : spell(s.y[i]);
+          const name = series.length > 1 ? `${s.name}: ` : "";
+          const place = s.x[i] === steps[at] ? "" : ` (at ${spell(s.x[i])})`;
+          const value = `${name}${spell(s.y[i])}${place}`;
           return line("span", value, s.color);
         }),
     );

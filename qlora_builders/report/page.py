@@ -32,6 +32,7 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
     """
     page = report_page(runs).encode("utf-8", "replace")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         # under a new name: one that is there already could be a link to somewhere else
         descriptor, partial = tempfile.mkstemp(prefix=".report.", dir=output.parent)
         try:
@@ -55,7 +56,7 @@ def report_page(runs: Sequence[Run]) -> str:
     notes = [_named(run, note, runs) for run in runs for note in (*run.notes, *_not_finite(run))]
     layers = [layer_figures(run) for run in runs]
     states = [
-        element("li", _named(run, run.status, runs), class_=run.status.partition(",")[0].split()[0])
+        element("li", _named(run, run.status, runs), class_=run.status.replace(",", " ").split()[0])
         for run in runs
     ]
     now = datetime.now().astimezone()

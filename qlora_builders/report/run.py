@@ -76,7 +76,7 @@ class Run:
             return None
         started_in = self.processes[-1].get("directory") if self.processes else None
         path = Path(started_in if isinstance(started_in, str) else "", folder)
-        return path if (path / "config.json").is_file() else None
+        return path if path.is_dir() else None
 
 
 def read_run(path: str | Path, *, is_going: bool | None = None) -> Run:
@@ -141,7 +141,7 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], lis
     }
 
 
-class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
+class _PlainLoader(yaml.SafeLoader):
     """No aliases: a few lines of them can stand for more text than fits into memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:

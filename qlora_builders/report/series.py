@@ -85,7 +85,7 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     nice = next((m * power for m in (1, 2, 5, 10) if m * power >= step * 0.999), step)
     first = math.ceil(low / nice - 1e-9)
     last = math.floor(high / nice + 1e-9)
-    return [k * nice for k in range(first, last + 1)] or [low]
+    return list(dict.fromkeys(k * nice for k in range(first, last + 1))) or [low]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

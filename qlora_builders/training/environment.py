@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,9 +38,13 @@ def describe_environment(device: torch.device, compute_dtype: torch.dtype) -> di
     }
 
 
-def add_environment(run_dir: Path, about: dict[str, Any]) -> None:
+def add_environment(
+    run_dir: Path, about: Mapping[str, Any], *, first_step: int, total_steps: int
+) -> None:
+    """Append a line for a process that takes the run from `first_step` on."""
+    row = {"first_step": first_step, "total_steps": total_steps, **about}
     with (run_dir / ENVIRONMENT_FILE).open("a") as file:
-        file.write(json.dumps(about) + "\n")
+        file.write(json.dumps(row) + "\n")
 
 
 def device_name(device: torch.device) -> str:

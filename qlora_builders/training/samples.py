@@ -13,6 +13,9 @@ from qlora_builders.modules import CausalLM
 SAMPLES_FILE = "samples.jsonl"
 
 
+_MAX_NEW_TOKENS = 128
+
+
 class Answerable(Protocol):
     """What is needed of a dataset."""
 
@@ -32,6 +35,15 @@ def answer_rows(
     """
     training = model.training
     model.eval()
+    try:
+        yield from _answers(model, data, count, max_new_tokens)
+    finally:
+        model.train(training)
+
+
+def _answers(
+    model: CausalLM, data: Answerable, count: int, max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
     for index in range(min(count, len(data))):
         prompt_ids, reference = data.prompt_and_answer(index)
         ids = generate(
@@ -48,4 +60,10 @@ def answer_rows(
             "answer": answer,
             "right": answer == reference.strip(),
         }
-    model.train(training)
+
+
+def add_samples(run_dir: Path, step: int, model: CausalLM, data: Answerable, count: int) -> None:
+    """Append the model's answers after `step` to the run's samples.jsonl."""
+    with (run_dir / SAMPLES_FILE).open("a") as file:
+        for row in answer_rows(model, data, count, max_new_tokens=_MAX_NEW_TOKENS):
+            file.write(json.dumps({"step": step, **row}) + "\n")

@@ -35,12 +35,12 @@ class Browser:
         self._buffer = b""
         self._session: str | None = None
         self._profile = tempfile.mkdtemp(prefix="browser-")
+        profile = f"--user-data-dir={self._profile}"
         to_browser, from_browser = os.pipe(), os.pipe()
         # a shell gives the pipes their numbers; the browser takes its place
         redirect = f'exec "$@" {_READ}<&{to_browser[0]} {_WRITE}>&{from_browser[1]}'
         self._process = subprocess.Popen(
-            ["bash", "-c", redirect, "bash", EXECUTABLE, *_OPTIONS.split()]
-            + [f"--user-data-dir={self._profile}"],
+            ["bash", "-c", redirect, "bash", EXECUTABLE, *_OPTIONS.split(), profile],
             pass_fds=(to_browser[0], from_browser[1]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
