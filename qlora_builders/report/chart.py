@@ -131,7 +131,7 @@ def _legend(series: Sequence[Series]) -> Element | None:
 def _plot(chart: Chart, axes: _Axes, name: str, limit: int) -> Element:
     y_ticks = axes.y_ticks()
     x_ticks = [
-        (axes.x(tick), spell(tick)) for tick in ticks(*axes.x_range, 4) if tick == round(tick)
+        (axes.x(tick), spell(tick)) for tick in ticks(*axes.x_range, 5) if tick == round(tick)
     ]
     grid = "".join(f"M0 {_at(1 - at)}H{SIZE}" for at, _ in y_ticks)
     description = f"{chart.title} over {chart.x_label}. " + "; ".join(map(_range, chart.series))
@@ -164,7 +164,10 @@ def _plot(chart: Chart, axes: _Axes, name: str, limit: int) -> Element:
         data_x_max=axes.x_range[1],
     )
     y_labels = [element("span", text, style=f"bottom:{100 * at:.2f}%") for at, text in y_ticks]
-    x_labels = [element("span", text, style=f"left:{100 * at:.2f}%") for at, text in x_ticks]
+    x_labels = [  # the last one would stick out of the page
+        element("span", text, style=f"left:{100 * at:.2f}%", class_="last" if at > 0.95 else None)
+        for at, text in x_ticks
+    ]
     return element(
         "div",
         element("div", *y_labels, class_="y", aria_hidden="true"),

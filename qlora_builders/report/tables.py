@@ -17,7 +17,8 @@ from qlora_builders.report.series import spell
 _LAST = 10  # values averaged for the final loss
 _MOST_SAMPLES = 12
 _NOTHING = "–"
-_NO_SETTING = ("output_dir", "overwrite", "training.resume")  # where and how, not what
+# where and how, not what; and what the other keys of `method` say already
+_NO_SETTING = ("output_dir", "overwrite", "training.resume", "method.components")
 _NOT_SHOWN = ("directory", "first_step", "total_steps")
 
 
@@ -64,6 +65,8 @@ def sample_section(runs: Sequence[Run]) -> Element | None:
                 key = str(row.get("prompt", "")), str(row.get("reference", ""))
                 by_step.setdefault(row["step"], {})[key] = str(row.get("answer", ""))
         for step in sorted({min(by_step), max(by_step)}) if by_step else ():
+            if step == 0 and by_step[step] in columns:
+                continue  # another run has the same base
             columns.append(by_step[step])
             of = "" if len(runs) == 1 else f"{run.name}, "
             head.append(f"{of}{f'after step {step:,}' if step else 'before'}")

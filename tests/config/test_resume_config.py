@@ -20,6 +20,8 @@ FREE = {
     "training.save_every",
     "training.keep_last",
     "training.resume",
+    "training.samples",
+    "loggers",
     "output_dir",
     "overwrite",
 }
