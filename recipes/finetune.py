@@ -43,6 +43,7 @@ from qlora_builders.errors import ConfigError, TrainingError
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
 from qlora_builders.report import read_run, write_report
+from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
     peak_memory_mib,
     resolve_compute_dtype,
@@ -90,6 +91,7 @@ def main(cfg: FinetuneConfig) -> None:
     check_resume(start, about, cfg)
 
     model = prepare_model(cfg, device, compute_dtype)
+    about["compile"] = prepare_layers(model, cfg, total_steps, before=start.about.get("compile"))
     for data in filter(None, (train_data, eval_data)):
         check_token_range(data.dataset, model.spec.arch.vocab_size)
     parameters = trainable_parameters(model)
@@ -109,7 +111,7 @@ def main(cfg: FinetuneConfig) -> None:
         environment = describe_environment(device, compute_dtype)
         add_environment(run_dir, environment, first_step=start.step, total_steps=total_steps)
         metrics = MetricsLog(run_dir, step=start.step, source=start.run_dir, loggers=loggers)
-        for line in (*start.messages(), *data_summaries(train_data, eval_data)):
+        for line in (*start.messages, *data_summaries(train_data, eval_data)):
             progress.say(line)
         progress.say(f"{parameter_counts(model)}, on {device}, in {run_dir}")
 
@@ -176,8 +178,8 @@ def main(cfg: FinetuneConfig) -> None:
 def prepare_model(
     cfg: FinetuneConfig, device: torch.device, compute_dtype: torch.dtype
 ) -> CausalLM:
-    """The base under the plan, and everything about how it computes."""
-    model = load_checkpoint(
+    """The base under the plan."""
+    return load_checkpoint(
         cfg.checkpoint.dir,
         plan_rules(cfg),
         format=cfg.checkpoint.format,
@@ -187,8 +189,24 @@ def prepare_model(
         dtype=resolve_dtype(cfg.training.dtype),
         compute_dtype=compute_dtype,
     )
+
+
+def prepare_layers(
+    model: CausalLM, cfg: FinetuneConfig, total_steps: int, *, before: str | None
+) -> str:
+    """What the layers keep for backward, and whether they are compiled: "on" or "off".
+
+    Args:
+        before: what a resumed run had, for the same losses to the last bit.
+    """
     model.model.activation_checkpointing = cfg.training.activation_checkpointing
-    return model
+    mode = cfg.training.compile
+    rows = total_steps * cfg.training.batch_size * cfg.training.grad_accumulation
+    num_tokens = rows * cfg.data.max_seq_len  # at most
+    compiled = compile_layers(
+        model, before if before and mode == "auto" else mode, num_tokens=num_tokens
+    )
+    return "on" if compiled else "off"
 
 
 def load_batches(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_builders.checkpoint.formats import read_tensors
+from qlora_builders.checkpoint.peft_export import hf_name
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import linear_slots
 from qlora_builders.modules import CausalLM
@@ -46,7 +47,7 @@ def weight_figures(
     """
     tensors = read_tensors(path, format=format)
     for slot in linear_slots(model.spec.arch):
-        name = f"{slot}.weight" if slot == "lm_head" else f"model.{slot}.weight"
+        name = f"{hf_name(slot)}.weight"
         own = model.get_parameter(name)
         if name not in tensors or tensors[name].quantized:
             continue

@@ -7,18 +7,17 @@ import re
 from functools import reduce
 from typing import Any
 
+from qlora_builders.config.knobs import Knob, knobs
 from qlora_builders.config.schema import (
     REQUIRED,
     DataConfig,
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
-    Knob,
     MergeConfig,
     MethodConfig,
     QuantizeConfig,
     ReportConfig,
-    knobs,
 )
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError, nearest

@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 from qlora_builders.config.compose import compose, to_yaml
 from qlora_builders.config.help import help_text
 from qlora_builders.config.instantiate import allow_prefixes, resolve_component
+from qlora_builders.config.knobs import knobs
 from qlora_builders.config.overrides import quote
-from qlora_builders.config.schema import ROOTS, knobs
+from qlora_builders.config.schema import ROOTS
 from qlora_builders.errors import ConfigError, QLoRAError
 
 USER_ERROR = 2

@@ -8,8 +8,9 @@ from typing import Any, get_origin
 from omegaconf import OmegaConf
 
 from qlora_builders.config.compose import compose_tree, config_folders
+from qlora_builders.config.knobs import Knob, knobs
 from qlora_builders.config.overrides import group_options, groups
-from qlora_builders.config.schema import ROOTS, Knob, knobs
+from qlora_builders.config.schema import ROOTS
 
 OPTIONS = """\
   --help              this text

@@ -10,40 +10,15 @@ is written beside it (`knob`); what several fields may hold together is in `chec
 
 from __future__ import annotations
 
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora_builders.config.knobs import knob
 
 # Marks a key that the user has to set. OmegaConf's own mark, ???, cannot replace a default.
 REQUIRED = "<required>"
 DTYPES = ("float32", "bfloat16", "float16")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def knob(
-    default: Any,
-    meaning: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    shapes_curve: bool = True,
-) -> Any:
-    """A config field: default, meaning with unit, allowed values (of each element for a list).
-
-    `shapes_curve=False` says that a run may resume with another value: no loss depends on it.
-    """
-    metadata = {
-        "meaning": meaning,
-        "choices": choices,
-        "shapes_curve": shapes_curve,
-        "bounds": {">=": at_least, ">": above, "<=": at_most, "<": below},
-    }
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 def device_knob() -> Any:
@@ -99,11 +74,16 @@ class MethodConfig:
     train: list[str] = knob([], "parameters the preset trains beside adapters, as patterns")
 
 
+def allow_base_mismatch_knob() -> Any:
+    return knob(False, "load it onto another base than the one recorded with it")
+
+
 @dataclass
 class AdapterConfig:
     """The adapter on top of the base."""
 
     path: str | None = knob(None, "adapter folder (PEFT layout); null: the base alone")
+    allow_base_mismatch: bool = allow_base_mismatch_knob()
 
 
 @dataclass
@@ -111,6 +91,7 @@ class RequiredAdapterConfig:
     """The adapter to merge."""
 
     path: str = knob(REQUIRED, "adapter folder (PEFT layout)")
+    allow_base_mismatch: bool = allow_base_mismatch_knob()
 
 
 @dataclass
@@ -185,7 +166,17 @@ class TrainingConfig:
     seed: int = knob(0, "fixes init, data order and dropout", at_least=0)
     dtype: str = knob("bfloat16", "dtype of frozen weights", choices=DTYPES)
     compute_dtype: str = compute_dtype_knob()
-    activation_checkpointing: bool = knob(False, "recompute layers in backward: less memory")
+    activation_checkpointing: str = knob(
+        "none",
+        "what layers keep for backward: all, input and attention, input, input on the host (GPUs);"
+        " true is full",
+        choices=("none", "selective", "full", "offload"),
+    )
+    compile: str = knob(
+        "auto",
+        "torch.compile for the layers; auto: where the run is long enough to gain time",
+        choices=("auto", "on", "off"),
+    )
     log_every: int = knob(1, "steps between lines in metrics.jsonl", at_least=1, shapes_curve=False)
     eval_every: int | None = knob(
         None, "steps between eval losses; null: only at the end", at_least=1, shapes_curve=False
@@ -212,6 +203,13 @@ class TrainingConfig:
         shapes_curve=False,
     )
     clip_grad_norm: float | None = knob(1.0, "largest gradient norm; null: no clipping", above=0)
+
+    def __post_init__(self) -> None:
+        """`compile: off` is a boolean in YAML; checkpointing was one before it had modes."""
+        switch, mode = {"true": "on", "false": "off"}, {"true": "full", "false": "none"}
+        self.compile = switch.get(self.compile.lower(), self.compile)
+        checkpointing = self.activation_checkpointing
+        self.activation_checkpointing = mode.get(checkpointing.lower(), checkpointing)
 
 
 @dataclass
@@ -301,6 +299,15 @@ class MergeConfig:
         "weights to add to: dequantized (those seen in training), or a folder of 16-bit originals",
     )
     dtype: str = knob("bfloat16", "dtype written", choices=DTYPES)
+    format: str = knob(
+        "hf",
+        "layout written; nf4 and bnb-4bit quantize again, which erases most small updates",
+        choices=("hf", "nf4", "bnb-4bit"),
+    )
+    max_error: float = knob(
+        0.5, "largest |error| / |update| accepted, in the weights and in the logits", above=0
+    )
+    report: str | None = knob(None, "JSON file for the figures of every layer; null: none")
     max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
 
 
@@ -346,31 +353,3 @@ ROOTS: dict[str, type] = {
     "inspect": FinetuneConfig,
     "report": ReportConfig,
 }
-
-
-@dataclass(frozen=True)
-class Knob:
-    """One leaf of a root: `training.batch_size` with its type and what `knob` said about it."""
-
-    key: str
-    type: Any
-    default: Any
-    meaning: str
-    choices: tuple[str, ...] | None
-    bounds: dict[str, float | None]
-    shapes_curve: bool
-
-
-def knobs(root: type, prefix: str = "") -> dict[str, Knob]:
-    """Every leaf key of a root dataclass, in the order of the schema."""
-    hints = get_type_hints(root)
-    found: dict[str, Knob] = {}
-    for item in fields(root):
-        key = prefix + item.name
-        if is_dataclass(hints[item.name]):
-            found.update(knobs(hints[item.name], key + "."))
-            continue
-        factory = item.default_factory
-        default = item.default if factory is NO_DEFAULT else factory()
-        found[key] = Knob(key, hints[item.name], default, **item.metadata)
-    return found

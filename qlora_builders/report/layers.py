@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from qlora_builders.checkpoint import adapter_plan, read_adapter, read_arch
-from qlora_builders.checkpoint.peft_adapter import PREFIX, WEIGHTS_FILE, AdapterInfo
-from qlora_builders.checkpoint.safetensors_io import read_tensor
+from qlora_builders.checkpoint.peft_adapter import AdapterInfo
+from qlora_builders.checkpoint.peft_export import PREFIX
 from qlora_builders.checkpoint.weight_figures import WeightFigures, weight_figures
-from qlora_builders.checkpoint.with_adapter import base_dtype
 from qlora_builders.errors import QLoRAError
 from qlora_builders.models import llama
 from qlora_builders.report.run import Run
@@ -48,7 +47,8 @@ def layer_figures(run: Run) -> LayerFigures:
         format = str(run.config.get("checkpoint.format", "auto"))
         arch = read_arch(base, format=format)
         components, train = adapter_plan(info)
-        model = llama(arch, components, train=train, device="meta", dtype=base_dtype(info))
+        dtype = info.base.dtype if info.base else torch.bfloat16
+        model = llama(arch, components, train=train, device="meta", dtype=dtype)
         return LayerFigures(updates, dict(weight_figures(model, base, format=format)))
     except (QLoRAError, OSError) as error:
         return LayerFigures(updates, notes=(f"the base checkpoint cannot be read: {error}",))
@@ -57,9 +57,8 @@ def layer_figures(run: Run) -> LayerFigures:
 def update_norm(info: AdapterInfo, name: str) -> float:
     """|scaling B A| of a module, without the product: |B A|^2 = trace((B^T B) (A A^T)), rank by
     rank."""
-    file = info.path / WEIGHTS_FILE
-    a = read_tensor(file, f"{PREFIX}{name}.lora_A.weight").double()  # [rank, in]
-    b = read_tensor(file, f"{PREFIX}{name}.lora_B.weight").double()  # [out, rank]
+    a = info.tensors[f"{PREFIX}{name}.lora_A.weight"].load().double()  # [rank, in]
+    b = info.tensors[f"{PREFIX}{name}.lora_B.weight"].load().double()  # [out, rank]
     square = torch.sum((b.T @ b) * (a @ a.T)).clamp(min=0)  # symmetric, so no transpose
     return info.modules[name].scaling * square.sqrt().item()
 

@@ -64,7 +64,10 @@ class MetricsLog:
         rows = read_rows(earlier) if step and earlier.is_file() else []
         kept = [row for row in rows if row["step"] <= step]
         partial = self.path.with_name(METRICS_FILE + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with partial.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(self.path)
         self._evaluated = {row["step"] for row in kept if "eval_loss" in row}
 

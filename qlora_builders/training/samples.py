@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from qlora_builders.models import generate
 from qlora_builders.modules import CausalLM
 
@@ -46,13 +48,15 @@ def _answers(
 ) -> Iterator[dict[str, Any]]:
     for index in range(min(count, len(data))):
         prompt_ids, reference = data.prompt_and_answer(index)
-        ids = generate(
+        tokens = generate(
             model,
             prompt_ids,
             max_new_tokens=max_new_tokens,
             stop_token_ids=data.tokenizer.stop_token_ids,
         )
-        answer = data.tokenizer.decode(list(ids)).strip()
+        # layers compiled for training would be compiled again for each length of a sequence
+        with torch.compiler.set_stance("force_eager"):
+            answer = data.tokenizer.decode(list(tokens)).strip()
         yield {
             "row": data[index].row,
             "prompt": data.tokenizer.decode(prompt_ids),

@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qlora_builders import cli
-from qlora_builders.modules import CausalLM
+from qlora_builders.modules.decoder import Decoder
 
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove")
 
@@ -57,7 +57,7 @@ def watch(folder: str, signals: dict[str, int], log: Path) -> None:
     os.fsync = announced(os.fsync)  # type: ignore[assignment]
     sys.addaudithook(audit)
     register_module_forward_hook(
-        lambda module, args, output: event("forward") if isinstance(module, CausalLM) else None
+        lambda module, args, output: event("forward") if isinstance(module, Decoder) else None
     )
     register_optimizer_step_post_hook(lambda optimizer, args, kwargs: event("optimizer"))
 

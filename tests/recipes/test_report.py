@@ -117,7 +117,10 @@ def test_help_shows_that_runs_come_without_a_key(capsys: pytest.CaptureFixture[s
     ("override", "message"),
     [
         ("loggers=[{project: p}]", "loggers[0].component is missing"),
-        ("loggers=[{component: os.system}]", "loggers[0].component='os.system' is outside the allowed"),
+        (
+            "loggers=[{component: os.system}]",
+            "loggers[0].component='os.system' is outside the allowed",
+        ),
         (
             "loggers=[{component: qlora_builders.training.loggers.TensorBordLogger}]",
             "did you mean 'TensorBoardLogger'?",

@@ -126,7 +126,7 @@ def test_a_killed_run_resumes_bit_for_bit(
         if run.exists() and any(run.iterdir()):
             start = find_start(run, resume="auto", overwrite=False)
             assert start.step >= max(steps, default=0) - SAVE_EVERY, events[point]
-            assert start.skipped == ()
+            assert not any("damaged" in line for line in start.messages)
         assert finetune(run, "training.resume=auto")["code"] == 0, events[point]
         same_run(run, whole)
         shutil.rmtree(run)
@@ -212,14 +212,20 @@ def test_a_signal_before_the_first_step_just_ends_the_run(finetune: Run, tmp_pat
 # ---- resumed otherwise --------------------------------------------------------------------------
 
 
-def test_a_finished_run_writes_its_result_again(
+def test_a_run_that_was_stopped_after_its_last_step_only_has_to_be_finished(
     finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    """The last step is not lost when the run dies after it."""
-    run = tmp_path / "run"
-    shutil.copytree(uninterrupted[0], run)
-    assert finetune(run, "training.resume=auto")["code"] == 0
-    same_run(run, uninterrupted[0])
+    run, expected = tmp_path / "run", tmp_path / "expected"
+    assert finetune(run, signals={f"optimizer {STEPS - 1}": signal.SIGTERM})["code"] == 0
+    assert not (run / "adapter").exists()
+    answer = finetune(run, "training.resume=auto")
+    assert answer["code"] == 0
+    assert "optimizer" not in answer["events"]
+    assert (run / "checkpoints" / f"step_{STEPS}").is_dir()
+    shutil.copytree(uninterrupted[0], expected)
+    for folder in (run, expected):
+        shutil.rmtree(folder / "checkpoints")
+    same_run(run, expected)
 
 
 def test_a_damaged_checkpoint_is_skipped(
@@ -240,11 +246,14 @@ def test_a_damaged_checkpoint_is_skipped(
     same_run(run, uninterrupted[0])
 
 
-def test_a_run_may_go_on_in_another_directory(
-    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path
+def test_a_run_may_go_on_in_another_directory_with_its_data_moved(
+    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path, rows: Path
 ) -> None:
+    """The tokens have to be the same, the file need not."""
     source, run = uninterrupted[0] / "checkpoints" / "step_6", tmp_path / "run"
-    assert finetune(run, f"training.resume={source}", "training.save_every=null")["code"] == 0
+    moved = shutil.copy(rows, tmp_path / "moved.jsonl")
+    options = (f"training.resume={source}", f"data.train={moved}", "training.save_every=null")
+    assert finetune(run, *options)["code"] == 0
     assert curve(run) == curve(uninterrupted[0])
     assert not (run / "checkpoints").exists()
 
@@ -267,17 +276,6 @@ def test_another_config_is_refused_before_anything_is_touched(
     assert answer["code"] == 2
     assert "a run of 30 steps has another learning rate at step 3" in answer["output"]
     same_run(run, uninterrupted[0])
-
-
-def test_the_same_tokens_from_another_file_are_the_same_run(
-    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path, rows: Path
-) -> None:
-    run, moved = tmp_path / "run", tmp_path / "moved.jsonl"
-    shutil.copytree(uninterrupted[0], run)
-    shutil.rmtree(run / "checkpoints" / "step_9")
-    shutil.copy(rows, moved)
-    assert finetune(run, "training.resume=auto", f"data.train={moved}")["code"] == 0
-    assert curve(run) == curve(uninterrupted[0])
 
 
 # ---- full disk ----------------------------------------------------------------------------------
