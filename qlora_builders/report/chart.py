@@ -21,6 +21,7 @@ from qlora_builders.report.series import (
     log_ticks,
     smoothed,
     spell,
+    spell_step,
     thin_out,
     ticks,
 )
@@ -131,7 +132,7 @@ def _legend(series: Sequence[Series]) -> Element | None:
 def _plot(chart: Chart, axes: _Axes, name: str, limit: int) -> Element:
     y_ticks = axes.y_ticks()
     x_ticks = [
-        (axes.x(tick), spell(tick)) for tick in ticks(*axes.x_range, 5) if tick == round(tick)
+        (axes.x(tick), spell_step(tick)) for tick in ticks(*axes.x_range, 5) if tick == round(tick)
     ]
     grid = "".join(f"M0 {_at(1 - at)}H{SIZE}" for at, _ in y_ticks)
     description = f"{chart.title} over {chart.x_label}. " + "; ".join(map(_range, chart.series))

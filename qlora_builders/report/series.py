@@ -45,7 +45,8 @@ def thin_out(series: Series, limit: int) -> Series:
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
     """Mean of each value and the `reach` values on both sides, so that it does not lag behind.
 
-    Fewer near the ends, the same number on both sides. NaN where none of them is finite.
+    Near the ends it reaches less far, the same on both sides, down to a quarter of `reach`: one
+    value alone would be noise. NaN where no value in reach is finite.
     """
     sums, counts = [0.0], [0]
     for value in values:
@@ -54,8 +55,8 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
         counts.append(counts[-1] + finite)
     result = []
     for at in range(len(values)):
-        near = min(reach, at, len(values) - 1 - at)
-        first, last = at - near, at + near + 1
+        near = max(min(reach, at, len(values) - 1 - at), reach // 4)
+        first, last = max(0, at - near), min(len(values), at + near + 1)
         count = counts[last] - counts[first]
         result.append((sums[last] - sums[first]) / count if count else math.nan)
     return result
@@ -94,6 +95,14 @@ def log_ticks(low: float, high: float) -> list[float]:
     every = max(1, math.ceil((last - first + 1) / 6))
     powers = [float(k) for k in range(first, last + 1, every)]
     return powers if len(powers) >= 2 else ticks(low, high, 4)
+
+
+def spell_step(step: float) -> str:
+    """A label below an axis, where there is little room: 20k, 1.5M."""
+    for size, letter in ((10**6, "M"), (10**3, "k")):
+        if step >= 10**4 and step >= size:
+            return f"{step / size:g}{letter}"
+    return spell(step)
 
 
 def spell(value: float) -> str:

@@ -15,6 +15,7 @@ from qlora_builders.report.series import (
     log_ticks,
     smoothed,
     spell,
+    spell_step,
     thin_out,
     ticks,
 )
@@ -47,13 +48,12 @@ def test_short_series_are_left_alone() -> None:
 
 def test_smoothing_is_the_mean_of_the_neighbours() -> None:
     values = np.random.default_rng(0).normal(size=50)
-    result = smoothed(values.tolist(), 3)
-    expected = [
-        values[max(0, i - n) : i + n + 1].mean() for i in range(50) for n in [min(3, i, 49 - i)]
-    ]
+    result = smoothed(values.tolist(), 8)
+    reach = [max(2, min(8, i, 49 - i)) for i in range(50)]
+    expected = [values[max(0, i - n) : i + n + 1].mean() for i, n in enumerate(reach)]
     assert result == pytest.approx(expected)
     line = [2.0 * i for i in range(20)]
-    assert smoothed(line, 5) == pytest.approx(line)  # no lag
+    assert smoothed(line, 4)[1:-1] == pytest.approx(line[1:-1])  # no lag
 
 
 def test_smoothing_leaves_out_what_is_not_finite() -> None:
@@ -118,3 +118,11 @@ def test_bounds() -> None:
 )
 def test_numbers_are_spelled_short(value: float, text: str) -> None:
     assert spell(value) == text
+
+
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [(0, "0"), (8000, "8,000"), (20_000, "20k"), (12_500, "12.5k"), (1_500_000, "1.5M")],
+)
+def test_steps_are_spelled_shorter(step: float, text: str) -> None:
+    assert spell_step(step) == text
