@@ -29,15 +29,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples padded on the right to the longest of them."""
+    """Rows padded on the right to the longest of them."""
 
     input_ids: Tensor  # [batch, seq] int64
     labels: Tensor  # [batch, seq] int64, -100 on padding
-    rows: list[int]
+    rows: list[int]  # of all examples, in order
+    document_ids: Tensor | None = None  # [batch, seq] int64, growing along a row; None: one each
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""
-        return Batch(self.input_ids.to(device), self.labels.to(device), self.rows)
+        ids = None if self.document_ids is None else self.document_ids.to(device)
+        return Batch(self.input_ids.to(device), self.labels.to(device), self.rows, ids)
 
 
 def collate(examples: Sequence[Example], *, pad_token_id: int) -> Batch:

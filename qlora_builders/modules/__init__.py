@@ -11,7 +11,12 @@ from qlora_builders.modules.linear import (
     check_lora_options,
     quantize_,
 )
-from qlora_builders.modules.loss import IGNORE_INDEX, next_token_loss, num_target_tokens
+from qlora_builders.modules.loss import (
+    IGNORE_INDEX,
+    chunked_next_token_loss,
+    next_token_loss,
+    num_target_tokens,
+)
 from qlora_builders.modules.rms_norm import RMSNorm
 from qlora_builders.modules.rope import (
     RotaryEmbedding,
@@ -35,6 +40,7 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "check_lora_options",
+    "chunked_next_token_loss",
     "linear_scaled",
     "llama3_scaled",
     "next_token_loss",

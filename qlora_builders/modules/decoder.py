@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_builders.modules.kv_cache import KVCache
+from qlora_builders.modules.loss import chunked_next_token_loss
 
 
 class DecoderLayer(nn.Module):
@@ -149,6 +150,24 @@ class CausalLM(nn.Module):
             input_ids, position_ids=position_ids, document_ids=document_ids, cache=cache
         )
         return self.lm_head(hidden)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """`next_token_loss` of the logits, without ever holding those of all tokens.
+
+        Args:
+            labels: [b, s], the token ids with `IGNORE_INDEX` where not trained; the first token of
+                a document is not a target.
+            input_ids, position_ids, document_ids: as for `forward`.
+        """
+        hidden = self.model(input_ids, position_ids=position_ids, document_ids=document_ids)
+        return chunked_next_token_loss(hidden, labels, self.lm_head)
 
 
 def _positions(input_ids: Tensor, document_ids: Tensor | None, past: int) -> Tensor:

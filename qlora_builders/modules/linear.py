@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_builders.modules.cast_linear import cast_linear
 from qlora_builders.tensor import NF4Tensor, linear_nf4, to_nf4
 
 
@@ -23,7 +23,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` in the input's dtype, whatever the weight is stored as. [..., in] -> [..., out]"""
     if isinstance(weight, NF4Tensor):
         return linear_nf4(input, weight, bias)
-    return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+    return cast_linear(input, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -142,11 +142,12 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        output = linear(input, self.weight, self.bias)  # [..., out]
-        update = self.lora_B(
-            self.lora_A(self.dropout(input))
-        )  # [..., in] -> [..., r] -> [..., out]
-        return output + self.scaling * update
+        rows = input.reshape(-1, self.in_features)  # [n, in]
+        down = self.lora_A(self.dropout(rows))  # [n, r]
+        output = linear(rows, self.weight, self.bias)  # [n, out]
+        up = self.lora_B.weight.to(down.dtype).t()  # [r, out]
+        output = output.addmm_(down, up, alpha=self.scaling)
+        return output.view(*input.shape[:-1], self.out_features)
 
     def lora_delta(self) -> Tensor:
         """scaling * B A, the float32 [out, in] update that merging adds to the weight."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.errors import PlanError, TrainingError
-from qlora_builders.modules import CausalLM, LoRALinear, next_token_loss, num_target_tokens
+from qlora_builders.modules import CausalLM, LoRALinear, num_target_tokens
 
 
 class Batch(Protocol):
@@ -26,6 +26,8 @@ class Batch(Protocol):
     def labels(self) -> Tensor: ...  # [batch, seq], IGNORE_INDEX where not trained
     @property
     def rows(self) -> list[int]: ...  # where in the data the sequences come from
+    @property
+    def document_ids(self) -> Tensor | None: ...  # [batch, seq] where a row holds several
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def train_step(
     total = sum(num_target_tokens(batch.labels) for batch in batches)
     loss_sum = 0.0
     for batch in batches:
-        loss = next_token_loss(model(batch.input_ids), batch.labels) / total
+        loss = model.loss(batch.input_ids, batch.labels, document_ids=batch.document_ids) / total
         loss_sum += loss.item()
         if not math.isfinite(loss_sum):
             raise TrainingError(f"the loss is {loss.item()} on rows {batch.rows}")
@@ -90,7 +92,8 @@ def evaluate_loss(model: CausalLM, batches: Iterable[Batch]) -> tuple[float, int
     model.eval()
     loss_sum, total = 0.0, 0
     for batch in batches:
-        loss_sum += next_token_loss(model(batch.input_ids), batch.labels).item()
+        loss = model.loss(batch.input_ids, batch.labels, document_ids=batch.document_ids)
+        loss_sum += loss.item()
         total += num_target_tokens(batch.labels)
     model.train(training)
     if total == 0:

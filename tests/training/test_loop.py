@@ -39,6 +39,7 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     rows: list[int]
+    document_ids: Tensor | None = None
 
 
 def make_batch(rows: int, length: int, seed: int, trained_from: int = 1) -> Batch:
