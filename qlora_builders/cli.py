@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": "loss, perplexity and exact match on a data file",
     "merge": "add an adapter to the weights and write a Hugging Face folder",
     "inspect": "show which component fills each linear, and what trains",
+    "estimate": "predict the peak memory of a finetune, and what fits into a given one",
     "configs": "list, show, copy and validate the shipped configs",
 }
 # `python recipes/inspect.py` would hide the standard library's module from everything it imports.

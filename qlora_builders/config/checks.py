@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
 from qlora_builders.config.schema import (
     REQUIRED,
     DataConfig,
+    EstimateConfig,
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
@@ -22,6 +24,7 @@ from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError, nearest
 
 SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+MEMORY_UNITS = {"MiB": 2**20, "GiB": 2**30}
 METHOD_OPTIONS = {
     "full": (),
     "lora": ("rank", "alpha", "dropout", "use_rslora", "targets"),
@@ -42,8 +45,10 @@ def check(cfg: Any) -> list[str]:
         problems += _check_method(cfg.method) + _check_finetune(cfg)
     if isinstance(cfg, GenerateConfig):
         problems += _check_generate(cfg)
+    if isinstance(cfg, EstimateConfig) and cfg.memory is not None:
+        problems += _check_size(memory_in_bytes, cfg.memory)
     if isinstance(cfg, MergeConfig):
-        problems += _check_shard_size(cfg.max_shard_size)
+        problems += _check_size(size_in_bytes, cfg.max_shard_size)
     return problems
 
 
@@ -73,12 +78,29 @@ def value_of(cfg: Any, key: str) -> Any:
 
 def size_in_bytes(size: str) -> int:
     """`"5GB"` -> 5000000000; powers of 1000, as Hugging Face counts them."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", size.strip().upper())
-    if match is None or float(match[1]) == 0:
+    found = _parse_size(size, SHARD_UNITS)
+    if not found:
         raise ConfigError(
             f"max_shard_size={size!r} is not a size: write a number with KB, MB or GB, such as 5GB"
         )
-    return int(float(match[1]) * SHARD_UNITS[match[2]])
+    return found
+
+
+def memory_in_bytes(memory: str) -> int:
+    """`"24GiB"` -> 24 * 2**30."""
+    found = _parse_size(memory, MEMORY_UNITS)
+    if not found:
+        raise ConfigError(
+            f"memory={memory!r} is not a size: write a number with MiB or GiB, such as 24GiB"
+        )
+    return found
+
+
+def _parse_size(size: str, units: dict[str, int]) -> int:
+    """Bytes; 0 for what is not a size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", size.strip())
+    factors = {name.upper(): factor for name, factor in units.items()}
+    return int(float(match[1]) * factors.get(match[2].upper(), 0)) if match else 0
 
 
 def _check_value(knob: Knob, value: Any) -> list[str]:
@@ -161,9 +183,9 @@ def _check_generate(cfg: GenerateConfig) -> list[str]:
     return problems
 
 
-def _check_shard_size(size: str) -> list[str]:
+def _check_size(parse: Callable[[str], int], size: str) -> list[str]:
     try:
-        size_in_bytes(size)
+        parse(size)
     except ConfigError as error:
         return [str(error)]
     return []

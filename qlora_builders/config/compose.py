@@ -40,7 +40,7 @@ def compose(
     """The checked config of a verb: an instance of its root in `schema.ROOTS`.
 
     Args:
-        verb: finetune, generate, evaluate, merge or inspect.
+        verb: finetune, generate, evaluate, merge, inspect or estimate.
         overrides: `key=value` and `group=option`, as on the command line.
         config_dir: a folder with more configs, in the same groups as the shipped ones.
 
@@ -50,7 +50,7 @@ def compose(
     tree = compose_tree(verb, overrides, config_dir=config_dir)
     cfg = to_config(tree)
     problems = check(cfg)
-    if verb != "inspect":  # a plan can be shown without the files that training needs
+    if verb not in ("inspect", "estimate"):  # a plan can be shown without the files that training needs
         problems += required(cfg)
     if problems:
         raise ConfigError("\n".join(problems))

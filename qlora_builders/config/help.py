@@ -28,6 +28,10 @@ EXAMPLES = {
         "qlora inspect model.arch=llama3_1_8b method.rank=64",
         "qlora inspect 'components=[{match: \"layers.*.mlp.*\", kind: linear}]'",
     ),
+    "estimate": (
+        "qlora estimate model.arch=llama3_1_70b device=cuda data.max_seq_len=4096",
+        "qlora estimate model.arch=llama3_1_8b device=cuda memory=24GiB",
+    ),
     "generate": (
         "qlora generate adapter.path=runs/NAME/adapter prompt='Hello, who are you?'",
         "qlora generate checkpoint.dir=merged prompts_file=prompts.txt temperature=0.7 top_p=0.9",

@@ -202,6 +202,18 @@ class FinetuneConfig:
 
 
 @dataclass
+class EstimateConfig(FinetuneConfig):
+    """Peak memory of a finetune with the same keys, predicted before anything is loaded.
+
+    Rows count as data.max_seq_len tokens, all of them trained.
+    """
+
+    memory: str | None = knob(
+        None, "also show what fits into this much, such as 24GiB; null: nothing"
+    )
+
+
+@dataclass
 class GenerateConfig:
     """Answer prompts with a base, or a base and an adapter."""
 
@@ -266,6 +278,7 @@ ROOTS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "merge": MergeConfig,
     "inspect": FinetuneConfig,
+    "estimate": EstimateConfig,
 }
 
 
