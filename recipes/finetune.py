@@ -37,6 +37,7 @@ from qlora_builders.data import (
 from qlora_builders.errors import ConfigError, TrainingError
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
     peak_memory_mib,
     resolve_compute_dtype,
@@ -73,12 +74,12 @@ def main(cfg: FinetuneConfig) -> None:
         dtype=resolve_dtype(cfg.training.dtype),
         compute_dtype=resolve_compute_dtype(cfg.training.compute_dtype, device),
     )
-    model.model.activation_checkpointing = cfg.training.activation_checkpointing
     for data in filter(None, (train_data, eval_data)):
         check_token_range(data, model.spec.arch.vocab_size)
     parameters = trainable_parameters(model)
 
     total_steps = count_steps(cfg, len(train_data))
+    prepare_layers(model, cfg, total_steps)
     optimizer = instantiate(cfg.optimizer, parameters, key="optimizer")
     factor = lr_factor(total_steps=total_steps, **asdict(cfg.lr_schedule))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -175,6 +176,13 @@ def count_steps(cfg: FinetuneConfig, num_examples: int) -> int:
         return cfg.training.max_steps
     batches = ceil(num_examples / cfg.training.batch_size) * cfg.training.epochs
     return ceil(batches / cfg.training.grad_accumulation)
+
+
+def prepare_layers(model: CausalLM, cfg: FinetuneConfig, total_steps: int) -> None:
+    model.model.activation_checkpointing = cfg.training.activation_checkpointing
+    rows_per_step = cfg.training.batch_size * cfg.training.grad_accumulation
+    num_tokens = total_steps * rows_per_step * cfg.data.max_seq_len  # at most
+    compile_layers(model, cfg.training.compile, num_tokens=num_tokens)
 
 
 def steps(

@@ -24,7 +24,8 @@ import torch
 
 from qlora_builders import load_checkpoint
 from qlora_builders.data import Batch
-from qlora_builders.modules import CausalLM
+from qlora_builders.modules import CHECKPOINTING_MODES, CausalLM
+from qlora_builders.training.compile import COMPILE_MODES, compile_layers
 from qlora_builders.training.device import resolve_device, set_seed
 from qlora_builders.training.loop import train_step, trainable_parameters
 
@@ -41,6 +42,9 @@ def main() -> None:
     model = load_checkpoint(args.checkpoint, plan, device=device, compute_dtype=dtype)
     load_s, load_peak = time.perf_counter() - started, memory.peak_mib()
     model.train()
+    model.model.activation_checkpointing = args.activation_checkpointing
+    tokens = args.batch * args.seq * args.steps
+    compiled = compile_layers(model, args.compile, num_tokens=tokens)
     optimizer = torch.optim.AdamW(trainable_parameters(model), lr=2e-4, fused=True)
 
     generator = torch.Generator().manual_seed(1)
@@ -64,7 +68,7 @@ def main() -> None:
         "dtype": args.dtype,
         "seq": args.seq,
         "batch": args.batch,
-        "compile": args.compile,
+        "compiled": compiled,
         "activation_checkpointing": args.activation_checkpointing,
         "load_s": round(load_s, 2),
         "load_peak_mib": round(load_peak),
@@ -89,8 +93,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"))
-    parser.add_argument("--activation-checkpointing", default="none")
+    parser.add_argument("--compile", default="auto", choices=COMPILE_MODES)
+    parser.add_argument("--activation-checkpointing", default="none", choices=CHECKPOINTING_MODES)
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 

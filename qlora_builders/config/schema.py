@@ -168,7 +168,17 @@ class TrainingConfig:
     seed: int = knob(0, "fixes init, data order and dropout", at_least=0)
     dtype: str = knob("bfloat16", "dtype of frozen weights", choices=DTYPES)
     compute_dtype: str = compute_dtype_knob()
-    activation_checkpointing: bool = knob(False, "recompute layers in backward: less memory")
+    activation_checkpointing: str = knob(
+        "none",
+        "what layers keep for backward: all, input and attention, input, input on the host (GPUs);"
+        " true is full",
+        choices=("none", "selective", "full", "offload"),
+    )
+    compile: str = knob(
+        "auto",
+        "torch.compile for the layers; auto: where the run is long enough to gain time",
+        choices=("auto", "on", "off"),
+    )
     log_every: int = knob(1, "steps between lines in metrics.jsonl", at_least=1)
     eval_every: int | None = knob(
         None, "steps between eval losses; null: only at the end", at_least=1
@@ -178,6 +188,13 @@ class TrainingConfig:
     )
     keep_last: int = knob(1, "checkpoints kept", at_least=1)
     clip_grad_norm: float | None = knob(1.0, "largest gradient norm; null: no clipping", above=0)
+
+    def __post_init__(self) -> None:
+        """`compile: off` is a boolean in YAML; checkpointing was one before it had modes."""
+        switch, mode = {"true": "on", "false": "off"}, {"true": "full", "false": "none"}
+        self.compile = switch.get(self.compile.lower(), self.compile)
+        checkpointing = self.activation_checkpointing
+        self.activation_checkpointing = mode.get(checkpointing.lower(), checkpointing)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Layers: flat keyword arguments and finished submodules in, no config objects."""
 
 from qlora_builders.modules.attention import Attention
+from qlora_builders.modules.checkpointing import CHECKPOINTING_MODES
 from qlora_builders.modules.decoder import CausalLM, Decoder, DecoderLayer
 from qlora_builders.modules.feed_forward import ACTIVATIONS, FeedForward
 from qlora_builders.modules.kv_cache import KVCache
@@ -27,6 +28,7 @@ from qlora_builders.modules.rope import (
 
 __all__ = [
     "ACTIVATIONS",
+    "CHECKPOINTING_MODES",
     "IGNORE_INDEX",
     "Attention",
     "CausalLM",

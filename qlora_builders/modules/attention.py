@@ -82,7 +82,7 @@ class Attention(nn.Module):
             v,
             attn_mask=mask,
             dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=mask is None and s > 1,
+            is_causal=mask is None and (cache is None or s > 1),
             enable_gqa=self.num_heads != self.num_kv_heads,
         )  # [b, h, s, d]
         return self.o_proj(output.transpose(1, 2).reshape(b, s, self.num_heads * self.head_dim))

@@ -5,12 +5,13 @@ Shapes: b = batch, s = sequence, k = key positions (s without a cache).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from qlora_builders.modules.checkpointing import input_on_host, run_checkpointed
 from qlora_builders.modules.kv_cache import KVCache
 from qlora_builders.modules.loss import chunked_next_token_loss
 
@@ -33,6 +34,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = post_attention_layernorm
 
     def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        checkpointing: str = "none",
+    ) -> Tensor:
+        return run_checkpointed(checkpointing, self._forward, x, cos, sin, mask, cache)
+
+    def _forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask=mask, cache=cache)
@@ -50,8 +62,8 @@ class Decoder(nn.Module):
         compute_dtype: dtype of the activations; every layer computes in its input's dtype.
 
     Attributes:
-        activation_checkpointing: keep only each layer's input for backward and compute the rest
-            again (https://arxiv.org/abs/1604.06174). Off by default.
+        activation_checkpointing: what a layer keeps for backward, one of `CHECKPOINTING_MODES`;
+            "none" by default.
     """
 
     def __init__(
@@ -69,7 +81,7 @@ class Decoder(nn.Module):
         self.norm = norm
         self.rotary = rotary
         self.compute_dtype = compute_dtype
-        self.activation_checkpointing = False
+        self.activation_checkpointing = "none"
 
     def forward(
         self,
@@ -89,11 +101,10 @@ class Decoder(nn.Module):
         mask = _attention_mask(document_ids, s=s, past=past, device=input_ids.device)
         x = self.embed_tokens(input_ids).to(self.compute_dtype)
         cos, sin = self.rotary(position_ids, self.compute_dtype)
+        mode = self.activation_checkpointing
         for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, mask, cache)
+            with input_on_host(x) if mode == "offload" else nullcontext():
+                x = layer(x, cos, sin, mask, cache, mode)
         if cache is not None:
             cache.advance(s)
         return self.norm(x)
