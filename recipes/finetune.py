@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,6 +55,7 @@ from qlora_builders.training.loop import (
     trainable_parameters,
 )
 from qlora_builders.training.lr_schedule import lr_factor
+from qlora_builders.training.param_groups import lora_plus_groups
 from qlora_builders.training.progress import MetricsLog, ProgressReport, plot_losses
 
 
@@ -80,7 +82,7 @@ def main(cfg: FinetuneConfig) -> None:
 
     total_steps = count_steps(cfg, len(train_data))
     prepare_layers(model, cfg, total_steps)
-    optimizer = instantiate(cfg.optimizer, parameters, key="optimizer")
+    optimizer = instantiate(cfg.optimizer, optimizer_groups(model, cfg), key="optimizer")
     factor = lr_factor(total_steps=total_steps, **asdict(cfg.lr_schedule))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -176,6 +178,13 @@ def count_steps(cfg: FinetuneConfig, num_examples: int) -> int:
         return cfg.training.max_steps
     batches = ceil(num_examples / cfg.training.batch_size) * cfg.training.epochs
     return ceil(batches / cfg.training.grad_accumulation)
+
+
+def optimizer_groups(model: CausalLM, cfg: FinetuneConfig) -> list[Any]:
+    ratio = cfg.training.lora_plus_ratio
+    if ratio is None:
+        return trainable_parameters(model)
+    return lora_plus_groups(model, lr=cfg.optimizer["lr"], ratio=ratio)
 
 
 def prepare_layers(model: CausalLM, cfg: FinetuneConfig, total_steps: int) -> None:

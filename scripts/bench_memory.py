@@ -3,7 +3,8 @@
 usage: python scripts/bench_memory.py [--checkpoint DIR] [--only NAME]
 
 Every setting runs in a process of its own: two optimizer steps on random tokens, and the peak of
-resident memory (Linux) over what the process had after its imports. Checkpoints of random weights
+resident memory (Linux) over what the process had after its imports. Large tensors are mapped
+(MALLOC_MMAP_THRESHOLD_), as glibc's heap keeps what is freed. Checkpoints of random weights
 are written to a temporary folder; --checkpoint adds settings on one of your own.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,25 +37,23 @@ PLANS = {
     "qlora": [{"match": TARGETS, "kind": "qlora", "rank": 8, "alpha": 16}],
     "qlora last": [
         {"match": "layers.**", "kind": "frozen_nf4"},
-        {"match": "layers.[6-7].**", "kind": "qlora", "rank": 8, "alpha": 16},
+        {"match": "layers.[4-5].**", "kind": "qlora", "rank": 8, "alpha": 16},
     ],
-    "qlora dropout": [
-        {"match": TARGETS, "kind": "qlora", "rank": 8, "alpha": 16, "dropout": 0.1}
-    ],
+    "qlora dropout": [{"match": TARGETS, "kind": "qlora", "rank": 8, "alpha": 16, "dropout": 0.1}],
     "qlora lm_head": [
         {"match": TARGETS, "kind": "qlora", "rank": 8, "alpha": 16},
         {"match": "lm_head", "kind": "linear", "trainable": True},
     ],
 }
-COMMON = {"num_heads": 16, "num_kv_heads": 4, "head_dim": 64, "max_position_embeddings": 4096}
+COMMON = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 64, "max_position_embeddings": 4096}
 ARCHS = {
     "deep": LlamaArch(
-        vocab_size=8000, hidden_size=1024, intermediate_size=3584, num_layers=8, **COMMON
+        vocab_size=8000, hidden_size=512, intermediate_size=1536, num_layers=6, **COMMON
     ),
     "vocab": LlamaArch(
         vocab_size=128256,
-        hidden_size=1024,
-        intermediate_size=2816,
+        hidden_size=512,
+        intermediate_size=1536,
         num_layers=2,
         tie_word_embeddings=True,
         **COMMON,
@@ -67,30 +67,31 @@ class Setting:
     plan: str
     seq: int
     batch: int = 1
-    checkpointing: bool = False
+    checkpointing: str = "none"
     compute_dtype: str = "float32"
 
 
 SETTINGS = [
+    Setting("deep", "qlora", 256),
+    Setting("deep", "qlora", 512, batch=2),
+    Setting("deep", "qlora", 1536, checkpointing="full"),
+    Setting("deep", "qlora", 1536, checkpointing="selective"),
     Setting("deep", "full", 256),
-    Setting("deep", "full", 1024, checkpointing=True),
+    Setting("deep", "full", 512, batch=2, checkpointing="full"),
     Setting("deep", "lora", 512),
     Setting("deep", "lora attention", 1024),
-    Setting("deep", "qlora", 256),
-    Setting("deep", "qlora", 256, batch=4),
     Setting("deep", "qlora", 2048),
-    Setting("deep", "qlora", 2048, checkpointing=True),
-    Setting("deep", "qlora", 512, compute_dtype="bfloat16"),
+    Setting("deep", "qlora", 256, compute_dtype="bfloat16"),
     Setting("deep", "qlora dropout", 512),
     Setting("deep", "qlora last", 1024),
     Setting("deep", "qlora lm_head", 512),
     Setting("vocab", "qlora", 128),
-    Setting("vocab", "lora", 1024, checkpointing=True),
+    Setting("vocab", "lora", 1024, checkpointing="full"),
 ]
 OWN_SETTINGS = [
     Setting("own", "qlora", 512),
-    Setting("own", "qlora", 512, checkpointing=True),
-    Setting("own", "qlora", 2048, checkpointing=True),
+    Setting("own", "qlora", 512, checkpointing="full"),
+    Setting("own", "qlora", 2048, checkpointing="full"),
     Setting("own", "lora", 512),
     Setting("own", "qlora lm_head", 256, batch=2),
 ]
@@ -121,7 +122,7 @@ def main() -> None:
             )
             print(
                 f"{setting.arch:6} {setting.plan:15} {setting.compute_dtype:9} "
-                f"{setting.batch} x {setting.seq:<5} checkpointing {setting.checkpointing!s:6}"
+                f"{setting.batch} x {setting.seq:<5} checkpointing {setting.checkpointing:10}"
                 f"load {predicted['load_mib']:7,.0f} ({measured['load_mib']:7,.0f})  "
                 f"peak {predicted['peak_mib']:7,.0f} ({measured['peak_mib']:7,.0f}) MiB  "
                 f"{error:+.1%}",
@@ -148,13 +149,16 @@ def predict(path: str, setting: Setting) -> dict[str, float]:
         seq_len=setting.seq,
     )
     peak = max(load, *step, key=lambda phase: phase.peak)
-    return {"load_mib": load.peak / MIB, "peak_mib": peak.peak / MIB}
+    return {"load_mib": load.peak / MIB, "peak_mib": peak.peak / MIB, "terms": peak.terms}
 
 
 def run_alone(path: str, setting: Setting) -> dict[str, float]:
     command = [sys.executable, __file__, "--checkpoint", path]
     command += ["--measure", json.dumps(asdict(setting))]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    output = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout
     result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result
 

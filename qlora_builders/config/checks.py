@@ -158,6 +158,8 @@ def _check_finetune(cfg: FinetuneConfig) -> list[str]:
     lr = cfg.optimizer.get("lr")
     if lr is not None and not (_is_number(lr) and 0 < lr < math.inf):
         problems.append(f"optimizer.lr={lr!r} must be a number > 0")
+    if cfg.training.lora_plus_ratio is not None and lr is None:
+        problems.append("training.lora_plus_ratio multiplies optimizer.lr, which is missing")
     if cfg.training.eval_every is not None and cfg.data.eval is None:
         problems.append(
             f"training.eval_every={cfg.training.eval_every} needs data.eval, which is null"

@@ -50,7 +50,10 @@ def compose(
     tree = compose_tree(verb, overrides, config_dir=config_dir)
     cfg = to_config(tree)
     problems = check(cfg)
-    if verb not in ("inspect", "estimate"):  # a plan can be shown without the files that training needs
+    if verb not in (
+        "inspect",
+        "estimate",
+    ):  # a plan can be shown without the files that training needs
         problems += required(cfg)
     if problems:
         raise ConfigError("\n".join(problems))

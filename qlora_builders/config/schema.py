@@ -188,6 +188,9 @@ class TrainingConfig:
     )
     keep_last: int = knob(1, "checkpoints kept", at_least=1)
     clip_grad_norm: float | None = knob(1.0, "largest gradient norm; null: no clipping", above=0)
+    lora_plus_ratio: float | None = knob(
+        None, "LoRA+: learning rate of lora_B, as a multiple of optimizer.lr; null: 1", above=0
+    )
 
     def __post_init__(self) -> None:
         """`compile: off` is a boolean in YAML; checkpointing was one before it had modes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -15,11 +16,20 @@ import torch
 from torch import nn
 
 from qlora_builders.modules import CausalLM, Decoder
-from qlora_builders.training.memory_trace import MemoryTracer, Segment, StepTrace, trace_step
+from qlora_builders.training.memory_trace import (
+    MemoryTracer,
+    Segment,
+    StepTrace,
+    offloaded,
+    trace_step,
+)
 
-# Resident memory of a CPU process that no tensor explains: library code and tables read in at first
-# use, and the buffers of the matrix products. Measured by scripts/bench_memory.py.
-CPU_RUNTIME_BYTES = 60 << 20
+# Resident memory of a CPU process that no tensor explains, as scripts/bench_memory.py measured it
+# with torch 2.13: modules that torch imports at first use (torch._dynamo and what it needs: 148
+# MiB), and the code and buffers of its kernels. Large tensors are taken to be mapped, not in glibc's
+# heap (MALLOC_MMAP_THRESHOLD_=1048576), which by default keeps as much again or more.
+CPU_LOAD_BYTES = 148 << 20
+CPU_STEP_BYTES = 164 << 20
 CPU_TILE_BYTES = 8 << 20  # decoded rows of a weight, kept for all products; see kernels/
 PROBE_ELEMENTS = 1 << 16
 
@@ -58,7 +68,9 @@ def probe_optimizer(
         parameters = [nn.Parameter(torch.zeros(PROBE_ELEMENTS)) for _ in range(num_tensors)]
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
-        optimizer = build(parameters)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of optimizers for GPUs about this CPU
+            optimizer = build(parameters)
         grads = [p.grad for p in parameters if p.grad is not None]
         with MemoryTracer([*parameters, *grads]) as tracer:
             tracer.begin("first")
@@ -103,8 +115,11 @@ def predict_phases(
     fixed["optimizer state"] = round(optimizer.state * elements)
     if device_type == "cpu":
         fixed["tile scratch"] = CPU_TILE_BYTES
-        fixed["runtime"] = CPU_RUNTIME_BYTES
+        fixed["runtime"] = CPU_STEP_BYTES
     small, kinds = _one_layer_of_each_kind(model)
+    offload = small.model.activation_checkpointing == "offload"
+    if offload:
+        small.model.activation_checkpointing = "full"
     trace = trace_step(
         small,
         device_type=device_type,
@@ -112,6 +127,8 @@ def predict_phases(
         seq_len=seq_len,
         accumulate=accumulate,
     )
+    if offload:
+        trace = offloaded(trace)
     left_by = [0 if accumulate else gradient_bytes(layer) for layer in small.model.layers]
     left_by_head = 0 if accumulate else gradient_bytes(small.model.norm, small.lm_head)
     forward, backward = _replay(trace, kinds, left_by, left_by_head)
@@ -119,8 +136,11 @@ def predict_phases(
         forward["gradients"], backward["gradients"] = gradients, gradients
     temporary = optimizer.temporary_of_all * elements + optimizer.temporary_of_one * largest
     step = {"gradients": gradients, "optimizer temporaries": round(temporary)}
+    load = _load_terms(model, device_type)
+    if device_type == "cpu":
+        load["runtime"] = CPU_LOAD_BYTES
     return [
-        Phase("load", _load_terms(model, device_type)),
+        Phase("load", load),
         Phase("forward", {**fixed, **forward}),
         Phase("backward", {**fixed, **backward}),
         Phase("optimizer step", {**fixed, **step}),

@@ -11,7 +11,7 @@ import copy
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,6 +100,19 @@ def trace_step(
             if f"backward {index}" in segments
         },
         embedding_backward=segments.get("backward -1", Segment()),
+    )
+
+
+def offloaded(trace: StepTrace) -> StepTrace:
+    """The same where the inputs of layers wait for backward in another memory."""
+    kept = {index: segment.end for index, segment in trace.forward.items()}
+    return replace(
+        trace,
+        forward={index: Segment(0, segment.peak) for index, segment in trace.forward.items()},
+        backward={
+            index: Segment(segment.end + kept[index], segment.peak + kept[index])
+            for index, segment in trace.backward.items()
+        },
     )
 
 
