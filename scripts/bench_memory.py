@@ -19,6 +19,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ from qlora_builders.training.memory import predict_phases, probe_optimizer
 
 MIB = 2**20
 TARGETS = "layers.*.*.{q,k,v,o,gate,up,down}_proj"
-PLANS = {
+PLANS: dict[str, list[dict[str, Any]]] = {
     "full": [{"match": "**", "kind": "linear", "trainable": True}],
     "lora": [{"match": TARGETS, "kind": "lora", "rank": 8, "alpha": 16}],
     "lora attention": [{"match": "layers.*.self_attn.*", "kind": "lora", "rank": 64, "alpha": 16}],
@@ -45,7 +46,12 @@ PLANS = {
         {"match": "lm_head", "kind": "linear", "trainable": True},
     ],
 }
-COMMON = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 64, "max_position_embeddings": 4096}
+COMMON: dict[str, Any] = {
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+}
 ARCHS = {
     "deep": LlamaArch(
         vocab_size=8000, hidden_size=512, intermediate_size=1536, num_layers=6, **COMMON
@@ -132,7 +138,7 @@ def main() -> None:
     print(json.dumps({"worst_error": worst, "torch": torch.__version__, "settings": results}))
 
 
-def predict(path: str, setting: Setting) -> dict[str, float]:
+def predict(path: str, setting: Setting) -> dict[str, Any]:
     model = llama(
         read_arch(Path(path)),
         PLANS[setting.plan],

@@ -18,6 +18,7 @@ from qlora_builders.config.schema import (
     Knob,
     MergeConfig,
     MethodConfig,
+    QuantizeConfig,
     knobs,
 )
 from qlora_builders.config.shipped import demo_path
@@ -47,7 +48,7 @@ def check(cfg: Any) -> list[str]:
         problems += _check_generate(cfg)
     if isinstance(cfg, EstimateConfig) and cfg.memory is not None:
         problems += _check_size(memory_in_bytes, cfg.memory)
-    if isinstance(cfg, MergeConfig):
+    if isinstance(cfg, MergeConfig | QuantizeConfig):
         problems += _check_size(size_in_bytes, cfg.max_shard_size)
     return problems
 
@@ -163,6 +164,11 @@ def _check_finetune(cfg: FinetuneConfig) -> list[str]:
     if cfg.training.eval_every is not None and cfg.data.eval is None:
         problems.append(
             f"training.eval_every={cfg.training.eval_every} needs data.eval, which is null"
+        )
+    if cfg.training.resume is not None and cfg.overwrite:
+        problems.append(
+            f"training.resume={cfg.training.resume} goes on with a run and overwrite=true deletes "
+            "it; give one of them"
         )
     warmup, steps = cfg.lr_schedule.warmup_steps, cfg.training.max_steps
     if warmup is not None and steps is not None and warmup > steps:

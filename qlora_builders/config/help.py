@@ -21,6 +21,7 @@ EXAMPLES = {
     "finetune": (
         "qlora finetune experiment=demo_qlora",
         "qlora finetune checkpoint.dir=Llama-3.2-1B data.train=rows.jsonl training.max_steps=200",
+        "qlora finetune output_dir=runs/NAME training.save_every=50 training.resume=auto",
         "qlora finetune method=lora method.rank=8 method.targets=[q_proj,v_proj]",
         "qlora finetune 'components=[{match: \"layers.0.**\", kind: linear}]'",
     ),
@@ -43,6 +44,10 @@ EXAMPLES = {
     "merge": (
         "qlora merge adapter.path=runs/NAME/adapter output_dir=merged",
         "qlora merge adapter.path=runs/NAME/adapter base=Llama-3.2-1B output_dir=merged",
+    ),
+    "quantize": (
+        "qlora quantize checkpoint.dir=Llama-3.2-1B output_dir=Llama-3.2-1B-nf4",
+        "qlora quantize checkpoint.dir=Llama-3.2-1B output_dir=out format=bnb-4bit",
     ),
 }
 

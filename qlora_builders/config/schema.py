@@ -29,11 +29,16 @@ def knob(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    shapes_curve: bool = True,
 ) -> Any:
-    """A config field: default, meaning with unit, allowed values (of each element for a list)."""
+    """A config field: default, meaning with unit, allowed values (of each element for a list).
+
+    `shapes_curve=False` says that a run may resume with another value: no loss depends on it.
+    """
     metadata = {
         "meaning": meaning,
         "choices": choices,
+        "shapes_curve": shapes_curve,
         "bounds": {">=": at_least, ">": above, "<=": at_most, "<": below},
     }
     if isinstance(default, list | dict):
@@ -67,7 +72,9 @@ class CheckpointConfig:
     """The base weights."""
 
     dir: str = knob("${demo:base}", "folder of the base weights; default: the shipped demo base")
-    format: str = knob("auto", "layout of that folder", choices=("auto", "hf"))
+    format: str = knob(
+        "auto", "layout of that folder", choices=("auto", "hf", "meta", "bnb-4bit", "nf4")
+    )
 
 
 @dataclass
@@ -92,11 +99,16 @@ class MethodConfig:
     train: list[str] = knob([], "parameters the preset trains beside adapters, as patterns")
 
 
+def allow_base_mismatch_knob() -> Any:
+    return knob(False, "load it onto another base than the one recorded with it")
+
+
 @dataclass
 class AdapterConfig:
     """The adapter on top of the base."""
 
     path: str | None = knob(None, "adapter folder (PEFT layout); null: the base alone")
+    allow_base_mismatch: bool = allow_base_mismatch_knob()
 
 
 @dataclass
@@ -104,13 +116,16 @@ class RequiredAdapterConfig:
     """The adapter to merge."""
 
     path: str = knob(REQUIRED, "adapter folder (PEFT layout)")
+    allow_base_mismatch: bool = allow_base_mismatch_knob()
 
 
 @dataclass
 class TokenizerConfig:
     """The tokenizer."""
 
-    path: str | None = knob(None, "folder with tokenizer.json; null: checkpoint.dir")
+    path: str | None = knob(
+        None, "folder with tokenizer.json; null: checkpoint.dir", shapes_curve=False
+    )
 
 
 @dataclass
@@ -140,6 +155,11 @@ class DataConfig:
         "tokens that carry loss: every answer, the last answer, everything (format=text: always)",
         choices=("assistant", "completion", "all"),
     )
+    packing: str = knob(
+        "none",
+        "an example per row, or as many whole ones as fit into max_seq_len, unseen by each other",
+        choices=("none", "best_fit"),
+    )
     max_rows: int | None = knob(None, "rows read from each file; null: all", at_least=1)
 
 
@@ -162,9 +182,12 @@ class TrainingConfig:
     batch_size: int = knob(8, "rows per forward pass", at_least=1)
     grad_accumulation: int = knob(1, "forward passes per step", at_least=1)
     max_steps: int | None = knob(
-        None, "steps to train, whatever epochs says; null: as many as epochs takes", at_least=1
+        None,
+        "steps to train, whatever epochs says; null: as many as epochs takes",
+        at_least=1,
+        shapes_curve=False,  # but for the learning rate, which is compared by itself
     )
-    epochs: int = knob(1, "passes over data.train", at_least=1)
+    epochs: int = knob(1, "passes over data.train", at_least=1, shapes_curve=False)
     seed: int = knob(0, "fixes init, data order and dropout", at_least=0)
     dtype: str = knob("bfloat16", "dtype of frozen weights", choices=DTYPES)
     compute_dtype: str = compute_dtype_knob()
@@ -179,14 +202,25 @@ class TrainingConfig:
         "torch.compile for the layers; auto: where the run is long enough to gain time",
         choices=("auto", "on", "off"),
     )
-    log_every: int = knob(1, "steps between lines in metrics.jsonl", at_least=1)
+    log_every: int = knob(1, "steps between lines in metrics.jsonl", at_least=1, shapes_curve=False)
     eval_every: int | None = knob(
-        None, "steps between eval losses; null: only at the end", at_least=1
+        None, "steps between eval losses; null: only at the end", at_least=1, shapes_curve=False
     )
     save_every: int | None = knob(
-        None, "steps between checkpoints; null: only at the end", at_least=1
+        None,
+        "steps between checkpoints to resume from; null: only when a signal stops the run",
+        at_least=1,
+        shapes_curve=False,
     )
-    keep_last: int = knob(1, "checkpoints kept", at_least=1)
+    keep_last: int = knob(
+        1, "checkpoints kept; a new one is written first", at_least=1, shapes_curve=False
+    )
+    resume: str | None = knob(
+        None,
+        "null: a new run; auto: go on from the newest good checkpoint in output_dir, or start if "
+        "there is none; or the path of a checkpoints/step_N",
+        shapes_curve=False,
+    )
     clip_grad_norm: float | None = knob(1.0, "largest gradient norm; null: no clipping", above=0)
     lora_plus_ratio: float | None = knob(
         None, "LoRA+: learning rate of lora_B, as a multiple of optimizer.lr; null: 1", above=0
@@ -217,8 +251,12 @@ class FinetuneConfig:
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     device: str = device_knob()
-    output_dir: str = knob("runs/${now:%Y-%m-%d_%H-%M-%S}", "run folder; must be new or empty")
-    overwrite: bool = knob(False, "replace a run that is in output_dir")
+    output_dir: str = knob(
+        "runs/${now:%Y-%m-%d_%H-%M-%S}",
+        "run folder; must be new or empty, unless training.resume or overwrite is set",
+        shapes_curve=False,
+    )
+    overwrite: bool = knob(False, "replace a run that is in output_dir", shapes_curve=False)
 
 
 @dataclass
@@ -289,6 +327,40 @@ class MergeConfig:
         "weights to add to: dequantized (those seen in training), or a folder of 16-bit originals",
     )
     dtype: str = knob("bfloat16", "dtype written", choices=DTYPES)
+    format: str = knob(
+        "hf",
+        "layout written; nf4 and bnb-4bit quantize again, which erases most small updates",
+        choices=("hf", "nf4", "bnb-4bit"),
+    )
+    max_error: float = knob(
+        0.5, "largest |error| / |update| accepted, in the weights and in the logits", above=0
+    )
+    report: str | None = knob(None, "JSON file for the figures of every layer; null: none")
+    max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
+
+
+@dataclass
+class QuantizeConfig:
+    """Write a checkpoint with its linear layers in NF4."""
+
+    output_dir: str = knob(REQUIRED, "folder to write; must not exist")
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    format: str = knob(
+        "nf4",
+        "nf4: our own layout; bnb-4bit: for transformers + bitsandbytes",
+        choices=("nf4", "bnb-4bit"),
+    )
+    block_size: int | None = knob(None, "weights per scale; null: 64, or as stored", at_least=1)
+    scale_format: str | None = knob(
+        None,
+        "how scales are stored; null: geometric (format=bnb-4bit: bnb), or as stored",
+        choices=("geometric", "bnb", "none"),
+    )
+    scale_search: bool | None = knob(None, "search for the best scales: slower, more accurate")
+    components: list[dict[str, Any]] = knob(
+        [], "your rules, after the one for all decoder layers; the last match wins"
+    )
+    dtype: str = knob("bfloat16", "dtype of weights before quantizing", choices=DTYPES)
     max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
 
 
@@ -297,6 +369,7 @@ ROOTS: dict[str, type] = {
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "merge": MergeConfig,
+    "quantize": QuantizeConfig,
     "inspect": FinetuneConfig,
     "estimate": EstimateConfig,
 }
@@ -312,6 +385,7 @@ class Knob:
     meaning: str
     choices: tuple[str, ...] | None
     bounds: dict[str, float | None]
+    shapes_curve: bool
 
 
 def knobs(root: type, prefix: str = "") -> dict[str, Knob]:

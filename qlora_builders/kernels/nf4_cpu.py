@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_builders.kernels.cpu_tiles import tiled_matmul
 from qlora_builders.kernels.nf4_reference import (
     NOT_FINITE,
     dynamic_codebook,
     encode_scales,
     field_shapes,
 )
+from qlora_builders.kernels.tiles import tiled_matmul
 
 _SOURCE = Path(__file__).with_name("nf4_cpu.c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std=gnu11")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_builders.kernels.cpu_tiles import tiled_matmul
+from qlora_builders.kernels.tiles import tiled_matmul
 
 _SMALL_ELEMENTS = 1 << 20  # of a weight that is cast whole: 4 MiB in float32
 

@@ -22,6 +22,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from qlora_builders.modules.documents import DOCUMENT_ATTENTION
+
 CHECKPOINTING_MODES = ("none", "selective", "full", "offload")
 
 aten = torch.ops.aten
@@ -30,6 +32,7 @@ _KEPT_OPS = {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
+    DOCUMENT_ATTENTION,
 }
 
 

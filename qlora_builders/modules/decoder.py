@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.modules.checkpointing import input_on_host, run_checkpointed
+from qlora_builders.modules.documents import Documents, find_documents
 from qlora_builders.modules.kv_cache import KVCache
 from qlora_builders.modules.loss import chunked_next_token_loss
 
@@ -38,14 +39,19 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Documents | None,
         cache: KVCache | None,
         checkpointing: str = "none",
     ) -> Tensor:
         return run_checkpointed(checkpointing, self._forward, x, cos, sin, mask, cache)
 
     def _forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | Documents | None,
+        cache: KVCache | None,
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask=mask, cache=cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -154,7 +160,8 @@ class CausalLM(nn.Module):
             input_ids: [b, s] token ids.
             position_ids: [b, s]; by default they count from 0, from the cache's length, or from the
                 start of each document.
-            document_ids: [b, s]; a token attends only to earlier ones of its own document.
+            document_ids: [b, s]; a token attends only to earlier ones of its own document, which
+                is a run of equal ids.
             cache: keys and values of earlier positions; this call's are appended to it.
         """
         hidden = self.model(
@@ -194,15 +201,14 @@ def _positions(input_ids: Tensor, document_ids: Tensor | None, past: int) -> Ten
 
 def _attention_mask(
     document_ids: Tensor | None, *, s: int, past: int, device: torch.device
-) -> Tensor | None:
+) -> Tensor | Documents | None:
     """bool [b, 1, s, k], or None where SDPA's own causal (s = k) or full (s = 1) case serves."""
-    if document_ids is None and (past == 0 or s == 1):
+    if document_ids is not None:
+        return find_documents(document_ids)
+    if past == 0 or s == 1:
         return None
     queries = torch.arange(past, past + s, device=device)
-    causal = queries[:, None] >= torch.arange(past + s, device=device)[None, :]  # [s, k]
-    if document_ids is None:
-        return causal[None, None]
-    return (causal & (document_ids[:, :, None] == document_ids[:, None, :]))[:, None]
+    return (queries[:, None] >= torch.arange(past + s, device=device)[None, :])[None, None]
 
 
 def _tie_state_dict(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qlora_builders.modules.cast_linear import cast_linear
 from qlora_builders.tensor import NF4Tensor, linear_nf4, to_nf4
+from qlora_builders.tensor.nf4_layouts import stored_parts, unpack
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -82,7 +83,8 @@ class LoRALinear(nn.Module):
     (https://arxiv.org/abs/2312.03732). B starts at zero, so an untrained adapter changes nothing.
 
     Parameters: `weight` [out, in] (NF4 with `quantize_base`), `bias` [out],
-    `lora_A.weight` [r, in] and `lora_B.weight` [out, r], both float32 and never quantized.
+    `lora_A.weight` [r, in] and `lora_B.weight` [out, r], both float32 and never quantized; with
+    `lora_bias` also `lora_B.bias` [out], trained from zero and scaled like the rest of the update.
 
     Args:
         rank: r >= 1.
@@ -110,6 +112,7 @@ class LoRALinear(nn.Module):
         bias: bool = False,
         quantize_base: bool = False,
         use_rslora: bool = False,
+        lora_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **nf4_options: Any,
@@ -129,7 +132,7 @@ class LoRALinear(nn.Module):
             quantize_weight_(self, **nf4_options)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_A = Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = Linear(rank, out_features, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = Linear(rank, out_features, bias=lora_bias, device=device, dtype=torch.float32)
         self.reset_lora_parameters()
 
     @property
@@ -139,19 +142,31 @@ class LoRALinear(nn.Module):
     def reset_lora_parameters(self) -> None:
         """A as PEFT and the LoRA authors' code draw it, B zero."""
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
+        for parameter in self.lora_B.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, self.in_features)  # [n, in]
         down = self.lora_A(self.dropout(rows))  # [n, r]
-        output = linear(rows, self.weight, self.bias)  # [n, out]
+        output = linear(rows, self.weight, self._whole_bias())  # [n, out]
         up = self.lora_B.weight.to(down.dtype).t()  # [r, out]
         output = output.addmm_(down, up, alpha=self.scaling)
         return output.view(*input.shape[:-1], self.out_features)
 
+    def _whole_bias(self) -> Tensor | None:
+        update = self.lora_bias_delta()
+        if update is None or self.bias is None:
+            return self.bias if update is None else update
+        return self.bias.float() + update
+
     def lora_delta(self) -> Tensor:
         """scaling * B A, the float32 [out, in] update that merging adds to the weight."""
         return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+
+    def lora_bias_delta(self) -> Tensor | None:
+        """What merging adds to the bias: float32 [out], or None without `lora_bias`."""
+        bias = self.lora_B.bias
+        return None if bias is None else self.scaling * bias.float()
 
     def extra_repr(self) -> str:
         return f"{_describe(self)}, rank={self.rank}, alpha={self.alpha}"
@@ -273,20 +288,33 @@ def quantize_state_dict(
 ) -> None:
     """load_state_dict pre-hook: quantize a plain `weight` on arrival, with the module's options.
 
-    The weight goes to the module's device first (unless that is meta), and to its dtype. A weight
-    of the wrong shape is left to PyTorch, which reports it with both shapes.
+    An `NF4Tensor`, or the parts of one as files hold it (`tensor/nf4_layouts.py`), is taken as it
+    is if it has the module's format and dtype, else dequantized and quantized anew. The weight goes
+    to the module's device first (unless that is meta). A weight of the wrong shape is left to
+    PyTorch, which reports it with both shapes.
     """
     key = prefix + "weight"
-    weight, own = state_dict.get(key), module.weight
+    own = module.weight
     if not isinstance(own, NF4Tensor):
         return  # the weight was replaced by a plain one since
+    parts = stored_parts(state_dict, key)
+    if len(parts) > 1:
+        for suffix in parts:
+            del state_dict[key + suffix]
+        state_dict[key] = own  # replaced below, or never used
+        try:
+            state_dict[key] = unpack(parts)
+        except ValueError as error:
+            error_msgs.append(f"{key}: {error}")
+    weight = state_dict.get(key)
     if not isinstance(weight, Tensor) or weight.shape != own.shape:
         return
+    device = weight.device if own.is_meta else own.device
     if isinstance(weight, NF4Tensor):
         if weight.nf4_format == own.nf4_format and weight.dtype == own.dtype:
+            state_dict[key] = weight.to(device)
             return
         weight = weight.dequantize()
-    device = weight.device if own.is_meta else own.device
     try:
         if not weight.is_floating_point():
             raise ValueError(f"has dtype {weight.dtype}; a floating-point weight is needed")

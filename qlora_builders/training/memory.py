@@ -6,16 +6,15 @@ traced (`memory_trace`), one layer of each kind, and replayed over all layers. S
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from qlora_builders.modules import CausalLM, Decoder
+from qlora_builders.modules import CausalLM, Decoder, DecoderLayer
 from qlora_builders.training.memory_trace import (
     MemoryTracer,
     Segment,
@@ -25,11 +24,10 @@ from qlora_builders.training.memory_trace import (
 )
 
 # Resident memory of a CPU process that no tensor explains, as scripts/bench_memory.py measured it
-# with torch 2.13: modules that torch imports at first use (torch._dynamo and what it needs: 148
-# MiB), and the code and buffers of its kernels. Large tensors are taken to be mapped, not in glibc's
-# heap (MALLOC_MMAP_THRESHOLD_=1048576), which by default keeps as much again or more.
-CPU_LOAD_BYTES = 148 << 20
-CPU_STEP_BYTES = 164 << 20
+# with torch 2.13: modules that torch imports at the first step (torch._dynamo and what it needs),
+# and the code and buffers of its kernels.
+CPU_LOAD_BYTES = 2 << 20
+CPU_STEP_BYTES = 196 << 20
 CPU_TILE_BYTES = 8 << 20  # decoded rows of a weight, kept for all products; see kernels/
 PROBE_ELEMENTS = 1 << 16
 
@@ -147,13 +145,11 @@ def predict_phases(
     ]
 
 
-def weight_terms(model: CausalLM, names: Collection[str] | None = None) -> dict[str, int]:
-    """Bytes of the parameters, or of those named, by component; a tied head counts once."""
+def weight_terms(model: CausalLM) -> dict[str, int]:
+    """Bytes of the parameters by component; a tied head counts once."""
     terms = dict.fromkeys(("embedding", "attention", "mlp", "norms", "lm_head", "adapters"), 0)
     for name, parameter in model.named_parameters():
-        if names is None or name in names:
-            term = "adapters" if is_adapter(name) else _component(name)
-            terms[term] += parameter.nbytes
+        terms["adapters" if is_adapter(name) else _component(name)] += parameter.nbytes
     return terms
 
 
@@ -206,26 +202,19 @@ def largest_that_fits(peak: Callable[[int], int], limit: int, *, step: int = 1) 
 
 
 def _load_terms(model: CausalLM, device_type: str) -> dict[str, int]:
-    """Weights are read one by one, in the order of their names; 16-bit files are assumed.
+    """All weights, and one that is still being read: 16-bit files are assumed.
 
-    On a CPU the pages of the file count while a weight is read; on a GPU the 16-bit form of a
-    weight is there until it is quantized. Adapters are made at the end.
+    On a CPU at most the largest tensor of the files waits to be quantized or cast; on a GPU the
+    16-bit form of a weight is there until it is quantized.
     """
-    parameters = dict(sorted(model.named_parameters()))
-    base = [name for name in parameters if not is_adapter(name)]
-    reads = {
-        name: 2 * parameters[name].numel()
-        if device_type == "cpu" or is_packed(parameters[name])
-        else 0
-        for name in base
-    }
-    there = itertools.accumulate(parameters[name].nbytes for name in base)
-    peak, last = max((bytes + reads[name], name) for name, bytes in zip(base, there, strict=True))
-    terms = weight_terms(model)
-    if peak <= sum(terms.values()):
-        return terms
-    loaded = set(base[: base.index(last) + 1])
-    return {**weight_terms(model, loaded), "weight being read": reads[last]}
+    base = [p for name, p in model.named_parameters() if not is_adapter(name)]
+    packed = [2 * p.numel() for p in base if is_packed(p)]
+    cast = any(p.dtype.itemsize != 2 for p in base)
+    if device_type == "cpu":
+        reading = max(2 * p.numel() for p in base) if packed or cast else 0
+    else:
+        reading = max(packed, default=0)
+    return {**weight_terms(model), "weight being read": reading}
 
 
 def _one_layer_of_each_kind(model: CausalLM) -> tuple[CausalLM, list[int]]:
@@ -236,9 +225,11 @@ def _one_layer_of_each_kind(model: CausalLM) -> tuple[CausalLM, list[int]]:
     """
     decoder = model.model
     kinds: dict[tuple, int] = {}
-    chosen, kind_of_layer = [], []
+    chosen: list[DecoderLayer] = []
+    kind_of_layer = []
     passes = any(p.requires_grad for p in decoder.embed_tokens.parameters())
     for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
         parameters = tuple((p.dtype, p.requires_grad) for p in layer.parameters())
         key = (repr(layer), parameters, passes)
         passes = passes or any(requires_grad for _, requires_grad in parameters)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from qlora_builders.kernels import tiles
 from qlora_builders.modules import CausalLM, Linear, LoRALinear, cast_linear
 from qlora_builders.modules import loss as loss_module
 
 aten = torch.ops.aten
-_CUDA_TILE_ELEMENTS = 1 << 26  # of an NF4 weight that is decoded at once; see kernels/nf4_triton.py
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,14 @@ def trace_step(
     model = copy.deepcopy(model).train()
     if device_type == "cpu":
         _cast_large_weights(model)
-    there = [p for p in model.parameters() if not is_traceable_wrapper_subclass(p)]  # not NF4
+    there: list[Tensor] = [
+        p for p in model.parameters() if not is_traceable_wrapper_subclass(p)
+    ]  # not NF4
     if accumulate:
         for parameter in filter(lambda p: p.requires_grad, there):
             parameter.grad = torch.empty_like(parameter)
         there += [p.grad for p in there if p.grad is not None]
-    tile = 0 if device_type == "cpu" else _CUDA_TILE_ELEMENTS
+    tile = 0 if device_type == "cpu" else tiles._GPU_TILE_ELEMENTS
     tracer = MemoryTracer(there, num_targets=traced, tile_elements=tile)
     ids = torch.empty(batch_size, seq_len, dtype=torch.long, device="meta")
     with torch.enable_grad(), _flash_on_meta(), tracer, _segments_at_layers(model, tracer):

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from qlora_builders.checkpoint import safetensors_io
 from qlora_builders.checkpoint.safetensors_io import (
     LazyTensor,
     atomic_directory,
+    clean_up,
     find_tensors,
     listed,
     read_tensor,
+    remove_directory,
     write_shards,
+    write_tensors,
 )
 from qlora_builders.errors import CheckpointError
 
@@ -74,6 +84,14 @@ def test_nothing_remains_of_a_failure(
         assert (path / MARKER).read_text() == "old"
 
 
+@pytest.fixture(params=["in one step", "in two"])
+def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File systems that cannot swap two names need two renames."""
+    if request.param == "in two":
+        monkeypatch.setattr(safetensors_io, "_exchange", lambda a, b: False)
+
+
+@pytest.mark.usefixtures("exchange")
 def test_success_replaces_the_old_directory_whole(tmp_path: Path) -> None:
     path = tmp_path / "out"
     write(path, "old")
@@ -109,6 +127,97 @@ def test_what_was_not_written_here_is_not_replaced(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+# ---- death and full disks -----------------------------------------------------------------------
+
+KILLED_AT_EVERY_CALL = """
+import itertools, os, signal, sys
+from pathlib import Path
+from qlora_builders.checkpoint import safetensors_io
+from qlora_builders.checkpoint.safetensors_io import atomic_directory, clean_up
+
+folder, exchange = Path(sys.argv[1]), sys.argv[2] == "True"
+calls_left = None
+if not exchange:
+    safetensors_io._exchange = lambda a, b: False
+
+def audit(event, args):
+    global calls_left
+    if calls_left is not None and (event == "open" or event.startswith(("os.", "ctypes."))):
+        calls_left -= 1
+        if calls_left < 0:
+            calls_left = None  # os.kill is audited too
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def write(text):
+    with atomic_directory(folder / "out", marker="config.json") as directory:
+        (directory / "config.json").write_text(text)
+
+sys.addaudithook(audit)
+for count in itertools.count():  # a fork shares the import of torch
+    write("old")
+    child = os.fork()
+    if child == 0:
+        calls_left = count
+        write("new")
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    there = (folder / "out").exists()
+    clean_up(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    print(code, there, names == ["out"], (folder / "out" / "config.json").read_text())
+    if code != -signal.SIGKILL:
+        break
+"""
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_process_killed_at_any_call_leaves_the_old_or_the_new(
+    tmp_path: Path, exchange: bool
+) -> None:
+    command = [sys.executable, "-c", KILLED_AT_EVERY_CALL, str(tmp_path), str(exchange)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    killed, finished = lines[:-1], lines[-1]
+    assert finished == ["0", "True", "True", "new"]
+    assert {(code, alone) for code, _, alone, _ in killed} == {(str(-signal.SIGKILL), "True")}
+    texts = [text for *_, text in killed]
+    assert texts == sorted(texts, reverse=True)  # old ..., then new ...
+    assert texts.count("old") > 5
+    assert texts.count("new") > 0
+    # the swap leaves no moment without; two renames leave one, which clean_up mends
+    assert all(there == "True" for _, there, *_ in killed) == exchange
+
+
+def test_removal_is_not_seen_halfway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out"
+    write(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors_io.shutil, "rmtree", lambda _: None)
+        remove_directory(path)
+    assert not path.exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    clean_up(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_names_the_directory_and_leaves_the_old_one(tmp_path: Path) -> None:
+    """A limit on file sizes stands in for a full disk; see also the recipe's test on a real one."""
+    path = tmp_path / "out"
+    write(path, "old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with (
+            pytest.raises(CheckpointError, match=r"out: cannot be written: .*File too large"),
+            atomic_directory(path, marker=MARKER) as directory,
+        ):
+            write_tensors({"a": torch.zeros(1 << 16)}, directory / MARKER)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (path / MARKER).read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 # ---- shards -------------------------------------------------------------------------------------
 
 
@@ -140,19 +249,20 @@ def test_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("model-*-of-00003.safetensors"))) == 3
 
 
-def test_a_shard_is_loaded_only_when_it_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_shard_bytes", [40, 1000])
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, max_shard_bytes: int) -> None:
+    alive: list[weakref.ref] = []  # the memory behind the tensors
     seen = []
 
-    def loader(name: str) -> Callable:
-        def load() -> torch.Tensor:
-            seen.append((name, len(list(tmp_path.glob("*.safetensors")))))
-            return torch.zeros(10)
+    def load() -> torch.Tensor:
+        memory = np.zeros(10, dtype=np.float32)
+        alive.append(weakref.ref(memory))
+        seen.append(sum(ref() is not None for ref in alive))
+        return torch.from_numpy(memory)
 
-        return load
-
-    tensors = [lazy(name, 0, loader(name)) for name in "abc"]
-    write_shards(tensors, tmp_path, max_shard_bytes=40)
-    assert seen == [("a", 0), ("b", 1), ("c", 2)]  # files already there when each is loaded
+    tensors = [lazy(name, 0, load) for name in "abc"]
+    write_shards(tensors, tmp_path, max_shard_bytes=max_shard_bytes)
+    assert seen == [1, 1, 1]
 
 
 def test_listed() -> None:

@@ -6,6 +6,8 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
+from qlora_builders.checkpoint.merge import MERGE_FORMATS
+from qlora_builders.checkpoint.merge_report import MAX_ERROR
 from qlora_builders.config.checks import check, required, size_in_bytes
 from qlora_builders.config.schema import (
     ROOTS,
@@ -13,6 +15,7 @@ from qlora_builders.config.schema import (
     FinetuneConfig,
     GenerateConfig,
     MergeConfig,
+    QuantizeConfig,
     knobs,
 )
 from qlora_builders.config.shipped import demo_path
@@ -45,6 +48,12 @@ def test_defaults_are_not_shared() -> None:
     FinetuneConfig().method.targets.clear()
     assert FinetuneConfig().components == []
     assert len(FinetuneConfig().method.targets) == 7
+
+
+def test_merging_is_as_strict_from_the_command_line_as_from_python() -> None:
+    leaves = knobs(MergeConfig)
+    assert leaves["max_error"].default == MAX_ERROR
+    assert leaves["format"].choices == MERGE_FORMATS
 
 
 def test_sections_are_dataclasses() -> None:
@@ -155,6 +164,16 @@ def test_merge() -> None:
     ]
     cfg.max_shard_size = "5 gigs"
     assert "max_shard_size='5 gigs' is not a size" in check(cfg)[0]
+
+
+def test_quantize() -> None:
+    cfg = QuantizeConfig()
+    assert required(cfg) == ["output_dir is required: write output_dir=..."]
+    cfg.max_shard_size, cfg.format, cfg.scale_format = "5", "hf", "bnbb"
+    problems = "\n".join(check(cfg))
+    assert "format='hf' is not allowed; allowed: nf4, bnb-4bit" in problems
+    assert "scale_format='bnbb' is not allowed; allowed: geometric, bnb, none" in problems
+    assert "max_shard_size='5' is not a size" in problems
 
 
 @pytest.mark.parametrize(

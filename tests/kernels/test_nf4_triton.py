@@ -15,7 +15,7 @@ from nf4_weights import DTYPES, FORMATS, adversarial, bits
 from torch import Tensor
 
 from qlora_builders import linear_nf4, to_nf4
-from qlora_builders.kernels import nf4_reference
+from qlora_builders.kernels import nf4_reference, tiles
 
 pytest.importorskip("triton")
 
@@ -70,11 +70,11 @@ def test_equal_the_reference(
         "scale_block_size": scale_block_size,
         "scale_format": scale_format,
     }
-    expected = nf4_reference.quantize_nf4(weight, **options)
+    fields = nf4_reference.quantize_nf4(weight.to(device), **options)
     got = kernels.quantize_nf4(weight.to(device), **options)
-    for want, have in zip(expected, got, strict=True):
-        assert torch.equal(bits(want), bits(have.cpu()))
-    fields = [field.to(device) for field in expected]
+    for want, have in zip(fields, got, strict=True):
+        assert torch.equal(bits(want), bits(have))
+    expected = [field.cpu() for field in fields]
     options |= {"numel": weight.numel(), "dtype": dtype}
     for out_dtype in DTYPES:
         want = nf4_reference.dequantize_nf4(*expected, **options, out_dtype=out_dtype)
@@ -212,7 +212,8 @@ def test_products_by_tiles(
     fields = [f.to(device) for f in (weight.codes, weight.scales, weight.scale_groups)]
     dense = weight.dequantize().double()
     options = {**weight.nf4_format, "dtype": weight.dtype, "shape": shape}
-    monkeypatch.setattr(kernels, "_TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tiles, "_TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tiles, "_GPU_TILE_ELEMENTS", 1)
     for transposed in (True, False):
         width = shape[1] if transposed else shape[0]
         input = torch.randn(11, width, generator=generator)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qlora_builders.kernels import cpu_tiles
+from qlora_builders.kernels import tiles
 from qlora_builders.modules import cast_linear
 
 
@@ -17,7 +17,7 @@ def test_equals_linear_on_the_cast_weight(
     input_dtype: torch.dtype, has_bias: bool, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cast_linear, "_SMALL_ELEMENTS", 0)
-    monkeypatch.setattr(cpu_tiles, "_TILE_ELEMENTS", tile)
+    monkeypatch.setattr(tiles, "_TILE_ELEMENTS", tile)
     torch.manual_seed(0)
     weight = torch.randn(13, 24, dtype=torch.float16)
     results = []

@@ -57,6 +57,14 @@ def batch(rows: int, length: int) -> Batch:
     return Batch(ids, ids, list(range(rows)))
 
 
+def packed(length: int, document: int) -> Batch:
+    rows = batch(2, length)
+    ids = torch.arange(length).div(document, rounding_mode="floor").expand(2, -1)
+    labels = rows.labels.clone()
+    labels[:, ::document] = -100
+    return Batch(rows.input_ids, labels, rows.rows, ids)
+
+
 def losses(model: CausalLM, batches: list[Batch]) -> list[float]:
     optimizer = torch.optim.SGD(trainable_parameters(model), lr=1.0)
     torch.manual_seed(1)
@@ -97,6 +105,17 @@ def test_dropout_draws_the_numbers_of_uncompiled_layers() -> None:
     model = build(dropout=0.3)
     compile_layers(model, "on", num_tokens=0)
     assert losses(model, batches) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_packed_rows_share_one_graph_whatever_their_documents() -> None:
+    batches = [packed(12, 5), packed(20, 7), packed(16, 3)]
+    expected = losses(build(), batches)
+    model = build()
+    model.model.activation_checkpointing = "selective"
+    compile_layers(model, "on", num_tokens=0)
+    assert losses(model, batches) == pytest.approx(expected, rel=1e-5)
+    assert graphs() == 1
 
 
 def test_names_and_weights_stay() -> None:
