@@ -222,9 +222,7 @@ class TrainingConfig:
         shapes_curve=False,
     )
     clip_grad_norm: float | None = knob(1.0, "largest gradient norm; null: no clipping", above=0)
-    lora_plus_ratio: float | None = knob(
-        None, "LoRA+: learning rate of lora_B, as a multiple of optimizer.lr; null: 1", above=0
-    )
+    lora_plus_ratio: float | None = knob(None, "LoRA+: lr of lora_B / optimizer.lr", above=0)
 
     def __post_init__(self) -> None:
         """`compile: off` is a boolean in YAML; checkpointing was one before it had modes."""
@@ -266,9 +264,7 @@ class EstimateConfig(FinetuneConfig):
     Rows count as data.max_seq_len tokens, all of them trained.
     """
 
-    memory: str | None = knob(
-        None, "also show what fits into this much, such as 24GiB; null: nothing"
-    )
+    memory: str | None = knob(None, "also show what fits into this much, such as 24GiB")
 
 
 @dataclass

@@ -87,14 +87,13 @@ def trace_step(
         loss.backward()
         tracer.begin("done")
     row_bytes = hidden_size * model.model.compute_dtype.itemsize
-    kept = (targets - traced) * row_bytes  # gradients of the hidden states
-    copied = traced * row_bytes if traced < targets else 0  # selecting some of the rows copies them
+    kept = (targets - traced) * row_bytes  # gradients of the hidden states; and, until then, a copy
     segments, layers = tracer.segments, range(len(model.model.layers))
     head, head_backward = segments["loss"], segments["loss backward"]
     return StepTrace(
         embedding=segments["embedding"],
         forward={index: segments[f"forward {index}"] for index in layers},
-        loss=Segment(head.end + kept, head.peak + kept - copied),
+        loss=Segment(head.end + kept, head.peak + 2 * kept),
         loss_backward=Segment(head_backward.end - kept, head_backward.peak),
         backward={
             index: segments[f"backward {index}"]
