@@ -2,8 +2,9 @@
 
     qlora estimate [model.arch=llama3_1_8b] [device=cuda] [memory=24GiB] [key=value ...]
 
-On a CPU the figures are resident memory over that of the bare interpreter with torch; on a GPU
-those of torch's allocator, to which the driver adds its own. Compiled layers need less.
+On a CPU the figures are resident memory over that of the interpreter with torch, as long as glibc's
+heap does not keep what is freed; on a GPU those of torch's allocator, to which the driver adds its
+own. Layers are taken not to be compiled, rows not to be packed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ from qlora_builders.training.memory import (
     probe_optimizer,
 )
 
+HEAP_NOTE = (
+    "glibc's heap keeps some freed memory; MALLOC_MMAP_THRESHOLD_=1048576 in the environment gives "
+    "it back, at some cost in time"
+)
 SEQ_STEP = 64  # tokens; the longest sequence is found to this
 
 
@@ -65,6 +70,8 @@ def main(cfg: EstimateConfig) -> None:
         f"peak {gib(peak.peak)} in {peak.name}: {batch_size} x {seq_len} tokens on {device.type}, "
         f"computed in {str(model.model.compute_dtype).removeprefix('torch.')}"
     )
+    if device.type == "cpu":
+        console.print(HEAP_NOTE)
     if cfg.memory is None:
         return
 

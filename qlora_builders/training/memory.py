@@ -28,6 +28,7 @@ from qlora_builders.training.memory_trace import (
 # and the code and buffers of its kernels.
 CPU_LOAD_BYTES = 2 << 20
 CPU_STEP_BYTES = 196 << 20
+_WAITING = 3  # weights; see checkpoint/streaming.py
 CPU_TILE_BYTES = 8 << 20  # decoded rows of a weight, kept for all products; see kernels/
 PROBE_ELEMENTS = 1 << 16
 
@@ -202,19 +203,21 @@ def largest_that_fits(peak: Callable[[int], int], limit: int, *, step: int = 1) 
 
 
 def _load_terms(model: CausalLM, device_type: str) -> dict[str, int]:
-    """All weights, and one that is still being read: 16-bit files are assumed.
+    """All weights, and those in another form that wait to become them: 16-bit files are assumed.
 
-    On a CPU at most the largest tensor of the files waits to be quantized or cast; on a GPU the
-    16-bit form of a weight is there until it is quantized.
+    On a CPU up to `_WAITING` wait to be quantized or cast, together no larger than the largest
+    tensor; on a GPU the 16-bit form of one is there until it is quantized.
     """
     base = [p for name, p in model.named_parameters() if not is_adapter(name)]
     packed = [2 * p.numel() for p in base if is_packed(p)]
-    cast = any(p.dtype.itemsize != 2 for p in base)
     if device_type == "cpu":
-        reading = max(2 * p.numel() for p in base) if packed or cast else 0
+        cast = [2 * p.numel() for p in base if p.dtype.itemsize != 2 and not is_packed(p)]
+        size = max(packed + cast, default=0)
+        budget = 2 * max(p.numel() for p in base)
+        waiting = size * min(_WAITING, budget // size) if size else 0
     else:
-        reading = max(packed, default=0)
-    return {**weight_terms(model), "weight being read": reading}
+        waiting = max(packed, default=0)
+    return {**weight_terms(model), "weights being read": waiting}
 
 
 def _one_layer_of_each_kind(model: CausalLM) -> tuple[CausalLM, list[int]]:
