@@ -259,10 +259,7 @@ class FinetuneConfig:
 
 @dataclass
 class EstimateConfig(FinetuneConfig):
-    """Peak memory of a finetune with the same keys, predicted before anything is loaded.
-
-    Rows count as data.max_seq_len tokens, all of them trained.
-    """
+    """Peak memory of such a finetune, if every row has data.max_seq_len tokens and all train."""
 
     memory: str | None = knob(None, "also show what fits into this much, such as 24GiB")
 
@@ -286,7 +283,9 @@ class GenerateConfig:
         None, "sample from the likeliest tokens of this total probability", above=0, at_most=1
     )
     seed: int = knob(0, "fixes sampling", at_least=0)
-    stream: bool = knob(True, "print tokens as they come")
+    stream: bool = knob(True, "print tokens as they come (batch_size=1)")
+    batch_size: int = knob(1, "prompts answered at once", at_least=1)
+    compile: bool = knob(False, "compile the decoding step; on GPUs it becomes a CUDA graph")
     dtype: str = base_dtype_knob()
     compute_dtype: str = compute_dtype_knob()
     device: str = device_knob()

@@ -90,6 +90,8 @@ def test_generate_answers_streamed_or_not(
         assert cli.main([*argv, f"prompts_file={prompts}", f"stream={stream}"]) == 0
         expected = ">>> what comes after three\nfour\n>>> what comes after five\nsix\n"
         assert capsys.readouterr().out == expected
+    assert cli.main([*argv, f"prompts_file={prompts}", "batch_size=2"]) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_sampling_depends_on_the_seed_alone(
