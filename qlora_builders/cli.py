@@ -23,6 +23,7 @@ VERBS = {
     "quantize": "write a checkpoint with its linear layers in NF4",
     "inspect": "show which component fills each linear, and what trains",
     "estimate": "predict the peak memory of a finetune, and what fits into a given one",
+    "report": "one HTML page of a run, or of several beside each other",
     "configs": "list, show, copy and validate the shipped configs",
 }
 # `python recipes/inspect.py` would hide the standard library's module from everything it imports.

@@ -2,15 +2,17 @@
 
     qlora finetune checkpoint.dir=... data.train=... [method=lora] [key=value ...]
 
-Writes a run directory: config.yaml, metrics.jsonl, checkpoints/step_N, loss.png, and the result in
-adapter/ (PEFT layout) or, when whole weights were trained, model/ (Hugging Face layout). A run that
-was stopped goes on with training.resume=auto, as if nothing had happened.
+Writes a run directory: config.yaml, metrics.jsonl and .csv, environment.jsonl, checkpoints/step_N,
+loss.png, report.html, and the result in adapter/ (PEFT layout) or, when whole weights were trained,
+model/ (Hugging Face layout). A run that was stopped goes on with training.resume=auto, as if
+nothing had happened.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
@@ -37,9 +39,10 @@ from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.resume import check_same_curve, curve_config
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.data import Batches, Tokenizer, build_dataset, check_token_range
-from qlora_builders.errors import TrainingError
+from qlora_builders.errors import ConfigError, TrainingError
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
+from qlora_builders.report import read_run, write_report
 from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
     peak_memory_mib,
@@ -48,6 +51,8 @@ from qlora_builders.training.device import (
     resolve_dtype,
     set_seed,
 )
+from qlora_builders.training.environment import add_environment, describe_environment
+from qlora_builders.training.loggers import Loggers
 from qlora_builders.training.loop import (
     all_finite,
     check_adapters_learned,
@@ -59,12 +64,20 @@ from qlora_builders.training.loop import (
 )
 from qlora_builders.training.lr_schedule import check_same_past, lr_factor
 from qlora_builders.training.param_groups import lora_plus_groups
-from qlora_builders.training.progress import MetricsLog, ProgressReport, plot_losses, step_row
+from qlora_builders.training.progress import (
+    MetricsLog,
+    ProgressReport,
+    plot_losses,
+    step_row,
+    write_csv,
+)
+from qlora_builders.training.samples import add_samples
 
 
 def main(cfg: FinetuneConfig) -> None:
     run_dir = Path(cfg.output_dir)
     start = find_start(run_dir, resume=cfg.training.resume, overwrite=cfg.overwrite)
+    loggers = make_loggers(cfg, start)
     device = resolve_device(cfg.device)
     compute_dtype = resolve_compute_dtype(cfg.training.compute_dtype, device)
     set_seed(cfg.training.seed)
@@ -93,9 +106,12 @@ def main(cfg: FinetuneConfig) -> None:
         run_directory(run_dir, start, overwrite=cfg.overwrite, keep_last=cfg.training.keep_last),
         stop_on_signal() as stop,
         ProgressReport(total_steps, steps_done=start.step) as progress,
+        closing(loggers),
     ):
         save_config(cfg, run_dir / "config.yaml")
-        metrics = MetricsLog(run_dir, step=start.step, source=start.run_dir)
+        environment = describe_environment(device, compute_dtype)
+        add_environment(run_dir, environment, first_step=start.step, total_steps=total_steps)
+        metrics = MetricsLog(run_dir, step=start.step, source=start.run_dir, loggers=loggers)
         for line in (*start.messages, *data_summaries(train_data, eval_data)):
             progress.say(line)
         progress.say(f"{parameter_counts(model)}, on {device}, in {run_dir}")
@@ -109,6 +125,8 @@ def main(cfg: FinetuneConfig) -> None:
             if not stop:
                 metrics.write(step=step, eval_loss=loss, eval_tokens=tokens)
                 progress.say(f"step {step}: eval loss {loss:.4f}")
+            if cfg.training.samples and step in (0, total_steps) and not stop:
+                add_samples(run_dir, step, model, eval_data.dataset, cfg.training.samples)
 
         def save(step: int) -> None:
             metrics.sync()
@@ -144,6 +162,7 @@ def main(cfg: FinetuneConfig) -> None:
             if is_due(step, cfg.training.save_every):
                 save(step)
             evaluate(step)
+        write_csv(run_dir)
         if stop:
             if step and not step_folder(run_dir, step).exists():
                 save(step)
@@ -153,7 +172,8 @@ def main(cfg: FinetuneConfig) -> None:
 
         check_adapters_learned(model)
         progress.say(f"wrote {save_result(model, run_dir, cfg)}")
-        progress.say(plot(run_dir))
+    for path in (plot(run_dir), report(run_dir)):
+        progress.say(path)
 
 
 def prepare_model(
@@ -274,6 +294,23 @@ def save_result(model: CausalLM, run_dir: Path, cfg: FinetuneConfig) -> Path:
     dtype = resolve_dtype(cfg.training.dtype)
     save_checkpoint(model, run_dir / "model", dtype=dtype, companions=cfg.checkpoint.dir)
     return run_dir / "model"
+
+
+def make_loggers(cfg: FinetuneConfig, start: Start) -> Loggers:
+    about: dict[str, Any] = {"run_dir": Path(cfg.output_dir), "first_step": start.step}
+    return Loggers(
+        [
+            instantiate(node, key=f"loggers[{index}]", config=asdict(cfg), **about)
+            for index, node in enumerate(cfg.loggers)
+        ]
+    )
+
+
+def report(run_dir: Path) -> str:
+    try:
+        return f"wrote {write_report([read_run(run_dir)], run_dir / 'report.html')}"
+    except ConfigError as error:
+        return f"no report: {error}"
 
 
 def plot(run_dir: Path) -> str:

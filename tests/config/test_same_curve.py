@@ -7,8 +7,9 @@ import json
 import pytest
 
 from qlora_builders.config.compose import compose
+from qlora_builders.config.knobs import knobs
 from qlora_builders.config.resume import check_same_curve, curve_config
-from qlora_builders.config.schema import FinetuneConfig, knobs
+from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.errors import ConfigError
 
 FREE = {
@@ -20,6 +21,8 @@ FREE = {
     "training.save_every",
     "training.keep_last",
     "training.resume",
+    "training.samples",
+    "loggers",
     "output_dir",
     "overwrite",
 }
