@@ -5,7 +5,7 @@ Shapes: b = prompts, vocab = logits of one position.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from qlora_builders.errors import QLoRAError
 from qlora_builders.modules import CausalLM, KVCache
+
+_GRAPHS = 64  # of the decoding step: sizes of the cache, times batch sizes and models
 
 
 def generate(model: CausalLM, prompt_ids: Sequence[int], **options: Any) -> Iterator[int]:
@@ -67,13 +69,13 @@ def generate_batch(
             raise QLoRAError(f"the prompt has {len(prompt)} tokens; allowed: 1 to {positions}")
     longest = max(len(prompt) for prompt in prompts)
     num_steps = min(max_new_tokens, positions - longest)
-    logits, cache = _read_prompts(model, prompts, max_seq_len=longest + num_steps)
+    max_seq_len = longest + num_steps
+    if compile:
+        max_seq_len = 1 << (max_seq_len - 1).bit_length()  # few sizes, and a graph for each
+    logits, cache = _read_prompts(model, prompts, max_seq_len=max_seq_len)
     if compile or len(prompts) > 1:
         cache.start_rows([len(prompt) for prompt in prompts])
-    decode: Any = _decode
-    if compile:
-        mode = "reduce-overhead" if logits.is_cuda else None
-        decode = torch.compile(_decode, fullgraph=True, dynamic=False, mode=mode)
+    decode = _compiled_decode(logits.device) if compile else _decode
     running = [True] * len(prompts)
     for step in range(num_steps):
         tokens = next_tokens(
@@ -144,6 +146,13 @@ def _read_prompts(
 def _decode(model: CausalLM, tokens: Tensor, cache: KVCache) -> Tensor:
     """Append a token [b] to each row: logits [b, vocab] of the next."""
     return model.lm_head(model.model(tokens[:, None], cache=cache)[:, -1])
+
+
+def _compiled_decode(device: torch.device) -> Callable[..., Tensor]:
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    return torch.compile(_decode, fullgraph=True, dynamic=False, mode=mode)
 
 
 def _start_copy(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -85,16 +85,34 @@ def test_the_compiled_step_gives_the_same_tokens(
     model: CausalLM, answers: list[list[int]], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One graph for all steps: a second one would be a recompilation, which fails here."""
+    trace_only(monkeypatch)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        steps = list(generate_batch(model, PROMPTS[:count], max_new_tokens=20, compile=True))
+    assert rows(steps) == answers[:count]
+
+
+def test_prompts_of_many_lengths_share_few_graphs(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph for each length would end in an error after the eighth."""
+    trace_only(monkeypatch)
+    with torch._dynamo.config.patch(error_on_recompile=True):  # 17 to 32 positions
+        for length in (1, 2, 16):
+            list(generate(model, [1] * length, max_new_tokens=16, compile=True))
+    with torch._dynamo.config.patch(recompile_limit=1):  # three sizes
+        for length in (3, 17):
+            list(generate(model, [1] * length, max_new_tokens=4, compile=True))
+
+
+def trace_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile without the C++ compiler at the end."""
     compile_ = torch.compile
 
-    def traced_only(function: object, **options: object) -> object:  # no C++ compiler in between
+    def traced_only(function: object, **options: object) -> object:
         return compile_(function, **{**options, "backend": "aot_eager", "mode": None})  # type: ignore[call-overload]
 
     monkeypatch.setattr(torch, "compile", traced_only)
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        steps = list(generate_batch(model, PROMPTS[:count], max_new_tokens=20, compile=True))
-    assert rows(steps) == answers[:count]
 
 
 @pytest.mark.slow
