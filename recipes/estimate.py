@@ -2,9 +2,10 @@
 
     qlora estimate [model.arch=llama3_1_8b] [device=cuda] [memory=24GiB] [key=value ...]
 
-On a CPU the figures are resident memory over that of the interpreter with torch, as long as glibc's
-heap does not keep what is freed; on a GPU those of torch's allocator, to which the driver adds its
-own. Layers are taken not to be compiled, rows not to be packed.
+On a CPU the figures are resident memory over that of the interpreter with torch, without holes in
+glibc's heap; on a GPU those of torch's allocator, to which the driver adds its own. Packed rows
+cost what others do; layers are taken to be compiled with training.compile=on only, as auto depends
+on the number of steps.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from qlora_builders.training.memory import (
 )
 
 HEAP_NOTE = (
-    "glibc's heap keeps some freed memory; MALLOC_MMAP_THRESHOLD_=1048576 in the environment gives "
-    "it back, at some cost in time"
+    "without activation checkpointing glibc's heap keeps some freed memory beside this; "
+    "MALLOC_MMAP_THRESHOLD_=1048576 in the environment gives it back, for about a tenth of the time"
 )
 SEQ_STEP = 64  # tokens; the longest sequence is found to this
 
@@ -60,6 +61,7 @@ def main(cfg: EstimateConfig) -> None:
         probe_optimizer(lambda parameters: instantiate(cfg.optimizer, parameters, key="optimizer")),
         device_type=device.type,
         accumulate=cfg.training.grad_accumulation > 1,
+        compiled=cfg.training.compile == "on",
     )
     batch_size, seq_len = cfg.training.batch_size, cfg.data.max_seq_len
     console = Console(highlight=False, soft_wrap=True)
@@ -70,7 +72,7 @@ def main(cfg: EstimateConfig) -> None:
         f"peak {gib(peak.peak)} in {peak.name}: {batch_size} x {seq_len} tokens on {device.type}, "
         f"computed in {str(model.model.compute_dtype).removeprefix('torch.')}"
     )
-    if device.type == "cpu":
+    if device.type == "cpu" and cfg.training.activation_checkpointing == "none":
         console.print(HEAP_NOTE)
     if cfg.memory is None:
         return

@@ -45,6 +45,7 @@ from qlora_builders.modules import CausalLM
 from qlora_builders.report import read_run, write_report
 from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
+    bound_heap,
     peak_memory_mib,
     resolve_compute_dtype,
     resolve_device,
@@ -201,6 +202,7 @@ def prepare_layers(
         before: what a resumed run had, for the same losses to the last bit.
     """
     model.model.activation_checkpointing = cfg.training.activation_checkpointing
+    bound_heap(model)
     mode = cfg.training.compile
     rows = total_steps * cfg.training.batch_size * cfg.training.grad_accumulation
     num_tokens = rows * cfg.data.max_seq_len  # at most

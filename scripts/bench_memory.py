@@ -26,6 +26,7 @@ import torch
 from qlora_builders import LlamaArch, llama, load_checkpoint, save_checkpoint
 from qlora_builders.checkpoint import read_arch
 from qlora_builders.data import Batch
+from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.loop import train_step, trainable_parameters
 from qlora_builders.training.memory import predict_phases, probe_optimizer
 
@@ -75,6 +76,8 @@ class Setting:
     batch: int = 1
     checkpointing: str = "none"
     compute_dtype: str = "float32"
+    compiled: bool = False
+    documents: int = 0  # of each row; 0: rows are not packed
 
 
 SETTINGS = [
@@ -91,11 +94,16 @@ SETTINGS = [
     Setting("deep", "qlora dropout", 512),
     Setting("deep", "qlora last", 1024),
     Setting("deep", "qlora lm_head", 512),
+    Setting("deep", "qlora", 1024, documents=3),
+    Setting("deep", "qlora", 2048, documents=1, checkpointing="selective"),
+    Setting("deep", "qlora", 1024, compiled=True),
     Setting("vocab", "qlora", 128),
     Setting("vocab", "lora", 1024, checkpointing="full"),
 ]
 OWN_SETTINGS = [
     Setting("own", "qlora", 512),
+    Setting("own", "qlora", 512, compiled=True),
+    Setting("own", "qlora", 512, checkpointing="selective"),
     Setting("own", "qlora", 512, checkpointing="full"),
     Setting("own", "qlora", 2048, checkpointing="full"),
     Setting("own", "lora", 512),
@@ -129,6 +137,8 @@ def main() -> None:
             print(
                 f"{setting.arch:6} {setting.plan:15} {setting.compute_dtype:9} "
                 f"{setting.batch} x {setting.seq:<5} checkpointing {setting.checkpointing:10}"
+                f"{'compiled ' if setting.compiled else ''}"
+                f"{f'documents {setting.documents} ' if setting.documents else ''}"
                 f"load {predicted['load_mib']:7,.0f} ({measured['load_mib']:7,.0f})  "
                 f"peak {predicted['peak_mib']:7,.0f} ({measured['peak_mib']:7,.0f}) MiB  "
                 f"{error:+.1%}",
@@ -153,6 +163,7 @@ def predict(path: str, setting: Setting) -> dict[str, Any]:
         device_type="cpu",
         batch_size=setting.batch,
         seq_len=setting.seq,
+        compiled=setting.compiled,
     )
     peak = max(load, *step, key=lambda phase: phase.peak)
     return {"load_mib": load.peak / MIB, "peak_mib": peak.peak / MIB, "terms": peak.terms}
@@ -181,11 +192,15 @@ def measure(path: str, setting: Setting) -> dict[str, float]:
     )
     load = memory_mib("VmHWM") - before
     model.model.activation_checkpointing = setting.checkpointing
+    compile_layers(model, "on" if setting.compiled else "off", num_tokens=0)
     optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-4, fused=True)
     ids = torch.randint(model.spec.arch.vocab_size, (setting.batch, setting.seq))
+    documents = None
+    if setting.documents:
+        documents = (torch.arange(setting.seq) * setting.documents // setting.seq).expand_as(ids)
     model.train()
     for _ in range(2):
-        batch = Batch(ids, ids, rows=list(range(setting.batch)))
+        batch = Batch(ids, ids, rows=list(range(setting.batch)), document_ids=documents)
         train_step(model, [batch], optimizer, clip_grad_norm=1.0)
     return {"load_mib": load, "peak_mib": memory_mib("VmHWM") - before}
 

@@ -26,7 +26,7 @@ from qlora_builders import load_checkpoint
 from qlora_builders.data import Batch
 from qlora_builders.modules import CHECKPOINTING_MODES, CausalLM
 from qlora_builders.training.compile import COMPILE_MODES, compile_layers
-from qlora_builders.training.device import resolve_device, set_seed
+from qlora_builders.training.device import bound_heap, resolve_device, set_seed
 from qlora_builders.training.loop import train_step, trainable_parameters
 
 RANK = 8
@@ -43,6 +43,7 @@ def main() -> None:
     load_s, load_peak = time.perf_counter() - started, memory.peak_mib()
     model.train()
     model.model.activation_checkpointing = args.activation_checkpointing
+    bound_heap(model)
     tokens = args.batch * args.seq * args.steps
     compiled = compile_layers(model, args.compile, num_tokens=tokens)
     optimizer = torch.optim.AdamW(trainable_parameters(model), lr=2e-4, fused=True)

@@ -28,6 +28,7 @@ from qlora_builders.training.memory_trace import (
 # and the code and buffers of its kernels.
 CPU_LOAD_BYTES = 2 << 20
 CPU_STEP_BYTES = 196 << 20
+CPU_COMPILE_BYTES = 100 << 20  # the compiler, and what it keeps of one kind of layer
 _WAITING = 3  # weights; see checkpoint/streaming.py
 CPU_TILE_BYTES = 8 << 20  # decoded rows of a weight, kept for all products; see kernels/
 PROBE_ELEMENTS = 1 << 16
@@ -67,16 +68,16 @@ def probe_optimizer(
         parameters = [nn.Parameter(torch.zeros(PROBE_ELEMENTS)) for _ in range(num_tensors)]
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
+        grads = [p.grad for p in parameters if p.grad is not None]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of optimizers for GPUs about this CPU
             optimizer = build(parameters)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        with MemoryTracer([*parameters, *grads]) as tracer:
-            tracer.begin("first")
-            optimizer.step()
-            tracer.begin("second")
-            optimizer.step()
-            tracer.begin("done")
+            with MemoryTracer([*parameters, *grads]) as tracer:
+                tracer.begin("first")
+                optimizer.step()
+                tracer.begin("second")
+                optimizer.step()
+                tracer.begin("done")
         return tracer.segments["first"], tracer.segments["second"]
 
     first, second = step(1)
@@ -97,6 +98,7 @@ def predict_phases(
     batch_size: int,
     seq_len: int,
     accumulate: bool = False,
+    compiled: bool = False,
 ) -> list[Phase]:
     """Load, forward, backward and optimizer step, each at its peak, in a step after the first.
 
@@ -106,6 +108,7 @@ def predict_phases(
             "cuda" (memory of torch's allocator; the driver's own comes on top).
         batch_size, seq_len: of one forward pass, padding included; every token is a target.
         accumulate: whether a step has several forward passes.
+        compiled: whether layers are; taken to keep for backward what they keep uncompiled.
     """
     weights = weight_terms(model)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -114,7 +117,7 @@ def predict_phases(
     fixed["optimizer state"] = round(optimizer.state * elements)
     if device_type == "cpu":
         fixed["tile scratch"] = CPU_TILE_BYTES
-        fixed["runtime"] = CPU_STEP_BYTES
+        fixed["runtime"] = CPU_STEP_BYTES + compiled * CPU_COMPILE_BYTES
     small, kinds = _one_layer_of_each_kind(model)
     offload = small.model.activation_checkpointing == "offload"
     if offload:

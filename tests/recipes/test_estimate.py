@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_builders import cli
+from qlora_builders.training.memory import CPU_COMPILE_BYTES
 
 TERMS = (
     "embedding",
@@ -51,6 +52,16 @@ def test_a_checkpoint_is_not_read_but_for_its_config(
     output = estimate(capsys, f"checkpoint.dir={tmp_path}", "device=cpu", "method=full")
     assert "tokens on cpu" in output
     assert "MALLOC_MMAP_THRESHOLD_" in output
+
+
+def test_compiling_takes_memory_on_cpus(capsys: pytest.CaptureFixture[str]) -> None:
+    runtimes = []
+    for mode in ("auto", "on"):
+        options = ("model.arch=tinyllama_1_1b", "device=cpu", f"training.compile={mode}")
+        found = re.search(r"^ runtime .* ([\d.]+)", estimate(capsys, *options), re.MULTILINE)
+        assert found is not None
+        runtimes.append(float(found[1]))
+    assert runtimes[1] - runtimes[0] == CPU_COMPILE_BYTES / 2**20
 
 
 def test_what_fits(capsys: pytest.CaptureFixture[str]) -> None:

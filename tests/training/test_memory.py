@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.optim as bnb_optim
 import pytest
 import torch
 
@@ -134,6 +135,8 @@ def test_weights_by_component() -> None:
         (lambda p: torch.optim.AdamW(p, foreach=True), 8, (4, 0)),
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True), 4, (0, 0)),
         (lambda p: torch.optim.SGD(p, lr=0.1), 0, (0, 0)),
+        (lambda p: bnb_optim.AdamW8bit(p), 2 + 8 / 256, (0, 0)),  # and two scales per 256
+        (lambda p: bnb_optim.PagedAdamW8bit(p), 2 + 8 / 256, (0, 0)),
     ],
 )
 def test_optimizers_are_measured(
