@@ -7,7 +7,9 @@ Rank 8 on all seven projections, AdamW, random tokens that all carry loss, dtype
 step is warm-up. Between two steps the bound is measured: two products with every linear weight
 (forward, and the gradient of the input) in that dtype, with the weights at hand; `bound_fraction`
 is the median of bound / step.
-Memory is what the process (or the GPU's allocator) held at its peak over what it had before.
+Memory is what the process (or the GPU's allocator) held at its peak over what it had after its
+imports. torch._dynamo (150 MiB) is one of them: every optimizer of torch imports it, and where
+PEFT's imports have been made it is there already.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
 from qlora_builders import load_checkpoint
 from qlora_builders.data import Batch
