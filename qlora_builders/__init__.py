@@ -17,7 +17,8 @@ if TYPE_CHECKING:
         save_adapter,
         save_checkpoint,
     )
-    from qlora_builders.models import LLAMA_ARCHS, ComponentRule, LlamaArch, llama
+    from qlora_builders.models import LLAMA_ARCHS, ComponentRule, LlamaArch
+    from qlora_builders.models.llama import llama
     from qlora_builders.modules import FrozenNF4Linear, LoRALinear, quantize_
     from qlora_builders.tensor import NF4Tensor, linear_nf4, to_nf4
 

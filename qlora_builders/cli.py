@@ -20,6 +20,7 @@ VERBS = {
     "generate": "answer prompts with a checkpoint, or a checkpoint and an adapter",
     "evaluate": "loss, perplexity and exact match on a data file",
     "merge": "add an adapter to the weights and write a Hugging Face folder",
+    "quantize": "write a checkpoint with its linear layers in NF4",
     "inspect": "show which component fills each linear, and what trains",
     "configs": "list, show, copy and validate the shipped configs",
 }

@@ -54,6 +54,7 @@ def main(cfg: EvaluateConfig) -> None:
         cfg.checkpoint.dir,
         cfg.adapter.path,
         quantize=cfg.quantize,
+        format=cfg.checkpoint.format,
         device=device,
         dtype=None if cfg.dtype == "auto" else resolve_dtype(cfg.dtype),
         compute_dtype=resolve_compute_dtype(cfg.compute_dtype, device),

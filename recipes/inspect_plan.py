@@ -23,7 +23,9 @@ from qlora_builders.training.device import resolve_dtype
 
 
 def main(cfg: FinetuneConfig) -> None:
-    arch = get_arch(cfg.model.arch) if cfg.model.arch else read_arch(cfg.checkpoint.dir)
+    stored = cfg.checkpoint
+    named = cfg.model.arch
+    arch = get_arch(named) if named else read_arch(stored.dir, format=stored.format)
     model = llama(
         arch,
         plan_rules(cfg),

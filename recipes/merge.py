@@ -31,7 +31,11 @@ def main(cfg: MergeConfig) -> None:
     if output_dir.exists():
         raise ConfigError(f"output_dir={output_dir} exists; choose a new folder")
     adapted = load_with_adapter(
-        cfg.checkpoint.dir, cfg.adapter.path, quantize=cfg.quantize, compute_dtype=torch.float32
+        cfg.checkpoint.dir,
+        cfg.adapter.path,
+        quantize=cfg.quantize,
+        format=cfg.checkpoint.format,
+        compute_dtype=torch.float32,
     )
     save_merged(
         adapted,

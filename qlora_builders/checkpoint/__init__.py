@@ -1,7 +1,9 @@
 """Checkpoints and adapters in and out."""
 
-from qlora_builders.checkpoint.hf_config import arch_from_config, config_from_arch, read_arch
-from qlora_builders.checkpoint.hf_llama import load_checkpoint, save_checkpoint
+from qlora_builders.checkpoint.formats import read_arch, read_tensors, stored_plan
+from qlora_builders.checkpoint.hf_config import arch_from_config, config_from_arch
+from qlora_builders.checkpoint.hf_llama import save_checkpoint
+from qlora_builders.checkpoint.load import load_checkpoint
 from qlora_builders.checkpoint.merge import merge_adapter, save_merged
 from qlora_builders.checkpoint.peft_adapter import (
     load_adapter,
@@ -20,7 +22,9 @@ __all__ = [
     "merge_adapter",
     "read_adapter",
     "read_arch",
+    "read_tensors",
     "save_adapter",
     "save_checkpoint",
     "save_merged",
+    "stored_plan",
 ]

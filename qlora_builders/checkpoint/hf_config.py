@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import LlamaArch, RopeScaling
 
@@ -46,26 +47,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if config.json is missing or not JSON.
     """
-    file = directory / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing; expected a Hugging Face checkpoint directory")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: holds {type(config).__name__}, expected an object")
-    return config
-
-
-def read_arch(directory: str | Path) -> LlamaArch:
-    """The arch that a checkpoint directory's config.json describes.
-
-    Raises:
-        CheckpointError: for a missing file, another model family, or something unsupported.
-    """
-    directory = Path(directory)
-    return arch_from_config(read_config(directory), source=str(directory / "config.json"))
+    return read_json_object(
+        directory / "config.json", expected="a Hugging Face checkpoint directory"
+    )
 
 
 def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> LlamaArch:
@@ -73,24 +57,18 @@ def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> 
     family = config.get("model_type", "llama")
     if family != "llama":
         raise CheckpointError(f"{source}: model_type is {family!r}; only 'llama' is supported")
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise CheckpointError(
-            f"{source}: the checkpoint is quantized already (quant_method {method!r}); "
-            "use one with 16- or 32-bit weights"
-        )
     missing = sorted(set(_REQUIRED) - set(config))
     if missing:
         raise CheckpointError(f"{source}: missing keys: {', '.join(missing)}")
     values = {field: config[key] for key, field in _REQUIRED.items()}
     for key, (field, default) in _OPTIONAL.items():
-        values[field] = config.get(key, default)
+        values[field] = _checked(config.get(key, default), default, key, source)
     values["num_kv_heads"] = config.get("num_key_value_heads") or values["num_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     try:
         values["head_dim"] = config.get("head_dim") or values["hidden_size"] // values["num_heads"]
-        values["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
+        theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+        values["rope_theta"] = _positive(float(theta), "rope_theta", source)
         values["rope_scaling"] = _rope_scaling(rope, source)
         return LlamaArch(**values)
     except CheckpointError:
@@ -112,7 +90,28 @@ def _rope_scaling(rope: dict[str, Any], source: str) -> RopeScaling | None:
     missing = [key for key in keys if key not in rope]
     if missing:
         raise CheckpointError(f"{source}: rope type {rope_type!r} needs {', '.join(missing)}")
-    return RopeScaling(rope_type=rope_type, **{key: rope[key] for key in keys})
+    values = {key: _positive(rope[key], key, source) for key in keys}
+    if values.get("low_freq_factor") == values.get("high_freq_factor", math.nan):
+        raise CheckpointError(f"{source}: low_freq_factor and high_freq_factor must differ")
+    return RopeScaling(rope_type=rope_type, **values)
+
+
+_KINDS = {bool: "true or false", int: "an integer", float: "a number >= 0", str: "a string"}
+
+
+def _checked(value: Any, default: Any, key: str, source: str) -> Any:
+    """Of the type of the default; a whole number is a number too."""
+    kind = type(default)
+    right = type(value) is kind or (kind is float and type(value) is int)
+    if not right or (kind is float and value < 0):
+        raise CheckpointError(f"{source}: {key} is {value!r}; expected {_KINDS[kind]}")
+    return value
+
+
+def _positive(value: Any, key: str, source: str) -> Any:
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise CheckpointError(f"{source}: {key} is {value!r}; expected a number > 0")
+    return value
 
 
 def config_from_arch(arch: LlamaArch, dtype: torch.dtype) -> dict[str, Any]:

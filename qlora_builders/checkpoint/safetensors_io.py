@@ -1,8 +1,7 @@
-"""Safetensors directories: read one tensor at a time, write one shard at a time, never half.
+"""Safetensors directories: read one tensor at a time, write one tensor at a time, never half.
 
-A reader opens the file anew for every tensor. Parsing the header again costs well under a
-millisecond, and closing the file unmaps the pages that were read, so resident memory stays at one
-tensor however large the file is.
+A tensor is read straight into the memory that it will occupy. Nothing is mapped: a file that
+shrinks under a mapping kills the process, and pages of a mapping count as the process's memory.
 """
 
 from __future__ import annotations
@@ -11,92 +10,136 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from qlora_builders.checkpoint.json_files import read_json_object
+from qlora_builders.checkpoint.safetensors_header import Entry, read_header, write_header
 from qlora_builders.errors import CheckpointError
+from qlora_builders.tensor.nf4_layouts import tensor_bytes
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+STEM = "model"  # model.safetensors, or model-00001-of-00002.safetensors with an index
 MAX_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor to be written: what the writer must know beforehand, and how to get it."""
+    """A tensor in a file or to be written: what must be known beforehand, and how to get it.
+
+    `load` may give an `NF4Tensor` where `quantized`; `shape` and `dtype` are those of the weight it
+    stands for. `source` is the file it comes from, for error messages.
+    """
 
     name: str
     shape: torch.Size
     dtype: torch.dtype
     load: Callable[[], Tensor]
+    source: Path | None = None
+    quantized: bool = False
 
     @property
     def nbytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
 
-def find_tensors(directory: Path) -> dict[str, Path]:
+# ---- in -----------------------------------------------------------------------------------------
+
+
+def find_tensors(directory: Path, *, stem: str = STEM) -> dict[str, Path]:
     """Tensor name -> file, for a single-file or sharded checkpoint directory.
 
     Raises:
         CheckpointError: if there is no checkpoint, a shard is missing, or the index points outside
             the directory.
     """
-    index = directory / INDEX_FILE
+    index = directory / f"{stem}.safetensors.index.json"
     if index.is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
+        weight_map = read_json_object(index, expected="a safetensors index").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: not a safetensors index: it has no weight_map")
         for name, file in weight_map.items():
-            if Path(str(file)).name != file:
+            if not isinstance(file, str) or Path(file).name != file:
                 raise CheckpointError(
                     f"{index}: {name} points to {file!r}; shards must lie beside the index"
                 )
         missing = sorted({f for f in weight_map.values() if not (directory / f).is_file()})
         if missing:
-            raise CheckpointError(f"{index}: shards missing: {', '.join(missing)}; download again")
+            raise CheckpointError(f"{index}: shards missing: {listed(missing)}; download again")
         return {name: directory / file for name, file in weight_map.items()}
-    single = directory / SINGLE_FILE
+    single = directory / f"{stem}.safetensors"
     if not single.is_file():
         raise CheckpointError(
-            f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE} there; "
-            "expected a Hugging Face directory with safetensors weights"
+            f"{directory}: neither {single.name} nor {index.name} there; "
+            "expected a directory with safetensors weights"
         )
     return dict.fromkeys(tensor_names(single), single)
 
 
+def open_tensors(directory: Path, *, stem: str = STEM) -> dict[str, LazyTensor]:
+    """Every tensor of such a directory; headers are read and checked, tensors are not.
+
+    Raises:
+        CheckpointError: as `find_tensors` and `read_header`, or for a shard without a tensor that
+            the index expects in it.
+    """
+    files = find_tensors(directory, stem=stem)
+    headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
+    found = {}
+    for name, file in files.items():
+        entry = _entry(headers[file], file, name)
+        load = partial(_read, file, name, entry)
+        found[name] = LazyTensor(name, entry.shape, entry.dtype, load, file)
+    return found
+
+
 def tensor_names(file: Path) -> list[str]:
-    with _open(file) as handle:
-        return list(handle.keys())
+    return list(read_header(file))
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor, memory-mapped: its pages are released when it is."""
-    with _open(file) as handle:
-        if name not in handle.keys():  # noqa: SIM118 - not a mapping
-            raise CheckpointError(f"{file}: no tensor {name!r}, though the index names it here")
-        return handle.get_tensor(name)
+    """One tensor, in memory of its own.
+
+    Raises:
+        CheckpointError: if the file cannot be read or has no such tensor.
+    """
+    return _read(file, name, _entry(read_header(file), file, name))
 
 
-@contextmanager
-def _open(file: Path) -> Iterator[safe_open]:
+def _entry(header: Mapping[str, Entry], file: Path, name: str) -> Entry:
+    if name not in header:
+        raise CheckpointError(f"{file}: no tensor {name!r}, though the index names it here")
+    return header[name]
+
+
+def _read(file: Path, name: str, entry: Entry) -> Tensor:
+    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+    view, position = buffer.numpy().data, 0
     try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+        with file.open("rb", buffering=0) as handle:
+            handle.seek(entry.start)
+            while position < entry.nbytes:  # one call reads 2 GiB at most
+                count = handle.readinto(view[position:])
+                if not count:
+                    raise OSError("the file ends within the tensor")
+                position += count
+    except OSError as error:
+        raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
+    return buffer.view(entry.dtype).view(entry.shape)
 
 
-def write_shards(tensors: Iterable[LazyTensor], directory: Path, *, max_shard_bytes: int) -> None:
-    """Write `model.safetensors`, or shards with an index; at most one shard is in memory."""
+# ---- out ----------------------------------------------------------------------------------------
+
+
+def write_shards(
+    tensors: Iterable[LazyTensor], directory: Path, *, max_shard_bytes: int, stem: str = STEM
+) -> None:
+    """Write `STEM.safetensors`, or shards with an index; one tensor is in memory at a time."""
     shards: list[list[LazyTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -107,21 +150,38 @@ def write_shards(tensors: Iterable[LazyTensor], directory: Path, *, max_shard_by
         size += tensor.nbytes
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        file = SINGLE_FILE
+        file = f"{stem}.safetensors"
         if len(shards) > 1:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors({tensor.name: tensor.load() for tensor in shard}, directory / file)
+            file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(shard, directory / file)
         weight_map.update({tensor.name: file for tensor in shard})
     if len(shards) > 1:
         total = sum(tensor.nbytes for shard in shards for tensor in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        (directory / f"{stem}.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n"
+        )
 
 
-def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, file, metadata={"format": "pt"})
-    file.chmod(0o666 & ~_umask())  # safetensors makes it private
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """As `write_file`, for tensors that exist already."""
+    write_file(
+        [LazyTensor(name, t.shape, t.dtype, partial(t.detach)) for name, t in tensors.items()], file
+    )
+
+
+def write_file(tensors: Iterable[LazyTensor], file: Path) -> None:
+    """One safetensors file, each tensor loaded when its turn comes and dropped when written."""
+    # the widest first, so that every tensor begins at a multiple of its element size
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header = write_header([(t.name, t.dtype, t.shape) for t in ordered], {"format": "pt"})
+    with file.open("wb") as handle:
+        handle.write(header)
+        for tensor in ordered:
+            plain = tensor.load()
+            assert (plain.shape, plain.dtype) == (tensor.shape, tensor.dtype), tensor.name
+            handle.write(tensor_bytes(plain))
+            del plain  # before the next is loaded
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from qlora_builders.checkpoint.hf_llama import load_checkpoint
+from qlora_builders.checkpoint.formats import AUTO, stored_plan
+from qlora_builders.checkpoint.load import load_checkpoint
 from qlora_builders.checkpoint.peft_adapter import (
     BASE_FILE,
     AdapterInfo,
@@ -77,6 +78,7 @@ def load_with_adapter(
     adapter: str | Path | None,
     *,
     quantize: str = "auto",
+    format: str = AUTO,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -86,7 +88,8 @@ def load_with_adapter(
     Args:
         path: the base checkpoint.
         adapter: an adapter directory, or None.
-        quantize: as for `adapter_plan`; "auto" without an adapter is "none".
+        quantize: as for `adapter_plan`; "auto" without an adapter is as the checkpoint is stored.
+        format: of the checkpoint, as for `load_checkpoint`.
         dtype: of the base; None is the one the adapter was trained on, or bfloat16.
         device, compute_dtype: as for `load_checkpoint`.
 
@@ -99,10 +102,12 @@ def load_with_adapter(
         components, train = adapter_plan(info, quantize=quantize)
         dtype = dtype or base_dtype(info)
     else:
-        components, train = [NF4_BASE] if quantize == "nf4" else [], []
+        stored = stored_plan(path, format=format) if quantize == "auto" else []
+        components, train = [NF4_BASE] if quantize == "nf4" else stored, []
     model = load_checkpoint(
         path,
         components,
+        format=format,
         train=train,
         device=device,
         dtype=dtype or torch.bfloat16,

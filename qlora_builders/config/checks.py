@@ -16,6 +16,7 @@ from qlora_builders.config.schema import (
     Knob,
     MergeConfig,
     MethodConfig,
+    QuantizeConfig,
     knobs,
 )
 from qlora_builders.config.shipped import demo_path
@@ -42,7 +43,7 @@ def check(cfg: Any) -> list[str]:
         problems += _check_method(cfg.method) + _check_finetune(cfg)
     if isinstance(cfg, GenerateConfig):
         problems += _check_generate(cfg)
-    if isinstance(cfg, MergeConfig):
+    if isinstance(cfg, MergeConfig | QuantizeConfig):
         problems += _check_shard_size(cfg.max_shard_size)
     return problems
 

@@ -40,7 +40,7 @@ def compose(
     """The checked config of a verb: an instance of its root in `schema.ROOTS`.
 
     Args:
-        verb: finetune, generate, evaluate, merge or inspect.
+        verb: a key of `ROOTS`.
         overrides: `key=value` and `group=option`, as on the command line.
         config_dir: a folder with more configs, in the same groups as the shipped ones.
 

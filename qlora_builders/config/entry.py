@@ -26,7 +26,7 @@ def run_recipe(main: Callable[[Any], object], verb: str, argv: Sequence[str] | N
 
     Args:
         main: the recipe; it gets an instance of the verb's root dataclass.
-        verb: finetune, generate, evaluate, merge or inspect.
+        verb: a key of `ROOTS`.
         argv: the command line after the program's name; None: the process's own.
     """
     try:

@@ -40,6 +40,10 @@ EXAMPLES = {
         "qlora merge adapter.path=runs/NAME/adapter output_dir=merged",
         "qlora merge adapter.path=runs/NAME/adapter base=Llama-3.2-1B output_dir=merged",
     ),
+    "quantize": (
+        "qlora quantize checkpoint.dir=Llama-3.2-1B output_dir=Llama-3.2-1B-nf4",
+        "qlora quantize checkpoint.dir=Llama-3.2-1B output_dir=out format=bnb-4bit",
+    ),
 }
 
 

@@ -67,7 +67,9 @@ class CheckpointConfig:
     """The base weights."""
 
     dir: str = knob("${demo:base}", "folder of the base weights; default: the shipped demo base")
-    format: str = knob("auto", "layout of that folder", choices=("auto", "hf"))
+    format: str = knob(
+        "auto", "layout of that folder", choices=("auto", "hf", "meta", "bnb-4bit", "nf4")
+    )
 
 
 @dataclass
@@ -260,11 +262,37 @@ class MergeConfig:
     max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
 
 
+@dataclass
+class QuantizeConfig:
+    """Write a checkpoint with its linear layers in NF4."""
+
+    output_dir: str = knob(REQUIRED, "folder to write; must not exist")
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    format: str = knob(
+        "nf4",
+        "nf4: our own layout; bnb-4bit: for transformers + bitsandbytes",
+        choices=("nf4", "bnb-4bit"),
+    )
+    block_size: int | None = knob(None, "weights per scale; null: 64, or as stored", at_least=1)
+    scale_format: str | None = knob(
+        None,
+        "how scales are stored; null: geometric (format=bnb-4bit: bnb), or as stored",
+        choices=("geometric", "bnb", "none"),
+    )
+    scale_search: bool | None = knob(None, "search for the best scales: slower, more accurate")
+    components: list[dict[str, Any]] = knob(
+        [], "your rules, after the one for all decoder layers; the last match wins"
+    )
+    dtype: str = knob("bfloat16", "dtype of weights before quantizing", choices=DTYPES)
+    max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
+
+
 ROOTS: dict[str, type] = {
     "finetune": FinetuneConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "merge": MergeConfig,
+    "quantize": QuantizeConfig,
     "inspect": FinetuneConfig,
 }
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_builders.tensor import NF4Tensor, linear_nf4, to_nf4
+from qlora_builders.tensor.nf4_layouts import stored_parts, unpack
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -272,20 +273,33 @@ def quantize_state_dict(
 ) -> None:
     """load_state_dict pre-hook: quantize a plain `weight` on arrival, with the module's options.
 
-    The weight goes to the module's device first (unless that is meta), and to its dtype. A weight
-    of the wrong shape is left to PyTorch, which reports it with both shapes.
+    An `NF4Tensor`, or the parts of one as files hold it (`tensor/nf4_layouts.py`), is taken as it
+    is if it has the module's format and dtype, else dequantized and quantized anew. The weight goes
+    to the module's device first (unless that is meta). A weight of the wrong shape is left to
+    PyTorch, which reports it with both shapes.
     """
     key = prefix + "weight"
-    weight, own = state_dict.get(key), module.weight
+    own = module.weight
     if not isinstance(own, NF4Tensor):
         return  # the weight was replaced by a plain one since
+    parts = stored_parts(state_dict, key)
+    if len(parts) > 1:
+        for suffix in parts:
+            del state_dict[key + suffix]
+        state_dict[key] = own  # replaced below, or never used
+        try:
+            state_dict[key] = unpack(parts)
+        except ValueError as error:
+            error_msgs.append(f"{key}: {error}")
+    weight = state_dict.get(key)
     if not isinstance(weight, Tensor) or weight.shape != own.shape:
         return
+    device = weight.device if own.is_meta else own.device
     if isinstance(weight, NF4Tensor):
         if weight.nf4_format == own.nf4_format and weight.dtype == own.dtype:
+            state_dict[key] = weight.to(device)
             return
         weight = weight.dequantize()
-    device = weight.device if own.is_meta else own.device
     try:
         if not weight.is_floating_point():
             raise ValueError(f"has dtype {weight.dtype}; a floating-point weight is needed")

@@ -100,11 +100,6 @@ def test_rope_types(rope: dict | None, expected: RopeScaling | None) -> None:
     ("change", "message"),
     [
         ({"model_type": "mistral"}, "model_type is 'mistral'; only 'llama' is supported"),
-        (
-            {"quantization_config": {"quant_method": "bitsandbytes"}},
-            "quantized already .*'bitsandbytes'.*; use one with 16- or 32-bit weights",
-        ),
-        ({"quantization_config": "awq"}, "quantized already"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "'dynamic' .*; allowed: default, lin"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs factor"),
@@ -121,6 +116,16 @@ def test_rope_types(rope: dict | None, expected: RopeScaling | None) -> None:
         ({"num_attention_heads": 0}, "config.json: "),
         ({"hidden_size": "64"}, "config.json: "),
         ({"vocab_size": None}, "vocab_size is None"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0; expected a number > 0"),
+        ({"rope_theta": "nan"}, "rope_theta is nan; expected a number > 0"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05; expected a number >= 0"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None; expected a number >= 0"),
+        ({"attention_bias": "false"}, "attention_bias is 'false'; expected true or false"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0; expected a number > 0"),
+        (
+            {"rope_scaling": OLD_STYLE["rope_scaling"] | {"high_freq_factor": 1.0}},
+            "low_freq_factor and high_freq_factor must differ",
+        ),
     ],
 )
 def test_refused(change: dict[str, Any], message: str) -> None:
@@ -141,12 +146,17 @@ def test_missing_keys_are_named() -> None:
     [
         (None, "config.json: missing; expected a Hugging Face checkpoint directory"),
         ("{", "config.json: not JSON"),
+        ('{"a": 1, "a": 2}', "config.json: not JSON: key 'a' appears twice"),
+        ('{"a": NaN}', "config.json: not JSON: NaN is not a number"),
+        ('{"a": 1e999}', "config.json: not JSON: 1e999 is too large a number"),
+        ("[" * 100_000, "config.json: not JSON that can be read: nested too deeply"),
+        ('{"a": "\xff"}', "config.json: not JSON: 'utf-8' codec"),
         ("[]", "config.json: holds list, expected an object"),
     ],
 )
 def test_unreadable_file(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
-        (tmp_path / "config.json").write_text(text)
+        (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=message):
         read_arch(tmp_path)
 

@@ -158,8 +158,8 @@ def test_rotary_buffers_of_old_files_are_ignored(own_copy: Callable[..., Path]) 
     [
         ({UP: None}, f"tensors missing: {UP}; not expected: none"),
         ({"model.surplus": torch.ones(2)}, "tensors missing: none; not expected: model.surplus"),
-        ({UP: torch.ones(96, 63)}, f"{UP}: size mismatch for weight.*"),
-        ({"model.norm.weight": torch.ones(65)}, "model.norm.weight: size mismatch for weight"),
+        ({UP: torch.ones(96, 63)}, f"{UP} has shape .*63.*; the model needs"),
+        ({"model.norm.weight": torch.ones(65)}, "model.norm.weight has shape .*65"),
         ({UP: torch.ones(96, 64, dtype=torch.int8)}, f"{UP} has dtype torch.int8; expected float"),
         ({UP: torch.full((96, 64), torch.nan)}, f"model.safetensors: {UP}: .*NaN"),
         ({UP: torch.full((96, 64), torch.inf)}, f"model.safetensors: {UP}: .*(inf|Inf)"),
@@ -202,7 +202,7 @@ def test_many_missing_tensors_are_counted(own_copy: Callable[..., Path]) -> None
 
 
 def test_not_a_checkpoint(tmp_path: Path, own_copy: Callable[..., Path]) -> None:
-    with pytest.raises(CheckpointError, match="no such directory; give a local Hugging Face dir"):
+    with pytest.raises(CheckpointError, match="no such directory; give a local checkpoint dir"):
         load_checkpoint("meta-llama/Llama-3.1-8B")
     with pytest.raises(CheckpointError, match=r"config\.json: missing"):
         load_checkpoint(tmp_path)
@@ -233,7 +233,7 @@ def test_truncated_file(own_copy: Callable[..., Path]) -> None:
             lambda index: index["weight_map"].update({UP: "gone.safetensors"}),
             "shards missing: gone.safetensors; download again",
         ),
-        (lambda index: index.pop("weight_map"), "not a safetensors index: KeyError"),
+        (lambda index: index.pop("weight_map"), "not a safetensors index: it has no weight_map"),
         (lambda index: index.update(weight_map=[1]), "not a safetensors index"),
     ],
 )

@@ -98,7 +98,7 @@ def test_refused(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     model = load_checkpoint(checkpoints(), [qlora])
     with pytest.raises(CheckpointError, match="has LoRA adapters; write them with save_adapter"):
         save_checkpoint(model, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="format is 'gguf'; allowed: hf"):
+    with pytest.raises(CheckpointError, match="format is 'gguf'; allowed: bnb-4bit, hf, nf4"):
         save_checkpoint(model, tmp_path / "out", format="gguf")
     assert not list(tmp_path.iterdir())
 
@@ -117,15 +117,15 @@ def test_failure_while_writing_leaves_nothing(
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
     written = []
-    save_file = safetensors_io.save_file
+    write_file = safetensors_io.write_file
 
-    def full_disk(tensors: dict, file: Path, **kwargs: object) -> None:
+    def full_disk(tensors: list, file: Path) -> None:
         if written:
             raise OSError("no space left on device")
         written.append(file)
-        save_file(tensors, file, **kwargs)
+        write_file(tensors, file)
 
-    monkeypatch.setattr(safetensors_io, "save_file", full_disk)
+    monkeypatch.setattr(safetensors_io, "write_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(model, out, max_shard_bytes=30_000)
     assert written  # it failed halfway, not at the start

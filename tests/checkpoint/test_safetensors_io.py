@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -140,19 +142,20 @@ def test_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("model-*-of-00003.safetensors"))) == 3
 
 
-def test_a_shard_is_loaded_only_when_it_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_shard_bytes", [40, 1000])
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, max_shard_bytes: int) -> None:
+    alive: list[weakref.ref] = []  # the memory behind the tensors
     seen = []
 
-    def loader(name: str) -> Callable:
-        def load() -> torch.Tensor:
-            seen.append((name, len(list(tmp_path.glob("*.safetensors")))))
-            return torch.zeros(10)
+    def load() -> torch.Tensor:
+        memory = np.zeros(10, dtype=np.float32)
+        alive.append(weakref.ref(memory))
+        seen.append(sum(ref() is not None for ref in alive))
+        return torch.from_numpy(memory)
 
-        return load
-
-    tensors = [lazy(name, 0, loader(name)) for name in "abc"]
-    write_shards(tensors, tmp_path, max_shard_bytes=40)
-    assert seen == [("a", 0), ("b", 1), ("c", 2)]  # files already there when each is loaded
+    tensors = [lazy(name, 0, load) for name in "abc"]
+    write_shards(tensors, tmp_path, max_shard_bytes=max_shard_bytes)
+    assert seen == [1, 1, 1]
 
 
 def test_listed() -> None:

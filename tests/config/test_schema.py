@@ -13,6 +13,7 @@ from qlora_builders.config.schema import (
     FinetuneConfig,
     GenerateConfig,
     MergeConfig,
+    QuantizeConfig,
     knobs,
 )
 from qlora_builders.config.shipped import demo_path
@@ -155,6 +156,16 @@ def test_merge() -> None:
     ]
     cfg.max_shard_size = "5 gigs"
     assert "max_shard_size='5 gigs' is not a size" in check(cfg)[0]
+
+
+def test_quantize() -> None:
+    cfg = QuantizeConfig()
+    assert required(cfg) == ["output_dir is required: write output_dir=..."]
+    cfg.max_shard_size, cfg.format, cfg.scale_format = "5", "hf", "bnbb"
+    problems = "\n".join(check(cfg))
+    assert "format='hf' is not allowed; allowed: nf4, bnb-4bit" in problems
+    assert "scale_format='bnbb' is not allowed; allowed: geometric, bnb, none" in problems
+    assert "max_shard_size='5' is not a size" in problems
 
 
 @pytest.mark.parametrize(

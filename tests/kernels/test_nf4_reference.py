@@ -447,7 +447,7 @@ def test_nan_and_infinity_are_refused_wherever_they_are(bad: float, at: int) -> 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("scale_format", ["geometric", "none"])  # bnb: as bitsandbytes, per device
 def test_cuda_gives_the_same_bits(dtype: torch.dtype, scale_format: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")

@@ -32,9 +32,14 @@ pytestmark = [
 ]
 
 
-def build() -> CausalLM:
+on_each_device = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+
+
+def build(device: str) -> CausalLM:
     torch.manual_seed(0)
-    model = llama(ARCH, PLAN, dtype=torch.float32)
+    model = llama(ARCH, PLAN, device=device, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -45,12 +50,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_a_decoder_layer_compiles_whole_and_computes_the_same() -> None:
-    model = build()
+@on_each_device
+def test_a_decoder_layer_compiles_whole_and_computes_the_same(device: str) -> None:
+    model = build(device)
     layer = model.model.layers[0]
     torch.manual_seed(1)
-    x = torch.randn(2, 10, ARCH.hidden_size)
-    cos, sin = model.model.rotary(torch.arange(10)[None], torch.float32)
+    x = torch.randn(2, 10, ARCH.hidden_size, device=device)
+    cos, sin = model.model.rotary(torch.arange(10, device=device)[None], torch.float32)
     results = []
     for run in (layer, torch.compile(layer, fullgraph=True)):
         layer.zero_grad()
@@ -68,8 +74,10 @@ def test_a_decoder_layer_compiles_whole_and_computes_the_same() -> None:
         torch.testing.assert_close(grad, eager_grads[name], rtol=1e-4, atol=1e-4)
 
 
-def test_the_model_exports() -> None:
-    model = build().eval()
+@on_each_device
+def test_the_model_exports(device: str) -> None:
+    model = build(device).eval()
     ids = torch.randint(ARCH.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(device)
     exported = torch.export.export(model, (ids,))
     torch.testing.assert_close(exported.module()(ids), model(ids), rtol=1e-5, atol=1e-5)

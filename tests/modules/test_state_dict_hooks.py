@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qlora_builders.modules import FrozenNF4Linear, Linear, LoRALinear
 from qlora_builders.tensor import NF4Tensor, to_nf4
+from qlora_builders.tensor.nf4_layouts import pack_bnb, pack_native, stored_parts, unpack
 
 IN, OUT = 70, 30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -163,6 +164,66 @@ def test_an_nf4_weight_of_another_format_is_requantized(assign: bool) -> None:
     state = {"proj.weight": source, "proj.bias": torch.zeros(OUT)}
     model.load_state_dict(state, assign=assign)
     assert_same_bits(model["proj"].weight, to_nf4(source.dequantize().bfloat16()))
+
+
+LAYOUTS = {"native": pack_native, "bitsandbytes": pack_bnb}
+STORED = [
+    {},
+    {"scale_format": "none", "block_size": 128},
+    {"scale_format": "bnb"},
+    {"scale_format": "bnb", "scale_block_size": 1},
+]
+
+
+def stored_state(model: nn.ModuleDict, pack: Callable) -> dict[str, Tensor]:
+    """The state_dict as a file would hold it: codes and scales under names of their own."""
+    state = model.state_dict()
+    del state["proj.weight"]
+    parts = pack(model["proj"].weight)
+    return state | {f"proj.weight{suffix}": tensor for suffix, tensor in parts.items()}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", STORED, ids=str)
+@pytest.mark.parametrize("build", NF4)
+def test_stored_codes_load_strictly(
+    build: Build, options: dict[str, Any], layout: str, assign: bool
+) -> None:
+    source = build(**options)
+    state = stored_state(source, LAYOUTS[layout])
+    taken = unpack(stored_parts(state, "proj.weight"))
+    model = build(**taken.nf4_options)
+    before = dict(state)
+    model.load_state_dict(state, strict=True, assign=assign)
+    assert state.keys() == before.keys()
+    assert_same_bits(model["proj"].weight, taken)
+    dequantized = source["proj"].weight.dequantize()
+    assert torch.equal(model["proj"].weight.dequantize(), dequantized)
+    default = build()
+    default.load_state_dict(state, strict=True, assign=assign)
+    same_format = taken.nf4_options == default["proj"].weight.nf4_options
+    assert_same_bits(default["proj"].weight, taken if same_format else to_nf4(dequantized))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stored_codes_load_from_meta(layout: str) -> None:
+    source = frozen(scale_format="bnb")
+    with torch.device("meta"):
+        model = frozen(scale_format="bnb")
+    model.load_state_dict(stored_state(source, LAYOUTS[layout]), strict=True, assign=True)
+    assert_same_bits(model["proj"].weight, source["proj"].weight)
+
+
+def test_damaged_stored_codes_are_named() -> None:
+    state = stored_state(frozen(), pack_native)
+    state["proj.weight.scales"][0] += 1
+    with pytest.raises(RuntimeError, match=r"proj\.weight: the checksum does not fit"):
+        frozen().load_state_dict(state)
+    state = stored_state(frozen(scale_format="bnb"), pack_bnb)
+    del state["proj.weight.absmax"]
+    with pytest.raises(RuntimeError, match=r"proj\.weight: parts missing: \['\.absmax'\]"):
+        frozen().load_state_dict(state)
 
 
 @pytest.mark.parametrize("build", NF4)

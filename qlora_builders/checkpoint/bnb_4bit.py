@@ -1,0 +1,90 @@
+"""What transformers and bitsandbytes write with `load_in_4bit`, in and out, bit for bit.
+
+bitsandbytes itself is not needed. The parts of a weight are described in `tensor/nf4_layouts.py`;
+config.json's `quantization_config` says that there are such weights. FP4 and 8-bit weights are not
+read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_builders.checkpoint.native_nf4 import collect_weights, lazy_parts
+from qlora_builders.checkpoint.safetensors_io import LazyTensor, open_tensors
+from qlora_builders.errors import CheckpointError
+from qlora_builders.tensor import NF4Tensor
+from qlora_builders.tensor.nf4_layouts import (
+    BNB_FP4_JSON,
+    BNB_JSON,
+    bnb_metadata,
+    pack_bnb,
+    unpack_bnb,
+)
+
+QUANT_METHOD = "bitsandbytes"
+_ONLY_NF4 = (
+    "of bitsandbytes' formats only 4-bit NF4 is read (load_in_4bit, bnb_4bit_quant_type='nf4')"
+)
+
+
+def read_bnb(directory: Path) -> dict[str, LazyTensor]:
+    """
+    Raises:
+        CheckpointError: for a file that cannot be read, an FP4 weight, or one that is not as
+            bitsandbytes writes it.
+    """
+    tensors = open_tensors(directory)
+    for name, tensor in tensors.items():
+        if name.endswith(BNB_FP4_JSON):
+            weight = name.removesuffix(BNB_FP4_JSON)
+            raise CheckpointError(f"{tensor.source}: {weight} is quantized to FP4; {_ONLY_NF4}")
+    return collect_weights(tensors, BNB_JSON, bnb_metadata, unpack_bnb)
+
+
+def check_quantization_config(config: dict[str, Any], source: Path) -> None:
+    """
+    Raises:
+        CheckpointError: for 8-bit weights or FP4.
+    """
+    eight_bit = config.get("load_in_8bit") or config.get("_load_in_8bit")
+    four_bit = config.get("load_in_4bit") or config.get("_load_in_4bit")
+    if eight_bit or not four_bit:
+        kind = "8-bit" if eight_bit else "not 4-bit"
+        raise CheckpointError(f"{source}: the weights are {kind}; {_ONLY_NF4}")
+    quant_type = config.get("bnb_4bit_quant_type", "fp4")  # its default
+    if quant_type != "nf4":
+        raise CheckpointError(f"{source}: bnb_4bit_quant_type is {quant_type!r}; {_ONLY_NF4}")
+
+
+def quantization_config(
+    weights: Sequence[NF4Tensor], plain_modules: Sequence[str], dtype: torch.dtype
+) -> dict[str, Any]:
+    """What makes transformers read the directory.
+
+    Args:
+        plain_modules: names of linear layers whose weight is not in NF4.
+        dtype: that the layers compute in there.
+    """
+    return {
+        "quant_method": QUANT_METHOD,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": any(weight.scale_format == "bnb" for weight in weights),
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(plain_modules),
+        "llm_int8_threshold": 6.0,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_enable_fp32_cpu_offload": False,
+    }
+
+
+def bnb_parts(name: str, weight: NF4Tensor) -> Iterator[LazyTensor]:
+    return lazy_parts(name, weight, pack_bnb)

@@ -1,0 +1,176 @@
+"""Checkpoint directories to models: built on meta, then filled tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_builders.checkpoint.formats import AUTO, read_arch, read_tensors
+from qlora_builders.checkpoint.hf_llama import base_parameters
+from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
+from qlora_builders.checkpoint.streaming import stream
+from qlora_builders.errors import CheckpointError
+from qlora_builders.models import ComponentRule, LlamaArch, linear_slots, llama, resolve
+from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.tensor import NF4Tensor
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def load_checkpoint(
+    path: str | Path,
+    components: Iterable[ComponentRule | Mapping[str, Any]] = (),
+    *,
+    format: str = AUTO,
+    arch: LlamaArch | None = None,
+    train: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    compute_dtype: torch.dtype | None = None,
+) -> CausalLM:
+    """Build the model of a checkpoint directory under a component plan, and load its weights.
+
+    Each tensor is quantized or cast as it is read, while threads read the next ones. All that is
+    in memory beside the finished part of the model is no larger than the largest tensor.
+
+    Weights that are stored in NF4 keep their codes, scales and dtype where the plan wants NF4. A
+    rule may repeat the options they are stored with, but not ask for others: quantizing what is
+    quantized already would lose accuracy silently. Where the plan wants a plain weight they are
+    dequantized. `stored_plan` gives the rules that keep a directory as it is.
+
+    Args:
+        path: a directory in one of the formats that `formats.py` lists.
+        format: what the directory holds, if not what it looks like: hf, meta, bnb-4bit or nf4.
+        arch: overrides what the directory says.
+        components, train, dtype, compute_dtype: as for `llama`.
+
+    Raises:
+        CheckpointError: for missing, unexpected or wrongly shaped tensors, NaN or infinity in a
+            weight to be quantized, a rule that contradicts how a weight is stored, or a directory
+            that is not such a checkpoint.
+        PlanError: for a plan that does not fit the model.
+    """
+    path = Path(path)
+    tensors = read_tensors(path, format=format)
+    arch = read_arch(path, format=format) if arch is None else arch
+    _check_sizes(arch, tensors, path)
+    model = llama(
+        arch, components, train=train, device="meta", dtype=dtype, compute_dtype=compute_dtype
+    )
+    device = torch.device(device)
+    _load_weights(model, tensors, path, device)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.lora_A.to_empty(device=device)
+            module.lora_B.to_empty(device=device)
+            module.reset_lora_parameters()
+    return model
+
+
+def _check_sizes(arch: LlamaArch, tensors: Mapping[str, LazyTensor], path: Path) -> None:
+    """Before anything is built by them: absurd sizes would take forever, or all memory."""
+    layer = "model.layers.0"
+    shapes = {
+        EMBEDDING: (arch.vocab_size, arch.hidden_size),
+        f"{layer}.self_attn.q_proj.weight": (arch.num_heads * arch.head_dim, arch.hidden_size),
+        f"{layer}.self_attn.k_proj.weight": (arch.num_kv_heads * arch.head_dim, arch.hidden_size),
+        f"{layer}.mlp.gate_proj.weight": (arch.intermediate_size, arch.hidden_size),
+    }
+    missing = [name for name in shapes if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{path}: tensors missing: {listed(missing)}; is it a Llama?")
+    for name, shape in shapes.items():
+        _check_shape(tensors[name], shape)
+    if arch.num_layers > len(tensors):
+        raise CheckpointError(
+            f"{path}: {arch.num_layers} layers are announced, but there are {len(tensors)} tensors"
+        )
+
+
+def _check_shape(tensor: LazyTensor, shape: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise CheckpointError(
+            f"{tensor.source}: {tensor.name} has shape {list(tensor.shape)}; "
+            f"the model needs {list(shape)}"
+        )
+    if not tensor.dtype.is_floating_point:
+        raise CheckpointError(
+            f"{tensor.source}: {tensor.name} has dtype {tensor.dtype}; expected floating point"
+        )
+
+
+def _load_weights(
+    model: CausalLM, tensors: Mapping[str, LazyTensor], path: Path, device: torch.device
+) -> None:
+    parameters = base_parameters(model)
+    tied = model.tie_word_embeddings
+    required = set(parameters) - ({HEAD} if tied else set())
+    missing, unexpected = sorted(required - set(tensors)), sorted(set(tensors) - set(parameters))
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path}: tensors missing: {listed(missing)}; not expected: {listed(unexpected)}"
+        )
+    for name, tensor in tensors.items():
+        _check_shape(tensor, parameters[name].shape)
+    if tied and HEAD in tensors:
+        _check_tied(tensors[HEAD], tensors[EMBEDDING])
+    rules = resolve(model.spec.components, linear_slots(model.spec.arch))
+
+    def place(tensor: LazyTensor, value: Tensor) -> None:
+        slot = tensor.name.removesuffix(".weight").removeprefix("model.")
+        _place(model, tensor, value, parameters[tensor.name], rules.get(slot), device)
+
+    stream([t for t in tensors.values() if not (tied and t.name == HEAD)], place)
+    model.tie_weights()
+
+
+def _place(
+    model: nn.Module,
+    tensor: LazyTensor,
+    value: Tensor,
+    parameter: Tensor,
+    rule: ComponentRule | None,
+    device: torch.device,
+) -> None:
+    module_name, _, leaf = tensor.name.rpartition(".")
+    module = model.get_submodule(module_name)
+    value = value.to(device)
+    if isinstance(value, NF4Tensor):
+        if isinstance(parameter, NF4Tensor):
+            _check_options(tensor, value, rule)
+            module.weight = nn.Parameter(value, requires_grad=False)
+            return
+        value = value.dequantize()
+    if not isinstance(parameter, NF4Tensor):
+        value = value.to(parameter.dtype)
+    try:
+        # through the hook that quantizes where the plan says so
+        module.load_state_dict({leaf: value}, strict=False, assign=True)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[2].strip() or str(error)
+        raise CheckpointError(f"{tensor.source}: {tensor.name}: {reason}") from error
+
+
+def _check_options(tensor: LazyTensor, stored: NF4Tensor, rule: ComponentRule | None) -> None:
+    assert rule is not None
+    asked = {name: v for name, v in rule.options.items() if name in stored.nf4_options}
+    differing = [name for name, v in asked.items() if stored.nf4_options[name] != v]
+    if differing:
+        raise CheckpointError(
+            f"{tensor.source}: {tensor.name} is stored in NF4 with "
+            + ", ".join(f"{name}={stored.nf4_options[name]}" for name in differing)
+            + f", but rule {rule.match!r} asks for "
+            + ", ".join(f"{name}={asked[name]}" for name in differing)
+            + "; leave the option out, or start from 16-bit weights"
+        )
+
+
+def _check_tied(head: LazyTensor, embedding: LazyTensor) -> None:
+    if not torch.equal(head.load(), embedding.load()):
+        raise CheckpointError(
+            f"{head.source}: {HEAD} differs from {EMBEDDING}, but config.json ties them"
+        )

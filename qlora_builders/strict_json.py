@@ -1,0 +1,46 @@
+"""JSON of files that nobody vouches for: what the standard parser lets pass is an error here."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+
+def parse_json(text: bytes) -> Any:
+    """UTF-8 JSON without duplicate keys, NaN, infinity, or nesting that exhausts the stack.
+
+    Raises:
+        ValueError: that says what is wrong, for the caller to add the file.
+    """
+    try:
+        return json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
+    except RecursionError:
+        raise ValueError("not JSON that can be read: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice[:80]!r} appears twice")
+    return found
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:80]} is too large a number")
+    return value

@@ -1,0 +1,58 @@
+"""Write a checkpoint with its linear layers in NF4.
+
+    qlora quantize checkpoint.dir=... output_dir=... [format=bnb-4bit]
+
+Weights that are stored in NF4 already keep their codes, so this converts between the two layouts
+without loss.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from qlora_builders.checkpoint import load_checkpoint, save_checkpoint, stored_plan
+from qlora_builders.config.checks import size_in_bytes
+from qlora_builders.config.entry import run_recipe
+from qlora_builders.config.schema import QuantizeConfig
+from qlora_builders.errors import ConfigError
+from qlora_builders.models import summarize
+from qlora_builders.training.device import resolve_dtype
+
+
+def main(cfg: QuantizeConfig) -> None:
+    output_dir = Path(cfg.output_dir)
+    if output_dir.exists():
+        raise ConfigError(f"output_dir={output_dir} exists; choose a new folder")
+    model = load_checkpoint(
+        cfg.checkpoint.dir, rules(cfg), format=cfg.checkpoint.format, dtype=resolve_dtype(cfg.dtype)
+    )
+    save_checkpoint(
+        model,
+        output_dir,
+        format=cfg.format,
+        max_shard_bytes=size_in_bytes(cfg.max_shard_size),
+        companions=cfg.checkpoint.dir,
+    )
+    parameters = sum(row.parameters for row in summarize(model))
+    written = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
+    print(
+        f"wrote {output_dir}: {parameters:,} parameters in {written / 2**20:,.1f} MiB, "
+        f"{8 * written / parameters:.2f} bits each"
+    )
+
+
+def rules(cfg: QuantizeConfig) -> list[dict[str, Any]]:
+    """One rule for the decoder, or those that keep what is stored; then the user's."""
+    options = {name: getattr(cfg, name) for name in ("block_size", "scale_format", "scale_search")}
+    given = {name: value for name, value in options.items() if value is not None}
+    stored = stored_plan(cfg.checkpoint.dir, format=cfg.checkpoint.format)
+    if not stored and cfg.format == "bnb-4bit" and not cfg.scale_search:
+        given.setdefault("scale_format", "bnb")
+    plan = stored or [{"match": "layers.**", "kind": "frozen_nf4"}]
+    return [rule | given for rule in plan] + cfg.components
+
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(main, "quantize"))

@@ -1,0 +1,324 @@
+"""4-bit directories of transformers + bitsandbytes, in and out, against those two."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint, stored_plan
+from qlora_builders.errors import CheckpointError
+from qlora_builders.tensor import NF4Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+UP = "model.layers.1.mlp.up_proj"
+
+
+def build(tied: bool) -> LlamaForCausalLM:
+    """Every width is a multiple of 64: bitsandbytes' CPU kernel decodes others wrongly."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        attention_bias=True,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    paths = {tied: tmp_path_factory.mktemp("plain") for tied in (False, True)}
+    for tied, path in paths.items():
+        build(tied).save_pretrained(path)
+    return paths.__getitem__
+
+
+def quantized_by_transformers(path: Path, dtype: torch.dtype, **options: Any) -> LlamaForCausalLM:
+    config = BitsAndBytesConfig(
+        **{
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": dtype,
+            **options,
+        }
+    )
+    return LlamaForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config)
+
+
+def load_with_transformers(path: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+    model, info = LlamaForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def assert_same_logits(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype) -> None:
+    """With gradients: without, bitsandbytes takes a bfloat16 kernel on some CPUs."""
+    ids = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(1))
+    expected = theirs(ids).logits
+    tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(ours(ids), expected, rtol=0, atol=tolerance * scale)
+
+
+def quantized_names(model: nn.Module) -> set[str]:
+    return {n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+
+
+# ---- in -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_bit_and_logit_is_that_of_bitsandbytes(
+    plain: Callable[[bool], Path],
+    tmp_path: Path,
+    nested: bool,
+    storage: torch.dtype,
+    dtype: torch.dtype,
+    tied: bool,
+) -> None:
+    theirs = quantized_by_transformers(
+        plain(tied), dtype, bnb_4bit_use_double_quant=nested, bnb_4bit_quant_storage=storage
+    )
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    plan = stored_plan(tmp_path / "theirs")
+    ours = load_checkpoint(tmp_path / "theirs", plan, dtype=dtype)
+    assert {f"model.{rule['match']}" for rule in plan} == quantized_names(theirs)
+    assert len(plan) == 14
+    for name, parameter in ours.named_parameters():
+        weight = theirs.get_parameter(name)
+        if isinstance(parameter, NF4Tensor):
+            codes = weight.data.view(-1).view(torch.uint8)
+            assert torch.equal(parameter.codes, codes), name
+            expected = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            assert torch.equal(parameter.dequantize(), expected), name
+        else:
+            assert torch.equal(parameter, weight), name
+    assert_same_logits(ours, theirs, dtype)
+
+
+def test_skipped_modules(plain: Callable[[bool], Path], tmp_path: Path) -> None:
+    theirs = quantized_by_transformers(
+        plain(False), torch.bfloat16, llm_int8_skip_modules=[UP, "lm_head"]
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    plan = stored_plan(tmp_path / "theirs")
+    assert len(plan) == 13
+    ours = load_checkpoint(tmp_path / "theirs", plan)
+    assert torch.equal(ours.get_parameter(UP + ".weight"), theirs.get_parameter(UP + ".weight"))
+
+
+@pytest.fixture
+def stored(plain: Callable[[bool], Path], tmp_path: Path) -> Path:
+    """Nested, in bfloat16; the test may damage it."""
+    model = quantized_by_transformers(plain(False), torch.bfloat16, bnb_4bit_use_double_quant=True)
+    model.save_pretrained(tmp_path / "stored")
+    return tmp_path / "stored"
+
+
+def test_any_plan_loads(stored: Path) -> None:
+    """Plain and LoRA slots get the dequantized weight, cast to the model's dtype."""
+    exact = load_checkpoint(stored, stored_plan(stored))
+    lora = {"rank": 2, "alpha": 2}
+    plan = [
+        {"match": "layers.0.**", "kind": "qlora", **lora},
+        {"match": "layers.0.mlp.*", "kind": "frozen_nf4", "block_size": 64, "scale_format": "bnb"},
+        {"match": "layers.1.mlp.*", "kind": "lora", **lora},
+        {"match": "layers.1.mlp.up_proj", "kind": "linear", "trainable": True},
+        {"match": "lm_head", "kind": "frozen_nf4", "block_size": 32},
+    ]
+    model = load_checkpoint(stored, plan)
+    assert read_arch(stored) == model.spec.arch
+    kinds = set()
+    for name, parameter in exact.named_parameters():
+        own = model.get_parameter(name)
+        if not isinstance(parameter, NF4Tensor):
+            continue
+        kinds.add((type(own).__name__, own.dtype))
+        if isinstance(own, NF4Tensor):
+            assert torch.equal(own.codes, parameter.codes)
+            assert torch.equal(own.dequantize(), parameter.dequantize())
+        else:
+            assert torch.equal(own, parameter.dequantize().to(own.dtype)), name
+    assert kinds == {
+        ("NF4Tensor", torch.bfloat16), ("Parameter", torch.bfloat16), ("Parameter", torch.float32)
+    }  # fmt: skip
+    assert model.lm_head.weight.block_size == 32  # stored plain, so the rule decides
+
+
+def test_stored_weights_keep_their_dtype(stored: Path) -> None:
+    exact = load_checkpoint(stored, stored_plan(stored))
+    model = load_checkpoint(stored, stored_plan(stored), dtype=torch.float32)
+    own, expected = (m.get_parameter(UP + ".weight") for m in (model, exact))
+    assert own.dtype == torch.bfloat16
+    assert torch.equal(own.dequantize(), expected.dequantize())
+    assert model.model.norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 32}, "with block_size=64, but rule 'layers.[*][*]' asks for block_size=32"),
+        ({"scale_format": "none"}, "with scale_format=bnb, but .* asks for scale_format=none"),
+        ({"scale_search": True}, "with scale_search=False, but .* asks for scale_search=True"),
+        (
+            {"block_size": 128, "scale_block_size": 64},
+            "with block_size=64, scale_block_size=256, but .* block_size=128, scale_block_size=64",
+        ),
+    ],
+)
+def test_rules_that_contradict_the_file(
+    stored: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=f"is stored in NF4 {message}; leave the option out"):
+        load_checkpoint(stored, [{"match": "layers.**", "kind": "frozen_nf4", **options}])
+
+
+# ---- out ----------------------------------------------------------------------------------------
+
+NF4 = {"match": "layers.**", "kind": "frozen_nf4"}
+PLANS = {
+    "geometric": [NF4],
+    "none": [NF4 | {"scale_format": "none"}],
+    "nested": [NF4 | {"scale_format": "bnb"}],
+    "mixed": [
+        NF4 | {"scale_format": "bnb"},
+        {"match": "layers.0.mlp.*", "kind": "frozen_nf4", "block_size": 32},
+        {"match": "layers.1.mlp.up_proj", "kind": "linear"},
+    ],
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_loads_ours_and_gives_our_logits(
+    plain: Callable[[bool], Path],
+    logits: Callable[[nn.Module], Tensor],
+    tmp_path: Path,
+    plan: str,
+    dtype: torch.dtype,
+    tied: bool,
+) -> None:
+    ours = load_checkpoint(plain(tied), PLANS[plan], dtype=dtype)
+    save_checkpoint(ours, tmp_path / "ours", format="bnb-4bit", companions=plain(tied))
+    theirs = load_with_transformers(tmp_path / "ours", dtype)
+    names = set()
+    for name, parameter in ours.named_parameters():
+        if isinstance(parameter, NF4Tensor):
+            names.add(name.removesuffix(".weight"))
+            weight = theirs.get_parameter(name)
+            expected = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            assert torch.equal(parameter.dequantize(), expected), name
+    assert names == quantized_names(theirs)
+    assert_same_logits(ours, theirs, dtype)
+    back = load_checkpoint(tmp_path / "ours", stored_plan(tmp_path / "ours"), dtype=dtype)
+    assert torch.equal(logits(back), logits(ours))
+    assert read_arch(tmp_path / "ours") == read_arch(plain(tied))
+
+
+def test_a_quantized_head(plain: Callable[[bool], Path], tmp_path: Path) -> None:
+    plan = [NF4, {"match": "lm_head", "kind": "frozen_nf4"}]
+    ours = load_checkpoint(plain(False), plan, dtype=torch.float32)
+    save_checkpoint(ours, tmp_path / "ours", format="bnb-4bit")
+    theirs = load_with_transformers(tmp_path / "ours", torch.float32)
+    assert "lm_head" in quantized_names(theirs)
+    assert_same_logits(ours, theirs, torch.float32)
+
+
+def test_theirs_through_ours_is_the_same_file(stored: Path, tmp_path: Path) -> None:
+    """Of one shard, tensor by tensor."""
+    model = load_checkpoint(stored, stored_plan(stored))
+    save_checkpoint(model, tmp_path / "ours", format="bnb-4bit", companions=stored)
+    before, after = (load_file(p / "model.safetensors") for p in (stored, tmp_path / "ours"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name]), name
+    config = json.loads((tmp_path / "ours/config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_use_double_quant"] is True
+    assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
+
+
+def test_upcast_drops_the_quantization_config(stored: Path, tmp_path: Path) -> None:
+    model = load_checkpoint(stored, stored_plan(stored))
+    save_checkpoint(model, tmp_path / "hf", companions=stored)
+    assert "quantization_config" not in json.loads((tmp_path / "hf/config.json").read_text())
+    theirs = load_with_transformers(tmp_path / "hf", torch.bfloat16)
+    expected = model.get_parameter(UP + ".weight").dequantize()
+    assert torch.equal(theirs.get_parameter(UP + ".weight"), expected)
+
+
+# ---- refused ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"load_in_8bit": True}, "the weights are 8-bit; of bitsandbytes' formats only 4-bit NF4"),
+        ({"load_in_4bit": False, "_load_in_4bit": False}, "the weights are not 4-bit"),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4'; of bitsandbytes' formats"),
+        ({"quant_method": "gptq"}, "quant_method 'gptq'.; allowed: bitsandbytes, qlora_builders"),
+        ({"quant_method": None}, "quantized in a way that cannot be read .quant_method None"),
+    ],
+)
+def test_other_quantization(stored: Path, change: dict[str, Any], message: str) -> None:
+    file = stored / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= change
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(stored)
+    assert str(caught.value).startswith(f"{file}: ")
+
+
+def test_fp4_and_8bit_files_of_transformers(plain: Callable[[bool], Path], tmp_path: Path) -> None:
+    for name, options in {
+        "fp4": {"bnb_4bit_quant_type": "fp4"},
+        "8-bit": {"load_in_4bit": False, "load_in_8bit": True},
+    }.items():
+        quantized_by_transformers(plain(False), torch.bfloat16, **options).save_pretrained(
+            tmp_path / name
+        )
+        with pytest.raises(CheckpointError, match=f"{name}.*only 4-bit NF4 is read"):
+            load_checkpoint(tmp_path / name)
+    # a config that hides it
+    shutil.copytree(tmp_path / "fp4", tmp_path / "hidden")
+    file = tmp_path / "hidden/config.json"
+    file.write_text(file.read_text().replace('"fp4"', '"nf4"'))
+    with pytest.raises(CheckpointError, match=r"proj\.weight is quantized to FP4; of bits"):
+        load_checkpoint(tmp_path / "hidden")
+
+
+def test_damaged_weight_is_named(stored: Path) -> None:
+    tensors = load_file(stored / "model.safetensors")
+    tensors[UP + ".weight.quant_map"][3] = 0.5
+    save_file(tensors, stored / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"model.safetensors: {UP}.weight: quant_map is not"):
+        load_checkpoint(stored)
+    tensors.pop(UP + ".weight.quant_state.bitsandbytes__nf4")
+    save_file(tensors, stored / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"not expected: {UP}.weight.absmax"):
+        load_checkpoint(stored)

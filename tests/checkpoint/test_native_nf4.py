@@ -1,0 +1,180 @@
+"""Our own NF4 directories: nothing is quantized twice, no bit moves, nobody else reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint, stored_plan
+from qlora_builders.checkpoint.safetensors_header import read_header
+from qlora_builders.errors import CheckpointError
+from qlora_builders.kernels import quantize_nf4
+from qlora_builders.tensor import NF4Tensor, nf4_tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAN = [
+    {"match": "layers.**", "kind": "frozen_nf4"},
+    {"match": "layers.0.self_attn.*", "kind": "frozen_nf4", "scale_format": "bnb"},
+    {"match": "layers.*.mlp.up_proj", "kind": "frozen_nf4", "scale_format": "none"},
+    {
+        "match": "layers.1.self_attn.*",
+        "kind": "frozen_nf4",
+        "block_size": 32,
+        "scale_block_size": 5,
+        "scale_search": True,
+    },
+    {"match": "layers.1.mlp.gate_proj", "kind": "linear"},
+]
+
+
+def assert_same_bits(a: nn.Module, b: nn.Module) -> None:
+    theirs = dict(b.named_parameters())
+    quantized = 0
+    for name, parameter in a.named_parameters():
+        other = theirs.pop(name)
+        assert type(parameter) is type(other), name
+        assert parameter.dtype == other.dtype
+        if isinstance(parameter, NF4Tensor):
+            quantized += 1
+            assert parameter.nf4_options == other.nf4_options, name
+            for field in NF4Tensor.tensor_fields:
+                assert torch.equal(getattr(parameter, field), getattr(other, field)), (name, field)
+        else:
+            assert torch.equal(parameter, other), name
+    assert not theirs
+    assert quantized == 13
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ["biased", "tied"])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 10_000])
+def test_reload_is_bit_identical(
+    checkpoints: Callable[..., Path],
+    logits: Callable[[nn.Module], Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> None:
+    source = checkpoints(variant)
+    model = load_checkpoint(source, PLAN, dtype=dtype)
+    save_checkpoint(model, tmp_path / "nf4", format="nf4", max_shard_bytes=max_shard_bytes)
+    files = list((tmp_path / "nf4").glob("nf4*.safetensors"))
+    assert (len(files) > 3) == (max_shard_bytes == 10_000)
+    assert read_arch(tmp_path / "nf4") == read_arch(source)
+
+    def only_shapes(weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        assert weight.is_meta, "a stored weight was quantized again"
+        return quantize_nf4(weight, **options)
+
+    monkeypatch.setattr(nf4_tensor, "quantize_nf4", only_shapes)
+    reloaded = load_checkpoint(tmp_path / "nf4", stored_plan(tmp_path / "nf4"), dtype=dtype)
+    assert_same_bits(model, reloaded)
+    assert torch.equal(logits(model), logits(reloaded))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hf_native_hf_native_is_bit_stable(
+    checkpoints: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """HF -> NF4 -> native -> HF (upcast) -> NF4 -> native: the files are equal byte for byte."""
+    plan = [{"match": "layers.**", "kind": "frozen_nf4"}]
+    plan += [{"match": "layers.*.mlp.*", "kind": "frozen_nf4", "scale_format": "none"}]
+    source = checkpoints("biased", dtype)
+    files = []
+    for i in range(3):
+        model = load_checkpoint(source, plan, dtype=dtype)
+        save_checkpoint(model, tmp_path / f"nf4-{i}", format="nf4")
+        files.append((tmp_path / f"nf4-{i}/nf4.safetensors").read_bytes())
+        stored = load_checkpoint(
+            tmp_path / f"nf4-{i}", stored_plan(tmp_path / f"nf4-{i}"), dtype=dtype
+        )
+        source = tmp_path / f"hf-{i}"
+        save_checkpoint(stored, source)
+    assert files[0] == files[1] == files[2]
+    upcast = [load_file(tmp_path / f"hf-{i}/model.safetensors") for i in range(3)]
+    assert all(torch.equal(upcast[0][name], upcast[2][name]) for name in upcast[0])
+
+
+def test_bitsandbytes_scales_survive_the_native_layout(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    plan = [{"match": "layers.**", "kind": "frozen_nf4", "scale_format": "bnb"}]
+    model = load_checkpoint(checkpoints(), plan)
+    for i, format in enumerate(("bnb-4bit", "nf4", "bnb-4bit")):
+        save_checkpoint(model, tmp_path / str(i), format=format)
+        model = load_checkpoint(tmp_path / str(i), stored_plan(tmp_path / str(i)))
+    first, last = (load_file(tmp_path / i / "model.safetensors") for i in "02")
+    assert all(torch.equal(first[name], last[name]) for name in first)
+
+
+def test_what_is_written(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    source = checkpoints("biased")
+    model = load_checkpoint(source, PLAN)
+    save_checkpoint(model, tmp_path / "nf4", format="nf4", companions=source, dtype=torch.float32)
+    config = json.loads((tmp_path / "nf4/config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "qlora_builders_nf4", "version": 1}
+    assert config["eos_token_id"] == [6, 7]
+    assert (tmp_path / "nf4/tokenizer.json").exists()
+    tensors = load_file(tmp_path / "nf4/nf4.safetensors")
+    up = model.model.layers[0].mlp.up_proj
+    key = "model.layers.0.mlp.up_proj.weight"
+    assert key not in tensors
+    for field in NF4Tensor.tensor_fields:
+        assert torch.equal(tensors[f"{key}.{field}"], getattr(up.weight, field))
+    head = json.loads(bytes(tensors[f"{key}.nf4"].numpy()))
+    del head["crc32"]
+    assert head == {
+        "version": 1, "shape": [96, 64], "dtype": "bfloat16", "block_size": 64,
+        "scale_block_size": 256, "scale_format": "none", "scale_search": False,
+    }  # fmt: skip
+    # `dtype` is for the plain tensors; the bfloat16 bias came from a float32 file
+    assert tensors["model.layers.0.mlp.up_proj.bias"].dtype == torch.float32
+
+
+def test_other_tools_do_not_take_it_for_a_checkpoint(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    save_checkpoint(load_checkpoint(checkpoints(), PLAN), tmp_path / "nf4", format="nf4")
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
+
+
+def test_plain_plan_dequantizes(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    model = load_checkpoint(checkpoints(), PLAN)
+    save_checkpoint(model, tmp_path / "nf4", format="nf4")
+    plain = load_checkpoint(tmp_path / "nf4")
+    for name, parameter in model.named_parameters():
+        expected = parameter.dequantize() if isinstance(parameter, NF4Tensor) else parameter
+        assert torch.equal(plain.get_parameter(name), expected), name
+
+
+def test_refused(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    plain = load_checkpoint(checkpoints())
+    for format in ("nf4", "bnb-4bit"):
+        with pytest.raises(CheckpointError, match=f"format is '{format}', but no weight is in NF4"):
+            save_checkpoint(plain, tmp_path / "out", format=format)
+    save_checkpoint(load_checkpoint(checkpoints(), PLAN), tmp_path / "nf4", format="nf4")
+    file = tmp_path / "nf4/config.json"
+    file.write_text(file.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(CheckpointError, match="version 2 of qlora_builders_nf4; this release"):
+        load_checkpoint(tmp_path / "nf4")
+
+
+def test_damage_is_named(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    save_checkpoint(load_checkpoint(checkpoints(), PLAN), tmp_path / "nf4", format="nf4")
+    file = tmp_path / "nf4/nf4.safetensors"
+    data = bytearray(file.read_bytes())
+    data[read_header(file)["model.layers.1.mlp.down_proj.weight.codes"].start] ^= 16
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"nf4\.safetensors: model\.layers\.1\.mlp.*: the ch"):
+        load_checkpoint(tmp_path / "nf4", stored_plan(tmp_path / "nf4"))
