@@ -13,22 +13,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from qlora_builders.distributed import join_ranks
+
 SECONDS = 180  # to wait for ranks before they count as hung
 
 # Processes are forked from a server that has imported torch once.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "qlora_builders.checkpoint"])
+_context.set_forkserver_preload(["qlora_builders.checkpoint", "qlora_builders.distributed"])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(*args)` returns on each of `world_size` ranks.
+    """What `function(ranks, *args)` returns on each of `world_size` ranks.
 
     It has to be importable, and what it returns is saved with torch.save.
     """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = [
-            _context.Process(target=_run, args=(rank, world_size, folder, function, args))
+            _context.Process(
+                target=_run, args=(rank, world_size, store.port, folder, function, args)
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -47,16 +52,25 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
 
 def _run(
-    rank: int, world_size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    port: int,
+    folder: Path,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
-    )
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's
+    }
     try:
-        torch.save(function(*args), folder / f"{rank}.pt")
+        with join_ranks("cpu") as ranks:
+            torch.save(function(ranks, *args), folder / f"{rank}.pt")
     except BaseException:
         (folder / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         os._exit(1)  # the others may wait for this one forever
-    dist.destroy_process_group()

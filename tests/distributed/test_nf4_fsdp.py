@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from qlora_builders import FrozenNF4Linear, LoRALinear, to_nf4
+from qlora_builders.distributed import Ranks, make_mesh
 from qlora_builders.kernels import SCALE_FORMATS
 from qlora_builders.tensor import fill_nf4_shard_, gather_nf4, held_elements, is_nf4_shard
 
@@ -54,8 +54,8 @@ def assert_same_weight(a: Any, b: Any) -> None:
         assert torch.equal(ours, theirs)
 
 
-def train_sharded() -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def train_sharded(ranks: Ranks) -> None:
+    mesh = make_mesh(ranks, "cpu")
     for shape, options in zip(SHAPES, OPTIONS, strict=True):
         layers = make_layers(shape, options)
         whole = copy.deepcopy(layers)
@@ -87,8 +87,8 @@ def test_a_sharded_layer_computes_and_trains_like_the_whole(world_size: int) -> 
     run_ranks(world_size, train_sharded)
 
 
-def reassemble() -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def reassemble(ranks: Ranks) -> None:
+    mesh = make_mesh(ranks, "cpu")
     for shape, options in itertools.product(SHAPES, OPTIONS):
         torch.manual_seed(1)
         weight = torch.randn(shape, dtype=torch.bfloat16)
@@ -128,12 +128,12 @@ class CountingAllGather:
         return dist.all_gather(chunks, input_tensor, group=group, async_op=async_op)
 
 
-def count_bytes() -> list[tuple[int, int, list[int]]]:
+def count_bytes(ranks: Ranks) -> list[tuple[int, int, list[int]]]:
     found = []
     for scale_format in SCALE_FORMATS:
         layer = FrozenNF4Linear(512, 1024, scale_format=scale_format)  # 8192 blocks, 32 groups
         whole = layer.weight.nbytes
-        fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        fully_shard(layer, mesh=make_mesh(ranks, "cpu"))
         held = layer.weight._local_tensor.nbytes
         counter = CountingAllGather()
         layer.set_custom_all_gather(counter)
@@ -151,10 +151,10 @@ def test_a_rank_holds_and_sends_its_share_of_the_4_bit_bytes() -> None:
             assert sent == [held]
 
 
-def refuse() -> list[str]:
+def refuse(ranks: Ranks) -> list[str]:
     layer = FrozenNF4Linear(64, 8)
     whole = layer.weight
-    fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(layer, mesh=make_mesh(ranks, "cpu"))
     calls = [
         lambda: layer.weight + 1,
         lambda: fill_nf4_shard_(layer.weight, to_nf4(torch.zeros(8, 64))),

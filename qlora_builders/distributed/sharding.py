@@ -1,0 +1,59 @@
+"""Models over ranks with FSDP2: one group of parameters per decoder layer."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
+from qlora_builders.distributed.ranks import Ranks
+from qlora_builders.errors import ConfigError
+from qlora_builders.modules import CausalLM
+
+
+def make_mesh(ranks: Ranks, device_type: str, *, shard: int | None = None) -> DeviceMesh:
+    """The ranks as a mesh of axes (replicate, shard), or of one axis where there is one copy.
+
+    Args:
+        shard: ranks that share one copy of the model; None: all; 1: each has its own.
+
+    Raises:
+        ConfigError: if `shard` does not divide the number of ranks.
+    """
+    shard = ranks.size if shard is None else shard
+    if ranks.size % shard:
+        raise ConfigError(
+            f"distributed.shard={shard} does not divide the {ranks.size} processes of this run"
+        )
+    if shard == ranks.size:
+        return init_device_mesh(device_type, (shard,), mesh_dim_names=("shard",))
+    shape = (ranks.size // shard, shard)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard_model(model: CausalLM, mesh: DeviceMesh, *, cpu_offload: bool = False) -> None:
+    """Apply FSDP2 in place; parameters may be on meta still.
+
+    Frozen parameters of any dtype, NF4 among them, share a group with float32 ones that train:
+    FSDP2 gathers bytes, and asks for one dtype only of what has gradients. Gradients are added up
+    over ranks, not averaged: a loss is divided by the tokens of all ranks before backward.
+
+    Args:
+        cpu_offload: keep shards, gradients and optimizer state in the memory of the CPU.
+    """
+    policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    for group in _groups(model):
+        fully_shard(group, mesh=mesh, offload_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+
+
+def _groups(model: CausalLM) -> list[nn.Module | list[nn.Module]]:
+    """What is gathered together, the whole model last. It takes what is left: a tied embedding."""
+    decoder = model.model
+    ends: list[nn.Module | list[nn.Module]] = []
+    if not model.tie_word_embeddings:
+        ends = [decoder.embed_tokens, [decoder.norm, model.lm_head]]
+    return [*decoder.layers, *ends, model]
