@@ -3,10 +3,10 @@
 import torch
 
 from qlora_builders.tensor.nf4_fsdp import (
-    fill_nf4_shard_,
     gather_nf4,
     held_elements,
     is_nf4_shard,
+    shard_nf4,
 )
 from qlora_builders.tensor.nf4_ops import linear_nf4
 from qlora_builders.tensor.nf4_tensor import NF4Tensor, check_nf4_options, to_nf4
@@ -16,10 +16,10 @@ torch.serialization.add_safe_globals([NF4Tensor])  # torch.load(weights_only=Tru
 __all__ = [
     "NF4Tensor",
     "check_nf4_options",
-    "fill_nf4_shard_",
     "gather_nf4",
     "held_elements",
     "is_nf4_shard",
     "linear_nf4",
+    "shard_nf4",
     "to_nf4",
 ]

@@ -180,25 +180,34 @@ def held_elements(parameter: DTensor) -> tuple[int, int]:
     return min(start, numel), min(start + shard.num_groups * per_group, numel)
 
 
-def fill_nf4_shard_(parameter: DTensor, weight: NF4Tensor) -> None:
-    """Fill this rank's shard, bit for bit.
+def shard_nf4(parameter: DTensor, weight: NF4Tensor) -> DTensor:
+    """What takes the place of `parameter`: this rank's share of `weight`, bit for bit.
 
     Args:
-        weight: the whole weight, or the quantization of its `held_elements` alone.
+        parameter: a sharded NF4 weight, on meta for instance.
+        weight: the whole weight, in any format and on any device; or the quantization of this
+            rank's `held_elements` alone, in the format of `parameter`.
 
     Raises:
-        ValueError: for another number of elements, format or dtype.
+        ValueError: if `weight` is neither.
     """
-    shard = _local(parameter)
+    old = _local(parameter)
     start, stop = held_elements(parameter)
-    whole = weight.shape == shard.weight_shape
-    if weight.nf4_format != _format(shard.nf4_options) or weight.dtype != shard.dtype:
-        raise ValueError(f"{shard} of {_format(shard.nf4_options)} cannot be filled from {weight}")
-    if not whole and weight.numel() != stop - start:
-        raise ValueError(
-            f"{shard} holds elements {start} to {stop}; it cannot be filled from {weight}"
-        )
+    whole = weight.shape == old.weight_shape
+    if not whole and (weight.numel() != stop - start or weight.nf4_options != old.nf4_options):
+        raise ValueError(f"{old} with {old.nf4_options} cannot hold {weight}")
+    num_ranks = parameter.device_mesh.size(_shard_axis(parameter))
+    rows = -(-old.weight_shape[0] // num_ranks)
+    shard = _zero_shard(weight, rows, old.shape, old.weight_shape)
     shard.take_groups_(weight, _shard_rank(parameter) * shard.num_groups if whole else 0)
+    return type(parameter).from_local(
+        shard,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def gather_nf4(parameter: DTensor) -> NF4Tensor:
@@ -241,25 +250,30 @@ def _blocks_per_group(nf4_options: dict[str, Any]) -> int:
 # ---- what FSDP2 does to a weight: chunk it, and copy a chunk into padded memory -----------------
 
 
-def _zero_shard(weight: NF4Tensor, rows: int, shape: Sequence[int]) -> NF4Shard:
-    """A shard of a weight that FSDP2 cuts into chunks of `rows`, filled with zeros."""
-    num_shards = -(-weight.shape[0] // rows)
+def _zero_shard(
+    weight: NF4Tensor, rows: int, shape: Sequence[int], weight_shape: torch.Size
+) -> NF4Shard:
+    """A shard of `shape`, filled with zeros.
+
+    Args:
+        weight: gives format, dtype and device.
+        rows: of the chunks that FSDP2 cuts the whole weight into.
+    """
+    num_shards = -(-weight_shape[0] // rows)
     blocks = _blocks_per_group(weight.nf4_options)
-    num_groups = -(-weight.scales.numel() // (blocks * num_shards))
-    per_group = {
-        "codes": blocks * weight.block_size // 2,
-        "scales": blocks,
-        "scale_groups": 0 if weight.scale_format == "none" else 1,
-    }
-    fields = [getattr(weight, name) for name in NF4Tensor.tensor_fields]
+    num_groups = -(-weight_shape.numel() // (weight.block_size * blocks * num_shards))
+    per_group = (blocks * weight.block_size // 2, blocks, int(weight.scale_format != "none"))
+    fields = [
+        field.new_zeros(num_groups * count, *field.shape[1:])
+        for field, count in zip(
+            (weight.codes, weight.scales, weight.scale_groups), per_group, strict=True
+        )
+    ]
     return NF4Shard(
-        *(
-            field.new_zeros(num_groups * count, *field.shape[1:])
-            for field, count in zip(fields, per_group.values(), strict=True)
-        ),
+        *fields,
         shape=shape,
         dtype=weight.dtype,
-        weight_shape=weight.shape,
+        weight_shape=weight_shape,
         nf4_options=weight.nf4_options,
     )
 
@@ -271,7 +285,7 @@ def _split(func: Any, args: tuple, kwargs: dict) -> list[NF4Shard]:
     shards = []
     for index, start in enumerate(range(0, weight.shape[0], rows)):
         length = min(rows, weight.shape[0] - start)
-        shard = _zero_shard(weight, rows, (length, *weight.shape[1:]))
+        shard = _zero_shard(weight, rows, (length, *weight.shape[1:]), weight.shape)
         shard.take_groups_(weight, index * shard.num_groups)
         shards.append(shard)
     return shards
@@ -287,7 +301,7 @@ def _as_strided(func: Any, args: tuple, kwargs: dict) -> NF4Tensor:
 DISPATCH_TABLE[aten.split.Tensor] = _split
 DISPATCH_TABLE[aten.as_strided.default] = _as_strided
 DISPATCH_TABLE[aten.new_zeros.default] = lambda func, args, kwargs: _zero_shard(
-    args[0], args[1][0], args[1]
+    args[0], args[1][0], args[1], args[0].shape
 )
 
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from qlora_builders import FrozenNF4Linear, LoRALinear, to_nf4
 from qlora_builders.distributed import Ranks, make_mesh
 from qlora_builders.kernels import SCALE_FORMATS
-from qlora_builders.tensor import fill_nf4_shard_, gather_nf4, held_elements, is_nf4_shard
+from qlora_builders.tensor import gather_nf4, held_elements, is_nf4_shard, shard_nf4
 
 # odd widths begin rows inside a byte; few rows leave ranks without any; scale groups straddle rows
 SHAPES = [(7, 33), (3, 1000), (1, 5), (129, 64)]
@@ -95,17 +95,20 @@ def reassemble(ranks: Ranks) -> None:
         whole = to_nf4(weight, **options)
         # from meta, with memory for this rank's part alone, as a checkpoint is loaded
         layers = nn.Sequential(FrozenNF4Linear(shape[1], shape[0], device="meta", **options))
-        fully_shard(layers, mesh=mesh).to_empty(device="cpu")
-        parameter = layers.get_parameter("0.weight")
-        fill_nf4_shard_(parameter, whole)
-        assert_same_weight(gather_nf4(parameter), whole)
-        assert torch.equal(layers(torch.eye(shape[1])), whole.dequantize(torch.float32).T)
-        start, stop = held_elements(parameter)
+        fully_shard(layers, mesh=mesh)
+        meta = layers.get_parameter("0.weight")
+        layers[0].weight = nn.Parameter(shard_nf4(meta, whole), requires_grad=False)
+        assert_same_weight(gather_nf4(layers[0].weight), whole)
         if options["scale_format"] != "bnb":  # its offset is the mean over the whole weight
-            parameter._local_tensor.map_fields(lambda field: field.fill_(7))
+            start, stop = held_elements(meta)
             part = to_nf4(weight.flatten()[start:stop], **whole.nf4_options)
-            fill_nf4_shard_(parameter, part)
-            assert_same_weight(gather_nf4(parameter), whole)
+            assert_same_weight(gather_nf4(shard_nf4(meta, part)), whole)
+        other = to_nf4(weight.half(), block_size=128, scale_block_size=5)
+        assert_same_weight(gather_nf4(shard_nf4(meta, other)), other)
+        assert torch.equal(layers(torch.eye(shape[1])), whole.dequantize(torch.float32).T)
+        layers.to_empty(device="cpu")  # the other way: memory first
+        layers[0].weight._local_tensor.copy_(shard_nf4(meta, whole)._local_tensor)
+        assert torch.equal(layers(torch.eye(shape[1])), whole.dequantize(torch.float32).T)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
@@ -130,10 +133,11 @@ class CountingAllGather:
 
 def count_bytes(ranks: Ranks) -> list[tuple[int, int, list[int]]]:
     found = []
+    mesh = make_mesh(ranks, "cpu")
     for scale_format in SCALE_FORMATS:
         layer = FrozenNF4Linear(512, 1024, scale_format=scale_format)  # 8192 blocks, 32 groups
         whole = layer.weight.nbytes
-        fully_shard(layer, mesh=make_mesh(ranks, "cpu"))
+        fully_shard(layer, mesh=mesh)
         held = layer.weight._local_tensor.nbytes
         counter = CountingAllGather()
         layer.set_custom_all_gather(counter)
@@ -157,10 +161,7 @@ def refuse(ranks: Ranks) -> list[str]:
     fully_shard(layer, mesh=make_mesh(ranks, "cpu"))
     calls = [
         lambda: layer.weight + 1,
-        lambda: fill_nf4_shard_(layer.weight, to_nf4(torch.zeros(8, 64))),
-        lambda: fill_nf4_shard_(
-            layer.weight, to_nf4(torch.zeros(9).bfloat16(), **whole.nf4_options)
-        ),
+        lambda: shard_nf4(layer.weight, to_nf4(torch.zeros(9))),
         lambda: torch.chunk(whole, 2, dim=1),
         lambda: layer.to(torch.float32),
     ]
@@ -176,8 +177,7 @@ def test_what_a_shard_cannot_do_is_refused() -> None:
     (messages,) = run_ranks(1, refuse)
     expected = [
         "gather the whole with qlora_builders.tensor.gather_nf4",
-        "cannot be filled from NF4Tensor.*float32",
-        "holds elements 0 to 512; it cannot be filled from NF4Tensor",
+        r"NF4Shard\(.*\) with .* cannot hold NF4Tensor\(shape=\[9\]",
         "sharded along dim 0, not 1",
         "keeps its dtype",
     ]
