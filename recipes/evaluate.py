@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -21,13 +19,11 @@ from qlora_builders.checkpoint import load_with_adapter
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import EvaluateConfig
 from qlora_builders.data import (
-    Batch,
+    Batches,
     TokenizedDataset,
     Tokenizer,
-    batch_indices,
     build_dataset,
     check_token_range,
-    collate,
 )
 from qlora_builders.errors import ConfigError
 from qlora_builders.models import generate
@@ -61,7 +57,14 @@ def main(cfg: EvaluateConfig) -> None:
     )
     check_token_range(data, model.spec.arch.vocab_size)
 
-    loss, tokens = evaluate_loss(model, batches(data, cfg.batch_size, device))
+    batches = Batches(
+        data,
+        batch_size=cfg.batch_size,
+        packing=cfg.data.packing,
+        max_seq_len=cfg.data.max_seq_len,
+        shuffle=False,
+    )
+    loss, tokens = evaluate_loss(model, batches.of_epoch(0, device))
     results: dict[str, Any] = {
         "data": data.report.source,
         "examples": len(data),
@@ -70,7 +73,7 @@ def main(cfg: EvaluateConfig) -> None:
         "perplexity": math.exp(loss),
     }
     console = Console(highlight=False, soft_wrap=True)
-    console.print(data.report.summary())
+    console.print(batches.summary())
     console.print(
         f"loss {loss:.4f}  perplexity {math.exp(loss):.3f}", highlight=False, soft_wrap=True
     )
@@ -84,12 +87,6 @@ def main(cfg: EvaluateConfig) -> None:
         path = Path(cfg.output)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-
-
-def batches(data: TokenizedDataset, batch_size: int, device: torch.device) -> Iterator[Batch]:
-    for indices in batch_indices(len(data), batch_size=batch_size, seed=0, epoch=0, shuffle=False):
-        examples = [data[index] for index in indices]
-        yield collate(examples, pad_token_id=data.tokenizer.pad_token_id).to(device)
 
 
 def answer_rows(

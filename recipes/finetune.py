@@ -3,40 +3,43 @@
     qlora finetune checkpoint.dir=... data.train=... [method=lora] [key=value ...]
 
 Writes a run directory: config.yaml, metrics.jsonl, checkpoints/step_N, loss.png, and the result in
-adapter/ (PEFT layout) or, when whole weights were trained, model/ (Hugging Face layout).
+adapter/ (PEFT layout) or, when whole weights were trained, model/ (Hugging Face layout). A run that
+was stopped goes on with training.resume=auto, as if nothing had happened.
 """
 
 from __future__ import annotations
 
-import itertools
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlora_builders.checkpoint import load_checkpoint, save_adapter, save_checkpoint
+from qlora_builders.checkpoint.run_dir import (
+    Start,
+    add_step,
+    find_start,
+    last_checkpoint,
+    remove_old_steps,
+    run_directory,
+    step_folder,
+    step_folders,
+)
+from qlora_builders.checkpoint.train_state import has_adapters, load_step
 from qlora_builders.config.compose import save_config
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.instantiate import instantiate
 from qlora_builders.config.plan import plan_rules, train_patterns
-from qlora_builders.config.schema import DataConfig, FinetuneConfig
-from qlora_builders.data import (
-    Batch,
-    TokenizedDataset,
-    Tokenizer,
-    batch_indices,
-    build_dataset,
-    check_token_range,
-    collate,
-)
-from qlora_builders.errors import ConfigError, TrainingError
+from qlora_builders.config.resume import check_same_curve, curve_config
+from qlora_builders.config.schema import FinetuneConfig
+from qlora_builders.data import Batches, Tokenizer, build_dataset, check_token_range
+from qlora_builders.errors import TrainingError
 from qlora_builders.models import get_arch
-from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.modules import CausalLM
 from qlora_builders.training.device import (
     peak_memory_mib,
     resolve_compute_dtype,
@@ -51,19 +54,109 @@ from qlora_builders.training.loop import (
     stop_on_signal,
     train_step,
     trainable_parameters,
+    until_stopped,
 )
-from qlora_builders.training.lr_schedule import lr_factor
-from qlora_builders.training.progress import MetricsLog, ProgressReport, plot_losses
+from qlora_builders.training.lr_schedule import check_same_past, lr_factor
+from qlora_builders.training.progress import MetricsLog, ProgressReport, plot_losses, step_row
 
 
 def main(cfg: FinetuneConfig) -> None:
+    run_dir = Path(cfg.output_dir)
+    start = find_start(run_dir, resume=cfg.training.resume, overwrite=cfg.overwrite)
     device = resolve_device(cfg.device)
+    compute_dtype = resolve_compute_dtype(cfg.training.compute_dtype, device)
     set_seed(cfg.training.seed)
 
     tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
-    train_data = load_data(cfg.data.train, cfg.data, tokenizer)
-    eval_data = load_data(cfg.data.eval, cfg.data, tokenizer) if cfg.data.eval else None
+    train_data = load_batches(cfg.data.train, cfg, tokenizer, shuffle=True)
+    eval_data = (
+        load_batches(cfg.data.eval, cfg, tokenizer, shuffle=False) if cfg.data.eval else None
+    )
+    total_steps = count_steps(cfg, train_data)
+    about = describe_run(cfg, train_data, total_steps, device, compute_dtype)
+    check_resume(start, about, cfg)
 
+    model = prepare_model(cfg, device, compute_dtype)
+    for data in filter(None, (train_data, eval_data)):
+        check_token_range(data.dataset, model.spec.arch.vocab_size)
+    parameters = trainable_parameters(model)
+    optimizer = instantiate(cfg.optimizer, parameters, key="optimizer")
+    if start.folder is not None:
+        load_step(start.folder, model, optimizer)
+    factor = lr_factor(total_steps=total_steps, **asdict(cfg.lr_schedule))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=start.step - 1)
+
+    with (
+        run_directory(run_dir, start, overwrite=cfg.overwrite, keep_last=cfg.training.keep_last),
+        stop_on_signal() as stop,
+        ProgressReport(total_steps, steps_done=start.step) as progress,
+    ):
+        save_config(cfg, run_dir / "config.yaml")
+        metrics = MetricsLog(run_dir, step=start.step, source=start.run_dir)
+        for line in (*start.messages(), *data_summaries(train_data, eval_data)):
+            progress.say(line)
+        progress.say(f"{parameter_counts(model)}, on {device}, in {run_dir}")
+
+        def evaluate(step: int) -> None:
+            due = step in (0, total_steps) or is_due(step, cfg.training.eval_every)
+            if eval_data is None or not due or metrics.has_eval(step):
+                return
+            batches = until_stopped(eval_data.of_epoch(0, device), stop)
+            loss, tokens = evaluate_loss(model, batches)
+            if not stop:
+                metrics.write(step=step, eval_loss=loss, eval_tokens=tokens)
+                progress.say(f"step {step}: eval loss {loss:.4f}")
+
+        def save(step: int) -> None:
+            metrics.sync()
+            add_step(run_dir, step, model, optimizer, about=about, base_model=cfg.checkpoint.dir)
+            remove_old_steps(run_dir, cfg.training.keep_last)
+
+        model.train()
+        step = start.step
+        evaluate(step)
+        while step < total_steps and not stop:
+            step += 1
+            batches = train_data.of_step(step, cfg.training.grad_accumulation, device)
+            started = time.perf_counter()
+            try:
+                result = train_step(
+                    model, batches, optimizer, clip_grad_norm=cfg.training.clip_grad_norm
+                )
+            except TrainingError as error:
+                if step > 1 and not step_folders(run_dir) and all_finite(parameters):
+                    save(step - 1)
+                raise TrainingError(
+                    f"step {step}: {error} of {cfg.data.train}. "
+                    f"{last_checkpoint(run_dir)}; lower optimizer.lr or look at these rows"
+                ) from error
+            lr = float(schedule.get_last_lr()[0])
+            schedule.step()
+            if step % cfg.training.log_every == 0 or step == total_steps:
+                seconds = time.perf_counter() - started
+                memory = peak_memory_mib(device)
+                row = step_row(step, result, lr=lr, seconds=seconds, memory=memory)
+                metrics.write(**row)
+                progress.step(row)
+            if is_due(step, cfg.training.save_every):
+                save(step)
+            evaluate(step)
+        if stop:
+            if step and not step_folder(run_dir, step).exists():
+                save(step)
+            progress.say(f"stopped by signal {stop.signal_number} after step {step}")
+            progress.say(last_checkpoint(run_dir))
+            sys.exit(stop.exit_code)
+
+        check_adapters_learned(model)
+        progress.say(f"wrote {save_result(model, run_dir, cfg)}")
+        progress.say(plot(run_dir))
+
+
+def prepare_model(
+    cfg: FinetuneConfig, device: torch.device, compute_dtype: torch.dtype
+) -> CausalLM:
+    """The base under the plan, and everything about how it computes."""
     model = load_checkpoint(
         cfg.checkpoint.dir,
         plan_rules(cfg),
@@ -71,192 +164,96 @@ def main(cfg: FinetuneConfig) -> None:
         train=train_patterns(cfg),
         device=device,
         dtype=resolve_dtype(cfg.training.dtype),
-        compute_dtype=resolve_compute_dtype(cfg.training.compute_dtype, device),
+        compute_dtype=compute_dtype,
     )
     model.model.activation_checkpointing = cfg.training.activation_checkpointing
-    for data in filter(None, (train_data, eval_data)):
-        check_token_range(data, model.spec.arch.vocab_size)
-    parameters = trainable_parameters(model)
-
-    total_steps = count_steps(cfg, len(train_data))
-    optimizer = instantiate(cfg.optimizer, parameters, key="optimizer")
-    factor = lr_factor(total_steps=total_steps, **asdict(cfg.lr_schedule))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-    run_dir = make_run_dir(cfg)
-    progress = ProgressReport(total_steps)
-    metrics = MetricsLog(run_dir)
-    progress.say(f"train {train_data.report.summary()}")
-    if eval_data is not None:
-        progress.say(f"eval {eval_data.report.summary()}")
-    trained = sum(parameter.numel() for parameter in parameters)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    progress.say(f"{trained:,} of {total:,} parameters train, on {device}, in {run_dir}")
-
-    def evaluate(step: int) -> None:
-        if eval_data is not None:
-            loss, tokens = evaluate_loss(model, eval_batches(eval_data, cfg, device))
-            metrics.write(step=step, eval_loss=loss, eval_tokens=tokens)
-            progress.say(f"step {step}: eval loss {loss:.4f}")
-
-    def save_step(step: int) -> None:
-        save(model, run_dir / "checkpoints" / f"step_{step}", cfg)
-        for old in checkpoint_folders(run_dir)[: -cfg.training.keep_last]:
-            shutil.rmtree(old)
-
-    evaluate(0)
-    model.train()
-    with progress, stop_on_signal() as stop:
-        batches_of_steps = itertools.islice(steps(train_data, cfg, device), total_steps)
-        for step, batches in enumerate(batches_of_steps, start=1):
-            started = time.perf_counter()
-            lr = float(schedule.get_last_lr()[0])
-            try:
-                result = train_step(
-                    model, batches, optimizer, clip_grad_norm=cfg.training.clip_grad_norm
-                )
-            except TrainingError as error:
-                if step > 1 and not checkpoint_folders(run_dir) and all_finite(parameters):
-                    save_step(step - 1)
-                raise TrainingError(
-                    f"step {step}: {error} of {cfg.data.train}. "
-                    f"{last_checkpoint(run_dir)}; lower optimizer.lr or look at these rows"
-                ) from error
-            schedule.step()
-            if step % cfg.training.log_every == 0 or step == total_steps:
-                seconds = time.perf_counter() - started
-                speed = result.tokens / seconds
-                memory = peak_memory_mib(device)
-                metrics.write(
-                    step=step,
-                    loss=result.loss,
-                    lr=lr,
-                    grad_norm=result.grad_norm,
-                    target_tokens=result.target_tokens,
-                    tokens_per_s=round(speed, 1),
-                    step_s=round(seconds, 4),
-                    peak_memory_mib=round(memory, 1),
-                )
-                progress.step(step, loss=result.loss, lr=lr, tokens_per_s=speed, memory=memory)
-            if is_due(step, cfg.training.save_every) or (stop and step < total_steps):
-                save_step(step)
-            if stop and step < total_steps:
-                progress.say(f"stopped by signal {stop.signal_number} after step {step}")
-                progress.say(last_checkpoint(run_dir))
-                sys.exit(stop.exit_code)
-            if is_due(step, cfg.training.eval_every) and step < total_steps:
-                evaluate(step)
-
-    check_adapters_learned(model)
-    evaluate(total_steps)
-    result_dir = run_dir / ("adapter" if has_adapters(model) else "model")
-    save(model, result_dir, cfg)
-    progress.say(f"wrote {result_dir}")
-    try:
-        progress.say(f"wrote {plot_losses(run_dir)}")
-    except ImportError as error:
-        progress.say(f"no plot: {error}")
+    return model
 
 
-def load_data(source: str, data: DataConfig, tokenizer: Tokenizer) -> TokenizedDataset:
-    return build_dataset(
+def load_batches(
+    source: str, cfg: FinetuneConfig, tokenizer: Tokenizer, *, shuffle: bool
+) -> Batches:
+    data = build_dataset(
         source,
         tokenizer,
-        format=data.format,
-        max_seq_len=data.max_seq_len,
-        train_on=data.train_on,
-        columns=asdict(data.columns),
-        max_rows=data.max_rows,
+        format=cfg.data.format,
+        max_seq_len=cfg.data.max_seq_len,
+        train_on=cfg.data.train_on,
+        columns=asdict(cfg.data.columns),
+        max_rows=cfg.data.max_rows,
+    )
+    return Batches(
+        data,
+        batch_size=cfg.training.batch_size,
+        packing=cfg.data.packing,
+        max_seq_len=cfg.data.max_seq_len,
+        seed=cfg.training.seed,
+        shuffle=shuffle,
     )
 
 
-def count_steps(cfg: FinetuneConfig, num_examples: int) -> int:
+def count_steps(cfg: FinetuneConfig, data: Batches) -> int:
     if cfg.training.max_steps is not None:
         return cfg.training.max_steps
-    batches = ceil(num_examples / cfg.training.batch_size) * cfg.training.epochs
-    return ceil(batches / cfg.training.grad_accumulation)
+    return ceil(data.per_epoch * cfg.training.epochs / cfg.training.grad_accumulation)
 
 
-def steps(
-    data: TokenizedDataset, cfg: FinetuneConfig, device: torch.device
-) -> Iterator[Sequence[Batch]]:
-    """The batches of one optimizer step after another; epochs follow each other without end."""
-
-    def batches() -> Iterator[Batch]:
-        for epoch in itertools.count():
-            for indices in batch_indices(
-                len(data),
-                batch_size=cfg.training.batch_size,
-                seed=cfg.training.seed,
-                epoch=epoch,
-            ):
-                yield to_batch(data, indices, device)
-
-    remaining = batches()
-    while True:
-        yield list(itertools.islice(remaining, cfg.training.grad_accumulation))
+def describe_run(
+    cfg: FinetuneConfig,
+    data: Batches,
+    total_steps: int,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+) -> dict[str, Any]:
+    """What a checkpoint says about its run: all that its loss curve depends on."""
+    resolved = {
+        "data.train": data.dataset.fingerprint(),
+        "device": device.type,
+        "training.compute_dtype": str(compute_dtype).removeprefix("torch."),
+    }
+    return {"total_steps": total_steps, "config": curve_config(cfg) | resolved}
 
 
-def eval_batches(
-    data: TokenizedDataset, cfg: FinetuneConfig, device: torch.device
-) -> Iterator[Batch]:
-    for indices in batch_indices(
-        len(data), batch_size=cfg.training.batch_size, seed=0, epoch=0, shuffle=False
-    ):
-        yield to_batch(data, indices, device)
+def check_resume(start: Start, about: dict[str, Any], cfg: FinetuneConfig) -> None:
+    """The run that goes on has to be the run that was stopped."""
+    if start.folder is not None:
+        check_same_curve(start.about["config"], about["config"], str(start.folder))
+        check_same_past(
+            asdict(cfg.lr_schedule),
+            total_steps=about["total_steps"],
+            before=start.about["total_steps"],
+            steps_done=start.step,
+        )
 
 
-def to_batch(data: TokenizedDataset, indices: Sequence[int], device: torch.device) -> Batch:
-    examples = [data[index] for index in indices]
-    return collate(examples, pad_token_id=data.tokenizer.pad_token_id).to(device)
+def data_summaries(train_data: Batches, eval_data: Batches | None) -> list[str]:
+    summaries = [f"train {train_data.summary()}"]
+    return summaries if eval_data is None else [*summaries, f"eval {eval_data.summary()}"]
 
 
-def make_run_dir(cfg: FinetuneConfig) -> Path:
-    run_dir = Path(cfg.output_dir)
-    if run_dir.exists() and any(run_dir.iterdir()):
-        if not cfg.overwrite:
-            raise ConfigError(
-                f"output_dir={run_dir} is not empty; choose another, or set overwrite=true"
-            )
-        if not (run_dir / "config.yaml").is_file():
-            raise ConfigError(
-                f"output_dir={run_dir} holds no run; overwrite=true replaces only runs"
-            )
-        shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(cfg, run_dir / "config.yaml")
-    return run_dir
+def parameter_counts(model: CausalLM) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train"
 
 
 def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def has_adapters(model: CausalLM) -> bool:
-    return any(isinstance(module, LoRALinear) for module in model.modules())
-
-
-def save(model: CausalLM, folder: Path, cfg: FinetuneConfig) -> None:
+def save_result(model: CausalLM, run_dir: Path, cfg: FinetuneConfig) -> Path:
     if has_adapters(model):
-        save_adapter(model, folder, base_model=cfg.checkpoint.dir)
-    else:
-        save_checkpoint(
-            model,
-            folder,
-            dtype=resolve_dtype(cfg.training.dtype),
-            companions=cfg.checkpoint.dir,
-        )
+        save_adapter(model, run_dir / "adapter", base_model=cfg.checkpoint.dir)
+        return run_dir / "adapter"
+    dtype = resolve_dtype(cfg.training.dtype)
+    save_checkpoint(model, run_dir / "model", dtype=dtype, companions=cfg.checkpoint.dir)
+    return run_dir / "model"
 
 
-def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """Oldest first."""
-    folders = (run_dir / "checkpoints").glob("step_*")
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step_")))
-
-
-def last_checkpoint(run_dir: Path) -> str:
-    folders = checkpoint_folders(run_dir)
-    return f"the last checkpoint is {folders[-1]}" if folders else "no checkpoint was written"
+def plot(run_dir: Path) -> str:
+    try:
+        return f"wrote {plot_losses(run_dir)}"
+    except ImportError as error:
+        return f"no plot: {error}"
 
 
 if __name__ == "__main__":

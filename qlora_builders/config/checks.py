@@ -141,6 +141,11 @@ def _check_finetune(cfg: FinetuneConfig) -> list[str]:
         problems.append(
             f"training.eval_every={cfg.training.eval_every} needs data.eval, which is null"
         )
+    if cfg.training.resume is not None and cfg.overwrite:
+        problems.append(
+            f"training.resume={cfg.training.resume} goes on with a run and overwrite=true deletes "
+            "it; give one of them"
+        )
     warmup, steps = cfg.lr_schedule.warmup_steps, cfg.training.max_steps
     if warmup is not None and steps is not None and warmup > steps:
         problems.append(f"lr_schedule.warmup_steps={warmup} must be <= training.max_steps={steps}")

@@ -29,11 +29,16 @@ def knob(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    shapes_curve: bool = True,
 ) -> Any:
-    """A config field: default, meaning with unit, allowed values (of each element for a list)."""
+    """A config field: default, meaning with unit, allowed values (of each element for a list).
+
+    `shapes_curve=False` says that a run may resume with another value: no loss depends on it.
+    """
     metadata = {
         "meaning": meaning,
         "choices": choices,
+        "shapes_curve": shapes_curve,
         "bounds": {">=": at_least, ">": above, "<=": at_most, "<": below},
     }
     if isinstance(default, list | dict):
@@ -112,7 +117,9 @@ class RequiredAdapterConfig:
 class TokenizerConfig:
     """The tokenizer."""
 
-    path: str | None = knob(None, "folder with tokenizer.json; null: checkpoint.dir")
+    path: str | None = knob(
+        None, "folder with tokenizer.json; null: checkpoint.dir", shapes_curve=False
+    )
 
 
 @dataclass
@@ -142,6 +149,11 @@ class DataConfig:
         "tokens that carry loss: every answer, the last answer, everything (format=text: always)",
         choices=("assistant", "completion", "all"),
     )
+    packing: str = knob(
+        "none",
+        "best_fit: fill rows of max_seq_len with whole examples that do not see each other",
+        choices=("none", "best_fit"),
+    )
     max_rows: int | None = knob(None, "rows read from each file; null: all", at_least=1)
 
 
@@ -164,21 +176,35 @@ class TrainingConfig:
     batch_size: int = knob(8, "rows per forward pass", at_least=1)
     grad_accumulation: int = knob(1, "forward passes per step", at_least=1)
     max_steps: int | None = knob(
-        None, "steps to train, whatever epochs says; null: as many as epochs takes", at_least=1
+        None,
+        "steps to train, whatever epochs says; null: as many as epochs takes",
+        at_least=1,
+        shapes_curve=False,  # but for the learning rate, which is compared by itself
     )
-    epochs: int = knob(1, "passes over data.train", at_least=1)
+    epochs: int = knob(1, "passes over data.train", at_least=1, shapes_curve=False)
     seed: int = knob(0, "fixes init, data order and dropout", at_least=0)
     dtype: str = knob("bfloat16", "dtype of frozen weights", choices=DTYPES)
     compute_dtype: str = compute_dtype_knob()
     activation_checkpointing: bool = knob(False, "recompute layers in backward: less memory")
-    log_every: int = knob(1, "steps between lines in metrics.jsonl", at_least=1)
+    log_every: int = knob(1, "steps between lines in metrics.jsonl", at_least=1, shapes_curve=False)
     eval_every: int | None = knob(
-        None, "steps between eval losses; null: only at the end", at_least=1
+        None, "steps between eval losses; null: only at the end", at_least=1, shapes_curve=False
     )
     save_every: int | None = knob(
-        None, "steps between checkpoints; null: only at the end", at_least=1
+        None,
+        "steps between checkpoints to resume from; null: only when a signal stops the run",
+        at_least=1,
+        shapes_curve=False,
     )
-    keep_last: int = knob(1, "checkpoints kept", at_least=1)
+    keep_last: int = knob(
+        1, "checkpoints kept; a new one is written first", at_least=1, shapes_curve=False
+    )
+    resume: str | None = knob(
+        None,
+        "null: a new run; auto: go on from the newest good checkpoint in output_dir, or start if "
+        "there is none; or the path of a checkpoints/step_N",
+        shapes_curve=False,
+    )
     clip_grad_norm: float | None = knob(1.0, "largest gradient norm; null: no clipping", above=0)
 
 
@@ -199,8 +225,12 @@ class FinetuneConfig:
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     device: str = device_knob()
-    output_dir: str = knob("runs/${now:%Y-%m-%d_%H-%M-%S}", "run folder; must be new or empty")
-    overwrite: bool = knob(False, "replace a run that is in output_dir")
+    output_dir: str = knob(
+        "runs/${now:%Y-%m-%d_%H-%M-%S}",
+        "run folder; must be new or empty, unless training.resume or overwrite is set",
+        shapes_curve=False,
+    )
+    overwrite: bool = knob(False, "replace a run that is in output_dir", shapes_curve=False)
 
 
 @dataclass
@@ -307,6 +337,7 @@ class Knob:
     meaning: str
     choices: tuple[str, ...] | None
     bounds: dict[str, float | None]
+    shapes_curve: bool
 
 
 def knobs(root: type, prefix: str = "") -> dict[str, Knob]:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from qlora_builders.data.collate import IGNORE_INDEX, Batch, Example, batch_indices, collate
+from qlora_builders.data.batches import Batches
+from qlora_builders.data.collate import (
+    IGNORE_INDEX,
+    Batch,
+    Example,
+    batch_indices,
+    collate,
+    collate_packed,
+)
 from qlora_builders.data.dataset import (
     DatasetReport,
     TokenizedDataset,
@@ -15,6 +23,7 @@ from qlora_builders.data.tokenizer import Tokenizer
 __all__ = [
     "IGNORE_INDEX",
     "Batch",
+    "Batches",
     "DatasetReport",
     "Example",
     "TokenizedDataset",
@@ -23,5 +32,6 @@ __all__ = [
     "build_dataset",
     "check_token_range",
     "collate",
+    "collate_packed",
     "load_rows",
 ]

@@ -1,4 +1,4 @@
-"""Examples to batches: which rows go together, and padding."""
+"""Examples to batches: which rows go together, padding, and several documents in one row."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples padded on the right to the longest of them."""
+    """Rows padded on the right to the longest of them."""
 
     input_ids: Tensor  # [batch, seq] int64
     labels: Tensor  # [batch, seq] int64, -100 on padding
-    rows: list[int]
+    rows: list[int]  # of all examples, in order
+    document_ids: Tensor | None = None  # [batch, seq] int64, growing along a row; None: one each
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""
-        return Batch(self.input_ids.to(device), self.labels.to(device), self.rows)
+        ids = None if self.document_ids is None else self.document_ids.to(device)
+        return Batch(self.input_ids.to(device), self.labels.to(device), self.rows, ids)
 
 
 def collate(examples: Sequence[Example], *, pad_token_id: int) -> Batch:
@@ -61,13 +63,49 @@ def collate(examples: Sequence[Example], *, pad_token_id: int) -> Batch:
     return Batch(input_ids, labels, [example.row for example in examples])
 
 
+def collate_packed(rows: Sequence[Sequence[Example]], *, pad_token_id: int) -> Batch:
+    """Join the examples of each row, then pad on the right.
+
+    `document_ids` numbers the examples of a row from 0, padding coming last: the model keeps
+    attention inside a document and counts positions from its start. The first token of a document
+    is never a target, because what stands before it belongs to another one.
+
+    Raises:
+        DataError: if there are no rows, or one is empty.
+    """
+    if not all(rows):
+        raise DataError("cannot make a row of no examples")
+    joined = []
+    for row in rows:
+        labels = torch.cat([example.labels for example in row])
+        starts = torch.tensor([0, *(len(example.labels) for example in row[:-1])]).cumsum(0)
+        labels[starts] = IGNORE_INDEX
+        joined.append(Example(torch.cat([x.input_ids for x in row]), labels, row[0].row))
+    batch = collate(joined, pad_token_id=pad_token_id)
+    document_ids = torch.zeros_like(batch.input_ids)
+    for ids, row in zip(document_ids, rows, strict=True):
+        ends = torch.tensor([len(example.input_ids) for example in row]).cumsum(0)
+        ids += torch.searchsorted(ends, torch.arange(len(ids)), right=True)
+    numbers = [example.row for row in rows for example in row]
+    return Batch(batch.input_ids, batch.labels, numbers, document_ids)
+
+
+def shuffled(count: int, seed: str) -> list[int]:
+    """0 .. count - 1 in an order that depends on `seed` alone, on every platform and version.
+
+    `Random.random` is the one stream that Python promises to keep.
+    """
+    draw = random.Random(seed).random
+    keys = [draw() for _ in range(count)]
+    return sorted(range(count), key=keys.__getitem__)
+
+
 def batch_indices(
     num_examples: int, *, batch_size: int, seed: int, epoch: int, shuffle: bool = True
 ) -> list[list[int]]:
     """The example indices of every batch of an epoch; the last batch may be short.
 
-    The order depends on `seed` and `epoch` alone, on every platform: `Random.random` is the one
-    stream that Python promises to keep.
+    The order depends on `seed` and `epoch` alone.
 
     Raises:
         DataError: if there are no examples, or `batch_size` is not positive.
@@ -76,9 +114,5 @@ def batch_indices(
         raise DataError("cannot make batches of no examples")
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it has to be at least 1")
-    order = list(range(num_examples))
-    if shuffle:
-        draw = random.Random(f"{seed}/{epoch}").random
-        keys = [draw() for _ in order]
-        order.sort(key=keys.__getitem__)
+    order = shuffled(num_examples, f"{seed}/{epoch}") if shuffle else list(range(num_examples))
     return [order[i : i + batch_size] for i in range(0, num_examples, batch_size)]

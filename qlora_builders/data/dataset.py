@@ -6,6 +6,7 @@ nothing, rows cut short, ids the model does not have.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,6 +101,13 @@ class TokenizedDataset(Sequence[Example]):
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
+
+    def fingerprint(self) -> str:
+        """A name for the tokens, their labels and their order, whatever file they came from."""
+        digest = hashlib.sha256()
+        for array in (self.offsets, self.input_ids, self.trained):
+            digest.update(array.tobytes())
+        return f"{len(self)} examples, sha256 {digest.hexdigest()[:16]}"
 
     def prompt_and_answer(self, index: int) -> tuple[list[int], str]:
         """Prompt ids of example `index`, up to its last assistant turn, and that turn's text.

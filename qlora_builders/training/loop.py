@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class Batch(Protocol):
     def labels(self) -> Tensor: ...  # [batch, seq], IGNORE_INDEX where not trained
     @property
     def rows(self) -> list[int]: ...  # where in the data the sequences come from
+    @property
+    def document_ids(self) -> Tensor | None: ...  # [batch, seq] where a row holds several
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ def train_step(
     total = sum(num_target_tokens(batch.labels) for batch in batches)
     loss_sum = 0.0
     for batch in batches:
-        loss = next_token_loss(model(batch.input_ids), batch.labels) / total
+        loss = (
+            next_token_loss(model(batch.input_ids, document_ids=batch.document_ids), batch.labels)
+            / total
+        )
         loss_sum += loss.item()
         if not math.isfinite(loss_sum):
             raise TrainingError(f"the loss is {loss.item()} on rows {batch.rows}")
@@ -90,7 +95,9 @@ def evaluate_loss(model: CausalLM, batches: Iterable[Batch]) -> tuple[float, int
     model.eval()
     loss_sum, total = 0.0, 0
     for batch in batches:
-        loss_sum += next_token_loss(model(batch.input_ids), batch.labels).item()
+        loss_sum += next_token_loss(
+            model(batch.input_ids, document_ids=batch.document_ids), batch.labels
+        ).item()
         total += num_target_tokens(batch.labels)
     model.train(training)
     if total == 0:
@@ -131,21 +138,37 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; the second one acts at once."""
+    """Turn the first SIGINT or SIGTERM into a request; the second one acts at once.
+
+    At once is an exception, so that files and the terminal are left in order; a third signal that
+    comes before that is done ends the process as if nobody had asked for it.
+    """
     request = StopRequest()
-    at_once: dict[int, Any] = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.SIG_DFL,
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
-    def handle(number: int, _frame: FrameType | None) -> None:
+    def note(number: int, _frame: FrameType | None) -> None:
         request.signal_number = number
-        for other, handler in at_once.items():
-            signal.signal(other, handler)
+        for other in numbers:
+            signal.signal(other, leave)
 
-    previous = {number: signal.signal(number, handle) for number in at_once}
+    def leave(number: int, _frame: FrameType | None) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield request
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def until_stopped(batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch]:
+    """The batches until `stop` is set, and at least one."""
+    for batch in batches:
+        yield batch
+        if stop:
+            return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from qlora_builders.errors import ConfigError, did_you_mean
 
@@ -48,3 +49,30 @@ def lr_factor(
         return min_lr_ratio + (1 - min_lr_ratio) * shape(min(progress, 1.0))
 
     return factor
+
+
+def check_same_past(
+    schedule: Mapping[str, Any], *, total_steps: int, before: int, steps_done: int
+) -> None:
+    """Check that a run of `before` steps may go on as one of `total_steps`.
+
+    Args:
+        schedule: the other arguments of `lr_factor`.
+
+    Raises:
+        ConfigError: if steps already done would have had another learning rate, or are too many.
+    """
+    if steps_done > total_steps:
+        raise ConfigError(
+            f"cannot resume: {steps_done} steps are done, but the run has only {total_steps}; "
+            "raise training.max_steps or epochs"
+        )
+    now, then = (lr_factor(total_steps=steps, **schedule) for steps in (total_steps, before))
+    for step in range(steps_done):
+        if now(step) != then(step):
+            raise ConfigError(
+                f"cannot resume after step {steps_done}: a run of {total_steps} steps has another "
+                f"learning rate at step {step + 1} than the run of {before} steps that made the "
+                "checkpoint; keep training.max_steps and epochs (only a constant lr_schedule lets "
+                "them change, once warm-up is over or with warmup_steps)"
+            )

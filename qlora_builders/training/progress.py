@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,32 +13,93 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qlora_builders.errors import optional_import
+from qlora_builders.errors import TrainingError, optional_import
+from qlora_builders.training.loop import StepResult
 
 METRICS_FILE = "metrics.jsonl"
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class MetricsLog:
-    """One JSON object per line, on disk as soon as it is written."""
+def step_row(
+    step: int, result: StepResult, *, lr: float, seconds: float, memory: float
+) -> dict[str, Any]:
+    """What is logged of a step; memory in MiB."""
+    return {
+        "step": step,
+        "loss": result.loss,
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "target_tokens": result.target_tokens,
+        "tokens_per_s": round(result.tokens / seconds, 1),
+        "step_s": round(seconds, 4),
+        "peak_memory_mib": round(memory, 1),
+    }
 
-    def __init__(self, directory: Path) -> None:
+
+class MetricsLog:
+    """One JSON object per line, readable as soon as it is written.
+
+    Args:
+        directory: of the run.
+        step: the step that the run goes on from; rows up to it are kept, so that each step is there
+            once.
+        source: directory of the run that made these rows; None: the same one.
+    """
+
+    def __init__(self, directory: Path, *, step: int = 0, source: Path | None = None) -> None:
         self.path = directory / METRICS_FILE
+        earlier = (source or directory) / METRICS_FILE
+        rows = _read_rows(earlier) if step and earlier.is_file() else []
+        kept = [row for row in rows if row["step"] <= step]
+        partial = self.path.with_name(METRICS_FILE + ".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(self.path)
+        self._evaluated = {row["step"] for row in kept if "eval_loss" in row}
 
     def write(self, **values: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        """
+        Raises:
+            TrainingError: if the file cannot be written.
+        """
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise TrainingError(f"{self.path}: cannot be written: {error}") from error
+
+    def has_eval(self, step: int) -> bool:
+        """Whether `step` was evaluated before the run was resumed."""
+        return step in self._evaluated
+
+    def sync(self) -> None:
+        """What was written stays, whatever happens to the machine."""
+        with self.path.open() as file:
+            os.fsync(file.fileno())
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows up to the first one that a kill or a power cut left in pieces."""
+    rows = []
+    for line in file.read_text(errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 class ProgressReport:
     """A live bar on a terminal; elsewhere a line now and then, and one at the end.
 
-    Use as a context manager around the loop.
+    Use as a context manager around the loop. `steps_done` were done by an earlier process.
     """
 
-    def __init__(self, total_steps: int, console: Console | None = None) -> None:
+    def __init__(
+        self, total_steps: int, console: Console | None = None, *, steps_done: int = 0
+    ) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.total_steps = total_steps
+        self._steps_done = steps_done
         self._last_line = 0.0
         self._started = 0.0
         columns = (
@@ -48,7 +111,11 @@ class ProgressReport:
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=self.console) if self.console.is_terminal else None
-        self._task = self._bar.add_task("", total=total_steps, figures="") if self._bar else None
+        self._task = (
+            self._bar.add_task("", total=total_steps, completed=steps_done, figures="")
+            if self._bar
+            else None
+        )
 
     def __enter__(self) -> ProgressReport:
         self._started = time.monotonic()
@@ -65,18 +132,22 @@ class ProgressReport:
         if self._bar:
             self._bar.stop()
 
-    def step(
-        self, step: int, *, loss: float, lr: float, tokens_per_s: float, memory: float
-    ) -> None:
-        """Show step `step` of the run (1 is the first); memory in MiB."""
-        figures = f"loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:,.0f} tok/s  {memory:,.0f} MiB"
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Show a row of `step_row`."""
+        step = row["step"]
+        figures = (
+            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
+            f"{row['peak_memory_mib']:,.0f} MiB"
+        )
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=step, figures=figures)
             return
         now = time.monotonic()
-        if step in (1, self.total_steps) or now - self._last_line >= _SECONDS_BETWEEN_LINES:
+        first = self._steps_done + 1
+        if step in (first, self.total_steps) or now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            eta = (now - self._started) / step * (self.total_steps - step)
+            seconds_per_step = (now - self._started) / (step - self._steps_done)
+            eta = seconds_per_step * (self.total_steps - step)
             self.say(f"step {step}/{self.total_steps}  {figures}  eta {eta:.0f} s")
 
     def say(self, text: str) -> None:
@@ -92,7 +163,7 @@ def plot_losses(directory: Path) -> Path:
     """
     optional_import("matplotlib", "plot")
     figure_module = optional_import("matplotlib.figure", "plot")
-    rows = [json.loads(line) for line in (directory / METRICS_FILE).read_text().splitlines()]
+    rows = _read_rows(directory / METRICS_FILE)
     figure = figure_module.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss per token (nats)")
     for key, style in (("loss", "-"), ("eval_loss", "o-")):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +17,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from qlora_builders.checkpoint import safetensors_io
 from qlora_builders.checkpoint.safetensors_io import (
     LazyTensor,
     atomic_directory,
+    clean_up,
     find_tensors,
     listed,
     read_tensor,
+    remove_directory,
     write_shards,
+    write_tensors,
 )
 from qlora_builders.errors import CheckpointError
 
@@ -76,6 +84,14 @@ def test_nothing_remains_of_a_failure(
         assert (path / MARKER).read_text() == "old"
 
 
+@pytest.fixture(params=["in one step", "in two"])
+def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File systems that cannot swap two names need two renames."""
+    if request.param == "in two":
+        monkeypatch.setattr(safetensors_io, "_exchange", lambda a, b: False)
+
+
+@pytest.mark.usefixtures("exchange")
 def test_success_replaces_the_old_directory_whole(tmp_path: Path) -> None:
     path = tmp_path / "out"
     write(path, "old")
@@ -109,6 +125,97 @@ def test_what_was_not_written_here_is_not_replaced(tmp_path: Path) -> None:
     assert sorted(f.name for f in tmp_path.rglob("*")) == [
         MARKER, "home", "notes", "thesis", "todo.txt"
     ]  # fmt: skip
+
+
+# ---- death and full disks -----------------------------------------------------------------------
+
+KILLED_AT_EVERY_CALL = """
+import itertools, os, signal, sys
+from pathlib import Path
+from qlora_builders.checkpoint import safetensors_io
+from qlora_builders.checkpoint.safetensors_io import atomic_directory, clean_up
+
+folder, exchange = Path(sys.argv[1]), sys.argv[2] == "True"
+calls_left = None
+if not exchange:
+    safetensors_io._exchange = lambda a, b: False
+
+def audit(event, args):
+    global calls_left
+    if calls_left is not None and (event == "open" or event.startswith(("os.", "ctypes."))):
+        calls_left -= 1
+        if calls_left < 0:
+            calls_left = None  # os.kill is audited too
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def write(text):
+    with atomic_directory(folder / "out", marker="config.json") as directory:
+        (directory / "config.json").write_text(text)
+
+sys.addaudithook(audit)
+for count in itertools.count():  # a fork shares the import of torch
+    write("old")
+    child = os.fork()
+    if child == 0:
+        calls_left = count
+        write("new")
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    there = (folder / "out").exists()
+    clean_up(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    print(code, there, names == ["out"], (folder / "out" / "config.json").read_text())
+    if code != -signal.SIGKILL:
+        break
+"""
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_process_killed_at_any_call_leaves_the_old_or_the_new(
+    tmp_path: Path, exchange: bool
+) -> None:
+    command = [sys.executable, "-c", KILLED_AT_EVERY_CALL, str(tmp_path), str(exchange)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    killed, finished = lines[:-1], lines[-1]
+    assert finished == ["0", "True", "True", "new"]
+    assert {(code, alone) for code, _, alone, _ in killed} == {(str(-signal.SIGKILL), "True")}
+    texts = [text for *_, text in killed]
+    assert texts == sorted(texts, reverse=True)  # old ..., then new ...
+    assert texts.count("old") > 5
+    assert texts.count("new") > 0
+    # the swap leaves no moment without; two renames leave one, which clean_up mends
+    assert all(there == "True" for _, there, *_ in killed) == exchange
+
+
+def test_removal_is_not_seen_halfway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out"
+    write(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors_io.shutil, "rmtree", lambda _: None)
+        remove_directory(path)
+    assert not path.exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    clean_up(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_names_the_directory_and_leaves_the_old_one(tmp_path: Path) -> None:
+    """A limit on file sizes stands in for a full disk; see also the recipe's test on a real one."""
+    path = tmp_path / "out"
+    write(path, "old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with (
+            pytest.raises(CheckpointError, match=r"out: cannot be written: .*File too large"),
+            atomic_directory(path, marker=MARKER) as directory,
+        ):
+            write_tensors({"a": torch.zeros(1 << 16)}, directory / MARKER)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (path / MARKER).read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # ---- shards -------------------------------------------------------------------------------------

@@ -88,6 +88,28 @@ def test_accumulation_equals_a_larger_batch(checkpoint: Path, rows: Path, tmp_pa
     torch.testing.assert_close(small_losses, large_losses, rtol=0, atol=2e-4)
 
 
+def test_packed_rows_train_like_unpacked_ones(checkpoint: Path, rows: Path, tmp_path: Path) -> None:
+    """A step that holds the whole data set, so that both ways it has the same documents."""
+    whole = ("training.batch_size=1000", "training.max_steps=4", "data.max_seq_len=100")
+    for packing in ("none", "best_fit"):
+        run = tmp_path / packing
+        assert finetune(checkpoint, rows, run, *whole, f"data.packing={packing}") == 0
+    for key in ("loss", "eval_loss", "grad_norm"):
+        packed, plain = (metrics(tmp_path / name, key) for name in ("best_fit", "none"))
+        assert packed == pytest.approx(plain, rel=1e-5)
+    assert metrics(tmp_path / "none", "target_tokens") == metrics(
+        tmp_path / "best_fit", "target_tokens"
+    )
+
+
+def test_steps_are_counted_in_packed_rows(checkpoint: Path, rows: Path, tmp_path: Path) -> None:
+    """20 examples make 5 rows of 128 tokens, so 3 batches; three epochs of them are 5 steps."""
+    overrides = ("data.packing=best_fit", "data.max_seq_len=128", "training.max_steps=null")
+    counted = ("training.epochs=3", "training.batch_size=2", "training.grad_accumulation=2")
+    assert finetune(checkpoint, rows, tmp_path / "run", *overrides, *counted) == 0
+    assert metrics(tmp_path / "run", "step")[-1] == 5
+
+
 def test_activation_checkpointing_changes_no_loss(
     checkpoint: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -109,7 +131,7 @@ def test_a_run_is_not_overwritten_unasked(
     run = tmp_path / "run"
     assert finetune(checkpoint, rows, run, "training.max_steps=1") == 0
     assert finetune(checkpoint, rows, run, "training.max_steps=1") == 2
-    assert "is not empty; choose another, or set overwrite=true" in capsys.readouterr().err
+    assert "is not empty; choose another, go on with its run by" in capsys.readouterr().err
     assert finetune(checkpoint, rows, run, "training.max_steps=1", "overwrite=true") == 0
 
 
@@ -168,7 +190,7 @@ def test_ctrl_c_leaves_a_loadable_checkpoint(checkpoint: Path, rows: Path, tmp_p
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={"PATH": os.environ["PATH"]},  # a single process needs no variable
+        env={name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ},
     )
     assert process.stdout is not None
     for line in process.stdout:

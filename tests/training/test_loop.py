@@ -15,10 +15,12 @@ from qlora_builders import LlamaArch, llama
 from qlora_builders.errors import PlanError, TrainingError
 from qlora_builders.modules import CausalLM
 from qlora_builders.training.loop import (
+    StopRequest,
     evaluate_loss,
     stop_on_signal,
     train_step,
     trainable_parameters,
+    until_stopped,
 )
 
 ARCH = LlamaArch(
@@ -39,6 +41,7 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     rows: list[int]
+    document_ids: Tensor | None = None
 
 
 def make_batch(rows: int, length: int, seed: int, trained_from: int = 1) -> Batch:
@@ -121,17 +124,37 @@ def test_nothing_to_train_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
-def test_first_signal_asks_and_the_second_interrupts(before: Any) -> None:
+@pytest.mark.parametrize(
+    ("first", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)], ids=["int", "term"]
+)
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_asks_and_the_second_leaves(
+    before: Any, first: signal.Signals, exit_code: int, second: signal.Signals
+) -> None:
     """A background job starts with SIGINT ignored; it can be stopped all the same."""
     outside = signal.signal(signal.SIGINT, before)
-    with stop_on_signal() as stop:
-        assert not stop
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop
-        assert stop.exit_code == 130
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    with stop_on_signal() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.exit_code == 0
-    assert signal.signal(signal.SIGINT, outside) is before
+    try:
+        with stop_on_signal() as stop:
+            assert not stop
+            os.kill(os.getpid(), first)
+            assert stop
+            assert stop.exit_code == exit_code
+            at_once = KeyboardInterrupt if second == signal.SIGINT else SystemExit
+            with pytest.raises(at_once) as caught:
+                os.kill(os.getpid(), second)
+            if second == signal.SIGTERM:
+                assert caught.value.code == 143
+            # while files and terminal are put in order, a third one ends it all
+            assert signal.getsignal(first) == signal.getsignal(second) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is before
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, outside)
+
+
+def test_batches_end_when_a_stop_is_asked_for_but_there_is_one() -> None:
+    batches = [make_batch(1, 4, seed=seed) for seed in range(3)]
+    stop = StopRequest()
+    assert list(until_stopped(batches, stop)) == batches
+    stop.signal_number = signal.SIGTERM
+    assert list(until_stopped(batches, stop)) == batches[:1]

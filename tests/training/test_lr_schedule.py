@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
 from qlora_builders.errors import ConfigError
-from qlora_builders.training.lr_schedule import lr_factor
+from qlora_builders.training.lr_schedule import check_same_past, lr_factor
 
 
 def test_cosine_with_warmup() -> None:
@@ -38,3 +39,32 @@ def test_no_step_runs_at_zero() -> None:
 def test_unknown_name() -> None:
     with pytest.raises(ConfigError, match=r"lr_schedule.name is 'cosin'; did you mean 'cosine'\?"):
         lr_factor("cosin", total_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "total_steps", "done", "fits"),
+    [
+        ({"name": "cosine"}, 10, 4, True),
+        ({"name": "cosine"}, 11, 4, False),
+        ({"name": "cosine"}, 11, 1, True),  # the first step is the same
+        ({"name": "cosine", "warmup_steps": 4}, 20, 4, True),
+        ({"name": "cosine", "warmup_steps": 4}, 20, 6, False),
+        ({"name": "constant", "warmup_steps": 2}, 20, 6, True),
+        ({"name": "constant", "warmup_ratio": 0.5}, 20, 3, False),
+    ],
+)
+def test_the_number_of_steps_may_change_if_no_step_done_is_touched(
+    schedule: dict[str, Any], total_steps: int, done: int, fits: bool
+) -> None:
+    if fits:
+        check_same_past(schedule, total_steps=total_steps, before=10, steps_done=done)
+        return
+    message = rf"cannot resume after step {done}: a run of {total_steps} steps has another learning"
+    with pytest.raises(ConfigError, match=message):
+        check_same_past(schedule, total_steps=total_steps, before=10, steps_done=done)
+
+
+def test_fewer_steps_than_done_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"6 steps are done, but the run has only 5"):
+        check_same_past({"name": "constant"}, total_steps=5, before=10, steps_done=6)
+    check_same_past({"name": "constant"}, total_steps=6, before=10, steps_done=6)

@@ -1,0 +1,193 @@
+"""A run's directory: whose it is, and which of its step checkpoints are good.
+
+RUN/config.yaml  metrics.jsonl  loss.png  checkpoints/step_N/  adapter/ or model/
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_builders.checkpoint.safetensors_io import clean_up, remove_directory
+from qlora_builders.checkpoint.train_state import read_step, save_step
+from qlora_builders.errors import CheckpointError, ConfigError
+from qlora_builders.modules import CausalLM
+
+CONFIG_FILE = "config.yaml"
+AUTO = "auto"
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step}"
+
+
+def step_folders(run_dir: Path) -> list[Path]:
+    """Oldest first; good or not."""
+    folders = [f for f in (run_dir / "checkpoints").glob("step_*") if f.name[5:].isdecimal()]
+    return sorted(folders, key=_step_of)
+
+
+def last_checkpoint(run_dir: Path) -> str:
+    """For a message."""
+    folders = step_folders(run_dir)
+    return f"the last checkpoint is {folders[-1]}" if folders else "no checkpoint was written"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: at step 0, or after the step of a checkpoint."""
+
+    step: int = 0
+    folder: Path | None = None  # of the checkpoint
+    about: dict[str, Any] = field(default_factory=dict)  # as it was given to `add_step`
+    skipped: tuple[str, ...] = ()  # newer checkpoints, and what is wrong with them
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Of the run that made the checkpoint."""
+        return None if self.folder is None else self.folder.parent.parent
+
+    def messages(self) -> list[str]:
+        lines = [f"warning: a damaged checkpoint is skipped: {text}" for text in self.skipped]
+        if self.folder is not None:
+            lines.append(f"resumed after step {self.step} from {self.folder}")
+        return lines
+
+
+def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
+    """Check that a run may use `run_dir`, and where it starts, before anything slow happens.
+
+    Args:
+        resume: None; "auto": the newest good checkpoint in `run_dir`, or step 0 if there is none;
+            or the path of a checkpoint.
+        overwrite: replace the run in `run_dir`.
+
+    Raises:
+        ConfigError: if `run_dir` is not empty and neither argument allows that, if it holds no run,
+            or a later checkpoint than the one that `resume` names.
+        CheckpointError: if `resume` is a path without a good checkpoint.
+    """
+    if _is_taken(run_dir):
+        if resume is None and not overwrite:
+            raise ConfigError(
+                f"output_dir={run_dir} is not empty; choose another, go on with its run by "
+                "training.resume=auto, or set overwrite=true"
+            )
+        if not (run_dir / CONFIG_FILE).is_file():
+            key = "overwrite=true replaces" if overwrite else "training.resume goes on with"
+            raise ConfigError(f"output_dir={run_dir} holds no run; {key} only runs")
+    if resume is None:
+        return Start()
+    if resume != AUTO:
+        return _named_start(Path(resume), run_dir)
+    skipped: list[str] = []
+    for folder in reversed(step_folders(run_dir)):
+        try:
+            step, about = read_step(folder)
+            return Start(step, folder, about, tuple(skipped))
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return Start(skipped=tuple(skipped))
+
+
+def _is_taken(run_dir: Path) -> bool:
+    """Whether there is more than the first file of a run that was killed at once."""
+    return run_dir.exists() and any(path.suffix != ".partial" for path in run_dir.iterdir())
+
+
+def _named_start(folder: Path, run_dir: Path) -> Start:
+    """To go back in a run is to give up what came later, which nobody should do by accident."""
+    step, about = read_step(folder)
+    there = [other.resolve() for other in step_folders(run_dir)]
+    if there and folder.resolve() != there[-1]:
+        raise ConfigError(
+            f"training.resume={folder} is not the last checkpoint in output_dir={run_dir}, which "
+            f"is {there[-1].name}; choose a new output_dir"
+        )
+    return Start(step, folder, about)
+
+
+@contextmanager
+def run_directory(
+    run_dir: Path, start: Start, *, overwrite: bool, keep_last: int
+) -> Iterator[None]:
+    """Make `run_dir` or take it over, keep other processes out of it, and tidy it up.
+
+    Tidied up means: nothing that a dead process left half-written or had not yet removed, and no
+    checkpoint newer than the one that the run goes on from. Those are damaged; they get the name
+    step_N.damaged.
+
+    Raises:
+        ConfigError: if another process is using it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _only_one_process(run_dir):
+        if overwrite:
+            for path in run_dir.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clean_up(run_dir)
+        clean_up(run_dir / "checkpoints")
+        for folder in step_folders(run_dir):
+            if _step_of(folder) > start.step:
+                damaged = folder.with_name(folder.name + ".damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                folder.rename(damaged)
+        remove_old_steps(run_dir, keep_last)
+        yield
+
+
+def add_step(
+    run_dir: Path,
+    step: int,
+    model: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    *,
+    about: Mapping[str, Any],
+    base_model: str,
+) -> None:
+    """`save_step` in a run.
+
+    Raises:
+        CheckpointError: if it cannot be written; the message says what there is to go on from.
+    """
+    folder = step_folder(run_dir, step)
+    try:
+        save_step(folder, model, optimizer, step=step, about=about, base_model=base_model)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}. {last_checkpoint(run_dir)}; training.resume=auto goes on from it"
+        ) from error
+
+
+def remove_old_steps(run_dir: Path, keep_last: int) -> None:
+    for folder in step_folders(run_dir)[:-keep_last]:
+        remove_directory(folder)
+
+
+@contextmanager
+def _only_one_process(folder: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                raise ConfigError(f"output_dir={folder} is in use by another process") from error
+            # some network file systems have no locks; then nothing keeps two runs apart
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))

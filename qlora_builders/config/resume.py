@@ -1,0 +1,48 @@
+"""Whether a run may go on from a checkpoint: nothing that shapes its loss curve has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from qlora_builders.config.schema import knobs
+from qlora_builders.errors import ConfigError
+
+
+def curve_config(cfg: Any) -> dict[str, Any]:
+    """Every key whose value shapes the loss curve, flat: `{"training.seed": 0, ...}`."""
+    tree = asdict(cfg)
+    free = {key for key, knob in knobs(type(cfg)).items() if not knob.shapes_curve}
+    return {key: value for key, value in _flat(tree) if key not in free}
+
+
+def check_same_curve(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str) -> None:
+    """
+    Raises:
+        ConfigError: with every key whose value is not that of the checkpoint.
+    """
+    missing = "not set"
+    differing = [
+        f"{key}={_spell(now.get(key, missing))}, but the checkpoint was trained with "
+        f"{_spell(before.get(key, missing))}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, missing) != now.get(key, missing)
+    ]
+    if differing:
+        raise ConfigError(
+            "\n".join([f"cannot resume from {checkpoint} with another config:", *differing])
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        pairs += (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+        )
+    return pairs
+
+
+def _spell(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,100 @@
+"""The batches of a run by number: which rows stand where is a function of seed and epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from qlora_builders.data.collate import Batch, batch_indices, collate, collate_packed, shuffled
+from qlora_builders.data.dataset import TokenizedDataset
+from qlora_builders.data.packing import best_fit
+
+
+class Batches:
+    """Batch `n` of a dataset, counted from 0 through all epochs.
+
+    Nothing is remembered from one batch to the next, so a run that goes on at a step asks for that
+    step's batches, and there is no position to save.
+
+    Args:
+        batch_size: rows per batch.
+        packing: "none": a row is an example; "best_fit": as many as fit into `max_seq_len` tokens,
+            each a document of its own.
+        max_seq_len: what `dataset` was cut to.
+        shuffle: off, every epoch is the same, in the order of the source.
+
+    Attributes:
+        rows_per_epoch: packed or not, the same for every epoch.
+        per_epoch: batches of an epoch; the last one may be short.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenizedDataset,
+        *,
+        batch_size: int,
+        packing: str,
+        max_seq_len: int,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.packing = packing
+        self.max_seq_len = max_seq_len
+        self.seed = seed
+        self.shuffle = shuffle
+        self._lengths: list[int] = np.diff(dataset.offsets).tolist()
+        self._use_epoch(0)
+        self.rows_per_epoch = len(self._rows)
+        self.per_epoch = len(self._order)
+
+    def batch(self, number: int) -> Batch:
+        epoch, index = divmod(number, self.per_epoch)
+        if epoch != self._epoch:
+            self._use_epoch(epoch)
+        rows = [[self.dataset[i] for i in self._rows[row]] for row in self._order[index]]
+        pad_token_id = self.dataset.tokenizer.pad_token_id
+        if self.packing == "none":
+            return collate([example for (example,) in rows], pad_token_id=pad_token_id)
+        return collate_packed(rows, pad_token_id=pad_token_id)
+
+    def of_step(self, step: int, grad_accumulation: int, device: torch.device) -> list[Batch]:
+        """The batches of one optimizer step; step 1 is the first. Epochs follow without a gap."""
+        last = step * grad_accumulation
+        return [self.batch(n).to(device) for n in range(last - grad_accumulation, last)]
+
+    def of_epoch(self, epoch: int, device: torch.device) -> Iterator[Batch]:
+        first = epoch * self.per_epoch
+        return (self.batch(n).to(device) for n in range(first, first + self.per_epoch))
+
+    def summary(self) -> str:
+        """One line for a log: the data's, and how full packed rows are."""
+        text = self.dataset.report.summary()
+        if self.packing != "none":
+            filled = sum(self._lengths) / (self.rows_per_epoch * self.max_seq_len)
+            text += (
+                f"; packed into {self.rows_per_epoch:,} rows of {self.max_seq_len:,} tokens, "
+                f"{100 * filled:.1f} % full"
+            )
+        return text
+
+    def _use_epoch(self, epoch: int) -> None:
+        """Set the rows of example indices of an epoch, and its batches of row indices."""
+        count = len(self.dataset)
+        if self.packing == "none":
+            self._rows = [[index] for index in range(count)]
+        else:
+            in_order = list(range(count))
+            order = shuffled(count, f"{self.seed}/{epoch}/packing") if self.shuffle else in_order
+            self._rows = best_fit(self._lengths, self.max_seq_len, order=order)
+        self._order = batch_indices(
+            len(self._rows),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            shuffle=self.shuffle,
+        )
+        self._epoch = epoch

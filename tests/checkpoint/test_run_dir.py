@@ -1,0 +1,181 @@
+"""Which checkpoint a run starts from, and who may use its directory."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from qlora_builders.checkpoint.manifest import write_manifest
+from qlora_builders.checkpoint.run_dir import (
+    Start,
+    find_start,
+    last_checkpoint,
+    remove_old_steps,
+    run_directory,
+    step_folders,
+)
+from qlora_builders.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "config.yaml").write_text("")
+    return path
+
+
+def add(run: Path, *steps: int) -> None:
+    """What makes a directory a step checkpoint, and no weights."""
+    for step in steps:
+        folder = run / "checkpoints" / f"step_{step}"
+        folder.mkdir(parents=True)
+        (folder / "train_state.json").write_text(json.dumps({"step": step, "note": "x"}))
+        write_manifest(folder)
+
+
+def damage(run: Path, step: int) -> None:
+    with (run / "checkpoints" / f"step_{step}" / "train_state.json").open("a") as file:
+        file.write(" ")
+
+
+def start(run: Path, resume: str | None = "auto", overwrite: bool = False) -> Start:
+    return find_start(run, resume=resume, overwrite=overwrite)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+# ---- where it starts ----------------------------------------------------------------------------
+
+
+def test_auto_takes_the_newest(run: Path) -> None:
+    add(run, 9, 10, 100)
+    (run / "checkpoints" / "step_200.damaged").mkdir()
+    (run / "checkpoints" / ".step_300.x.partial").mkdir()
+    found = start(run)
+    assert (found.step, found.about["note"], found.skipped) == (100, "x", ())
+    assert found.folder == run / "checkpoints" / "step_100"
+    assert found.run_dir == run
+    assert found.messages() == [f"resumed after step 100 from {found.folder}"]
+    assert last_checkpoint(run) == f"the last checkpoint is {found.folder}"
+
+
+def test_auto_skips_what_is_damaged_and_says_why(run: Path) -> None:
+    add(run, 1, 2, 3)
+    damage(run, 3)
+    damage(run, 2)
+    found = start(run)
+    assert found.step == 1
+    first, second, _ = found.messages()
+    assert first.startswith("warning: a damaged checkpoint is skipped: ")
+    assert "step_3: train_state.json has 25 bytes, but 24 were written" in first
+    assert "step_2: train_state.json" in second
+    with run_directory(run, found, overwrite=False, keep_last=9):
+        # out of the way, so that `keep_last` does not keep them, but not lost
+        assert names(run) == ["step_1", "step_2.damaged", "step_3.damaged"]
+
+
+def test_auto_starts_afresh_without_a_checkpoint(run: Path, tmp_path: Path) -> None:
+    assert start(tmp_path / "new") == start(run) == Start()
+    assert last_checkpoint(run) == "no checkpoint was written"
+    add(run, 5)
+    damage(run, 5)
+    found = start(run)
+    assert (found.step, found.run_dir, len(found.skipped)) == (0, None, 1)
+
+
+def test_a_run_that_was_killed_at_once_can_be_started(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml.partial").touch()
+    assert start(run) == start(run, None) == Start()
+
+
+def test_a_path_is_taken_as_it_is(run: Path, tmp_path: Path) -> None:
+    add(run, 1, 2)
+    first, last = step_folders(run)
+    assert start(tmp_path / "new", str(first)).step == 1
+    assert start(run, str(last)).step == 2
+    message = r"step_1 is not the last checkpoint in output_dir=.*, which is step_2; choose a new"
+    with pytest.raises(ConfigError, match=message):
+        start(run, str(first))
+    damage(run, 1)
+    with pytest.raises(CheckpointError, match=r"step_1: train_state.json has 25 bytes"):
+        start(tmp_path / "new", str(first))
+    with pytest.raises(CheckpointError, match=r"step_7: no such directory; give one named"):
+        start(tmp_path / "new", str(run / "checkpoints" / "step_7"))
+
+
+# ---- whose it is --------------------------------------------------------------------------------
+
+
+def test_a_directory_is_taken_only_as_asked(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not empty; choose another, go on with its run by"):
+        start(run, None)
+    assert start(run, None, overwrite=True) == Start()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").touch()
+    for resume, overwrite, does in (("auto", False, "goes on with"), (None, True, "replaces")):
+        with pytest.raises(ConfigError, match=rf"notes holds no run; .* {does} only runs"):
+            start(tmp_path / "notes", resume, overwrite)
+
+
+def test_overwriting_removes_everything(run: Path) -> None:
+    add(run, 1)
+    (run / "adapter").mkdir()
+    with run_directory(run, Start(), overwrite=True, keep_last=9):
+        assert list(run.iterdir()) == []
+
+
+def test_what_dead_processes_left_is_removed(run: Path) -> None:
+    add(run, 1)
+    for folder in (run, run / "checkpoints"):
+        (folder / ".step_2.abc.partial").mkdir()
+        (folder / ".step_2.abc.partial" / "file").touch()
+    (run / ".adapter.abc.old").mkdir()
+    (run / ".adapter.abc.old" / "adapter_config.json").touch()
+    with run_directory(run, start(run), overwrite=False, keep_last=9):
+        assert names(run) == ["step_1"]
+        assert sorted(p.name for p in run.iterdir()) == ["adapter", "checkpoints", "config.yaml"]
+    assert (run / "adapter" / "adapter_config.json").exists()
+
+
+def _hold(run: Path, held: object, done: object) -> None:
+    with run_directory(run, Start(), overwrite=False, keep_last=9):
+        held.set()  # type: ignore[attr-defined]
+        done.wait()  # type: ignore[attr-defined]
+
+
+def test_two_processes_cannot_share_a_directory(run: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    held, done = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(run, held, done))
+    process.start()
+    try:
+        assert held.wait(60)
+        with (
+            pytest.raises(ConfigError, match=r"run is in use by another process"),
+            run_directory(run, Start(), overwrite=True, keep_last=9),
+        ):
+            pass
+        assert (run / "config.yaml").exists()
+        process.kill()  # a lock of a dead process is no lock
+        process.join()
+        with run_directory(run, Start(), overwrite=False, keep_last=9):
+            pass
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_only_the_last_are_kept(run: Path) -> None:
+    add(run, 9, 10, 11)
+    remove_old_steps(run, 2)
+    assert names(run) == ["step_10", "step_11"]
+    with run_directory(run, start(run), overwrite=False, keep_last=1):  # killed before it did that
+        assert names(run) == ["step_11"]

@@ -1,0 +1,262 @@
+"""A step checkpoint holds all that a run needs, and says so when it no longer does."""
+
+from __future__ import annotations
+
+import json
+import random
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qlora_builders import LlamaArch, llama, load_checkpoint, save_checkpoint
+from qlora_builders.checkpoint import load_with_adapter, train_state
+from qlora_builders.checkpoint.manifest import check_manifest, crc32
+from qlora_builders.checkpoint.train_state import load_step, random_state, read_step, save_step
+from qlora_builders.checkpoint.train_state import set_random_state as set_state
+from qlora_builders.errors import CheckpointError
+from qlora_builders.modules import CausalLM
+
+ARCH = LlamaArch(
+    vocab_size=31,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_position_embeddings=32,
+)
+QLORA = [{"match": "layers.**", "kind": "qlora", "rank": 2, "alpha": 4, "dropout": 0.3}]
+FULL = [{"match": "**", "kind": "linear", "trainable": True}]
+PLANS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "adapters": (QLORA, []),
+    "adapters and whole parameters": (QLORA, ["norm", "embed_tokens"]),
+    "whole weights": (FULL, ["norm", "embed_tokens"]),
+    "a part of them": ([{"match": "**", "kind": "frozen_nf4"}, FULL[0] | {"match": "lm_head"}], []),
+}
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+    "fused adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, fused=True),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9),
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("base") / "hf"
+    save_checkpoint(llama(ARCH), path)
+    return path
+
+
+def make(base: Path, plan: str, optimizer: str = "adamw") -> tuple[CausalLM, Any]:
+    components, train = PLANS[plan]
+    model = load_checkpoint(base, components, train=train, compute_dtype=torch.float32)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return model.train(), OPTIMIZERS[optimizer](trained)
+
+
+def train(model: CausalLM, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Draws its data, so that every generator matters."""
+    losses = []
+    for _ in range(steps):
+        seed = random.randrange(10**6) + int(np.random.randint(10**6))
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(ARCH.vocab_size, (2, 7), generator=generator)
+        logits = model(ids)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def save(folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer, base: Path) -> None:
+    save_step(folder, model, optimizer, step=4, about={"note": "x"}, base_model=str(base))
+
+
+@pytest.mark.parametrize(
+    ("plan", "optimizer"),
+    [*((plan, "adamw") for plan in PLANS), *(("adapters", name) for name in OPTIMIZERS)],
+)
+def test_training_goes_on_bit_for_bit(
+    base: Path, tmp_path: Path, plan: str, optimizer: str
+) -> None:
+    folder = tmp_path / "step_4"
+    model, own = make(base, plan, optimizer)
+    train(model, own, 4)
+    save(folder, model, own, base)
+    expected = train(model, own, 4)
+    again, other = make(base, plan, optimizer)
+    assert train(again, other, 1) != expected[:1]
+    assert read_step(folder) == (4, {"step": 4, "note": "x"})
+    load_step(folder, again, other)
+    assert train(again, other, 4) == expected
+
+
+def test_a_step_checkpoint_is_an_adapter_or_a_model(base: Path, tmp_path: Path) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    for plan in ("adapters", "whole weights"):
+        folder = tmp_path / plan
+        model, optimizer = make(base, plan)
+        train(model, optimizer, 2)
+        save(folder, model, optimizer, base)
+        if plan == "adapters":
+            other = load_with_adapter(base, folder, compute_dtype=torch.float32)
+        else:
+            other = load_checkpoint(folder, dtype=torch.float32)
+        torch.testing.assert_close(other(ids), model.eval()(ids))
+
+
+def test_generators_come_back() -> None:
+    device = torch.device("cpu")
+    np.random.standard_normal()  # leaves a second one for the next call
+    state = random_state(device)
+    draws = [(random.random(), np.random.standard_normal(), torch.rand(1).item()) for _ in "ab"]
+    set_state(state, device)
+    assert draws == [
+        (random.random(), np.random.standard_normal(), torch.rand(1).item()) for _ in "ab"
+    ]
+
+
+@pytest.mark.gpu
+def test_the_generator_of_the_gpu_comes_back() -> None:
+    device = torch.device("cuda")
+    state = random_state(device)
+    draw = torch.rand(3, device=device)
+    set_state(state, device)
+    assert torch.equal(torch.rand(3, device=device), draw)
+
+
+class Opaque:
+    pass
+
+
+def test_an_optimizer_that_could_not_be_restored_is_found_out_when_it_is_saved(
+    base: Path, tmp_path: Path
+) -> None:
+    model, optimizer = make(base, "adapters")
+    optimizer.state[optimizer.param_groups[0]["params"][0]]["hook"] = Opaque()
+    with pytest.raises(CheckpointError, match="the optimizer keeps state that cannot be restored"):
+        save(tmp_path / "step_4", model, optimizer, base)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("plan", "optimizer", "message"),
+    [
+        ("adapters and whole parameters", "adamw", "parameters of the model that are not in"),
+        ("whole weights", "adamw", "neither model.safetensors nor"),
+    ],
+)
+def test_another_model_is_refused(
+    base: Path, tmp_path: Path, plan: str, optimizer: str, message: str
+) -> None:
+    save(tmp_path / "step_4", *make(base, "adapters"), base)
+    with pytest.raises(CheckpointError, match=message):
+        load_step(tmp_path / "step_4", *make(base, plan, optimizer))
+
+
+def test_another_optimizer_is_refused(base: Path, tmp_path: Path) -> None:
+    save(tmp_path / "step_4", *make(base, "adapters"), base)
+    model, _ = make(base, "adapters")
+    few = torch.optim.AdamW(list(model.parameters())[:1])
+    with pytest.raises(CheckpointError, match=r"train_state.pt: does not fit the optimizer"):
+        load_step(tmp_path / "step_4", model, few)
+
+
+# ---- damage -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good") / "step_4"
+    save(folder, *make(base, "adapters"), base)
+    return folder
+
+
+@pytest.fixture
+def step(good: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "step_4"
+    folder.mkdir()
+    for file in good.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+FILES = ["adapter_model.safetensors", "adapter_config.json", "train_state.pt", "train_state.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_damage_to_any_file_is_noticed(step: Path, name: str) -> None:
+    file = step / name
+    content = file.read_bytes()
+    file.unlink()
+    with pytest.raises(CheckpointError, match=rf"step_4: {name} is missing"):
+        read_step(step)
+    file.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=rf"{name} has [\d,]+ bytes, but [\d,]+ were written"):
+        read_step(step)
+    draw = random.Random(name)
+    for _ in range(20):
+        broken = bytearray(content)
+        broken[draw.randrange(len(broken))] ^= 1 << draw.randrange(8)
+        file.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=rf"{name} is not what was written \(CRC-32\)"):
+            read_step(step)
+    file.write_bytes(content)
+    assert read_step(step)[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "manifest.json is missing"),
+        ("", "manifest.json cannot be read: JSONDecodeError"),
+        ("[]", "manifest.json cannot be read: TypeError"),
+        ('{"files": {"a": 1}}', "a is missing"),
+        ('{"files": {"train_state.pt": 1}}', "manifest.json cannot be read: TypeError"),
+        ('{"files": {"../../etc/passwd": {}}}', "passwd is missing"),
+    ],
+)
+def test_a_broken_manifest_is_an_error(step: Path, text: str | None, message: str) -> None:
+    file = step / "manifest.json"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        read_step(step)
+
+
+def test_a_manifest_over_nonsense_does_not_make_it_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"files": {}}')
+    with pytest.raises(CheckpointError, match=r"train_state.json: cannot be read"):
+        read_step(tmp_path)
+    with pytest.raises(CheckpointError, match=r"nowhere: no such directory; give one named"):
+        read_step(tmp_path / "nowhere")
+
+
+def test_checksums_are_the_usual_ones(good: Path) -> None:
+    listed = json.loads((good / "manifest.json").read_text())["files"]
+    assert {*listed, "manifest.json"} == {file.name for file in good.iterdir()}
+    for name, entry in listed.items():
+        content = (good / name).read_bytes()
+        assert entry == {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+    check_manifest(good)
+
+
+def test_a_large_file_is_read_in_pieces(tmp_path: Path) -> None:
+    content = random.Random(0).randbytes(3 * 2**20 + 7)
+    (tmp_path / "file").write_bytes(content)
+    assert crc32(tmp_path / "file") == f"{zlib.crc32(content):08x}"
+
+
+def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
+    """torch.save hides it; what it hides is what a user has to know."""
+    with pytest.raises(OSError, match="No space left on device"):
+        train_state._save_state({"a": torch.zeros(10**5)}, Path("/dev/full"))

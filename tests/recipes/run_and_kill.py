@@ -1,0 +1,100 @@
+"""A script for tests: runs of `qlora`, each in a process that can be killed at any point.
+
+Reads JSON lines `{"argv": [...], "watch": RUN, "signals": {event number: signal}}`, answers each
+with `{"code": exit code, "events": [...], "output": text}`. Events are numbered from 0: every file
+that is opened, made, renamed or removed in RUN, every fsync, forward pass and optimizer step. Torch
+is imported once; a run is a fork of that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from qlora_builders import cli
+from qlora_builders.modules import CausalLM
+
+FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove")
+
+
+def watch(folder: str, signals: dict[int, int], log: Path) -> None:
+    """Number the events of this process from now on, and send it the signals."""
+    count = 0
+    file = log.open("w")
+
+    def event(name: str) -> None:
+        nonlocal count
+        number, count = count, count + 1
+        file.write(name + "\n")
+        file.flush()
+        if number in signals:
+            os.kill(os.getpid(), signals[number])
+
+    def audit(name: str, args: tuple[Any, ...]) -> None:
+        if name in FILE_EVENTS and folder in str(args[0]):
+            event(f"{name} {args[0]}")
+
+    def announced(function: Callable[[int], None]) -> Callable[[int], None]:
+        def call(descriptor: int) -> None:
+            event("fsync")
+            function(descriptor)
+
+        return call
+
+    os.fsync = announced(os.fsync)  # type: ignore[assignment]
+    sys.addaudithook(audit)
+    register_module_forward_hook(
+        lambda module, args, output: event("forward") if isinstance(module, CausalLM) else None
+    )
+    register_optimizer_step_post_hook(lambda optimizer, args, kwargs: event("optimizer"))
+
+
+def run(argv: list[str], folder: str, signals: dict[int, int], log: Path) -> None:
+    watch(folder, signals, log)
+    try:
+        code = cli.main(argv)
+    except SystemExit as error:
+        code = int(error.code or 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name in ("qlora_builders.config.entry", "qlora_builders.checkpoint"):
+        importlib.import_module(name)  # once for all runs
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # a plot costs as much as ten steps
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    for line in sys.stdin:
+        task = json.loads(line)
+        with tempfile.TemporaryDirectory() as temporary:
+            log, output = Path(temporary) / "events", Path(temporary) / "output"
+            child = os.fork()
+            if child == 0:
+                descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
+                signals = {int(number): value for number, value in task["signals"].items()}
+                run(task["argv"], task["watch"], signals, log)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            answer = {
+                "code": code,
+                "events": log.read_text().splitlines(),
+                "output": output.read_text(),
+            }
+        answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

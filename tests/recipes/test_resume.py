@@ -1,0 +1,316 @@
+"""A run that is killed, stopped or out of disk goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_builders.checkpoint.run_dir import find_start
+
+SAVE_EVERY = 3
+STEPS = 11
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("run_and_kill.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def ask(task: dict[str, Any]) -> dict[str, Any]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(task) + "\n")
+        process.stdin.flush()
+        answer: dict[str, Any] = json.loads(process.stdout.readline())
+        return answer
+
+    yield ask
+    process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def finetune(runner: Any, checkpoint: Path, rows: Path) -> Run:
+    """Packing, dropout and accumulation; 3 batches an epoch, so no epoch ends with a step."""
+
+    def run(folder: Path, *overrides: str, signals: dict[int, int] | None = None) -> dict[str, Any]:
+        argv = [
+            "finetune",
+            f"checkpoint.dir={checkpoint}",
+            f"data.train={rows}",
+            f"data.eval={rows}",
+            "data.packing=best_fit",
+            "data.max_seq_len=100",
+            "method.dropout=0.1",
+            f"training.max_steps={STEPS}",
+            "training.batch_size=2",
+            "training.grad_accumulation=2",
+            "training.compute_dtype=float32",
+            "training.eval_every=4",
+            f"training.save_every={SAVE_EVERY}",
+            "training.keep_last=2",
+            "optimizer.lr=1e-2",
+            f"output_dir={folder}",
+            *overrides,
+        ]
+        return runner({"argv": argv, "watch": str(folder), "signals": signals or {}})
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    finetune: Run, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    answer = finetune(folder)
+    assert answer["code"] == 0
+    return folder, answer["events"]
+
+
+def curve(run: Path) -> list[tuple[Any, ...]]:
+    """Every row of metrics.jsonl without what a clock measured."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    keys = ("step", "loss", "lr", "grad_norm", "target_tokens", "eval_loss", "eval_tokens")
+    return [tuple(row.get(key) for key in keys) for row in rows]
+
+
+def same_run(run: Path, expected: Path) -> None:
+    """Losses and weights, bit for bit, and no other file than usual."""
+    assert curve(run) == curve(expected)
+    ours, theirs = (load_file(r / "adapter" / "adapter_model.safetensors") for r in (run, expected))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    names = [sorted(str(p.relative_to(r)) for p in r.rglob("*")) for r in (run, expected)]
+    assert names[0] == names[1]
+
+
+# ---- killed -------------------------------------------------------------------------------------
+
+
+def kill_points(events: list[str], count: int) -> list[int]:
+    """Anywhere in the run, and half of them inside a save."""
+    draw = random.Random(count)
+    saving = [number for number, name in enumerate(events) if ".partial" in name]
+    assert len(saving) > 50
+    points = draw.sample(saving, count // 2)
+    return points + draw.sample(sorted(set(range(len(events))) - set(points)), count - len(points))
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_bit_for_bit(
+    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path, count: int
+) -> None:
+    whole, events = uninterrupted
+    for point in kill_points(events, count):
+        run = tmp_path / str(point)
+        killed = finetune(run, signals={point: signal.SIGKILL})
+        assert killed["code"] == -signal.SIGKILL, events[point]
+        file = run / "metrics.jsonl"
+        steps = [row[0] for row in curve(run) if row[1] is not None] if file.exists() else []
+        if run.exists() and any(run.iterdir()):
+            start = find_start(run, resume="auto", overwrite=False)
+            assert start.step >= max(steps, default=0) - SAVE_EVERY, events[point]
+            assert start.skipped == ()
+        assert finetune(run, "training.resume=auto")["code"] == 0, events[point]
+        same_run(run, whole)
+        shutil.rmtree(run)
+
+
+def test_a_resumed_run_can_be_killed_again(
+    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """Each time somewhat later than the first save ends, so that every run saves once or twice."""
+    run = tmp_path / "run"
+    whole, events = uninterrupted
+    saves = (n for n, name in enumerate(events) if "os.rename" in name and "/checkpoints/" in name)
+    kill = {next(saves) * 3 // 2: signal.SIGKILL}
+    codes = [finetune(run, "training.resume=auto", signals=kill)["code"]]
+    while codes[-1] != 0:
+        codes.append(finetune(run, "training.resume=auto", signals=kill)["code"])
+        assert len(codes) < 10
+    assert codes.count(-signal.SIGKILL) >= 2
+    same_run(run, whole)
+
+
+# ---- stopped ------------------------------------------------------------------------------------
+
+
+def first_event(events: list[str], name: str, start: int) -> int:
+    return next(n for n, event in enumerate(events) if n >= start and event.startswith(name))
+
+
+@pytest.mark.parametrize(
+    ("number", "where", "code"),
+    [
+        (signal.SIGTERM, "step", 0),
+        (signal.SIGINT, "evaluation", 130),
+        (signal.SIGTERM, "save", 0),
+    ],
+)
+def test_a_stopped_run_resumes_bit_for_bit(
+    finetune: Run,
+    uninterrupted: tuple[Path, list[str]],
+    tmp_path: Path,
+    number: signal.Signals,
+    where: str,
+    code: int,
+) -> None:
+    whole, events = uninterrupted
+    updates = [n for n, event in enumerate(events) if event == "optimizer"]
+    point, step = {
+        "step": (updates[4] - 1, 5),  # a forward pass of step 5
+        "evaluation": (first_event(events, "forward", updates[3]), 4),  # after step 4
+        "save": (first_event(events, "fsync", updates[5]), 6),  # of step 6
+    }[where]
+    run = tmp_path / "run"
+    assert finetune(run, signals={point: number})["code"] == code
+    start = find_start(run, resume="auto", overwrite=False)
+    # a stop during an evaluation or a save is noticed before the next step
+    assert start.step == step
+    assert max(row[0] for row in curve(run)) == step
+    assert not (run / "adapter").exists()
+    assert finetune(run, "training.resume=auto")["code"] == 0
+    same_run(run, whole)
+
+
+def test_a_second_signal_leaves_a_save_at_once_and_nothing_half_written(
+    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    whole, events = uninterrupted
+    updates = [n for n, event in enumerate(events) if event == "optimizer"]
+    point = first_event(events, "fsync", updates[5])
+    run = tmp_path / "run"
+    answer = finetune(run, signals={point: signal.SIGTERM, point + 2: signal.SIGINT})
+    assert answer["code"] == 130
+    assert "interrupted" in answer["output"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_3"]
+    assert finetune(run, "training.resume=auto")["code"] == 0
+    same_run(run, whole)
+
+
+def test_a_signal_before_the_first_step_just_ends_the_run(finetune: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert finetune(run, signals={0: signal.SIGINT})["code"] == 130
+    assert finetune(run, "training.resume=auto", signals={0: signal.SIGTERM})["code"] in (0, -15)
+    assert not (run / "checkpoints").exists()
+
+
+# ---- resumed otherwise --------------------------------------------------------------------------
+
+
+def test_a_finished_run_writes_its_result_again(
+    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """The last step is not lost when the run dies after it."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], run)
+    assert finetune(run, "training.resume=auto")["code"] == 0
+    same_run(run, uninterrupted[0])
+
+
+def test_a_damaged_checkpoint_is_skipped(
+    finetune: Run,
+    uninterrupted: tuple[Path, list[str]],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], run)
+    (run / "checkpoints" / "step_9" / "train_state.pt").write_bytes(b"")
+    answer = finetune(run, "training.resume=auto")
+    assert answer["code"] == 0
+    output = answer["output"]
+    assert "warning: a damaged checkpoint is skipped: " in output
+    assert "step_9: train_state.pt has 0 bytes" in output
+    assert f"resumed after step 6 from {run / 'checkpoints' / 'step_6'}" in output
+    shutil.rmtree(run / "checkpoints" / "step_9.damaged")
+    same_run(run, uninterrupted[0])
+
+
+def test_a_run_may_go_on_in_another_directory(
+    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    source, run = uninterrupted[0] / "checkpoints" / "step_6", tmp_path / "run"
+    assert finetune(run, f"training.resume={source}", "training.save_every=null")["code"] == 0
+    assert curve(run) == curve(uninterrupted[0])
+    assert not (run / "checkpoints").exists()
+
+
+def test_another_config_is_refused_before_anything_is_touched(
+    finetune: Run,
+    uninterrupted: tuple[Path, list[str]],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], run)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 20)
+    changed = (f"data.train={rows}", "training.seed=5", "optimizer.lr=1e-3", "data.packing=none")
+    answer = finetune(run, "training.resume=auto", *changed)
+    assert answer["code"] == 2
+    for key in ("data.packing", "data.train", "optimizer.lr", "training.seed"):
+        assert f"error: {key}=" in answer["output"]
+    answer = finetune(run, "training.resume=auto", "training.max_steps=30")
+    assert answer["code"] == 2
+    assert "a run of 30 steps has another learning rate at step 3" in answer["output"]
+    same_run(run, uninterrupted[0])
+
+
+def test_the_same_tokens_from_another_file_are_the_same_run(
+    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path, rows: Path
+) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved.jsonl"
+    shutil.copytree(uninterrupted[0], run)
+    shutil.rmtree(run / "checkpoints" / "step_9")
+    shutil.copy(rows, moved)
+    assert finetune(run, "training.resume=auto", f"data.train={moved}")["code"] == 0
+    assert curve(run) == curve(uninterrupted[0])
+
+
+# ---- full disk ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that holds one checkpoint of about 450 kB but not two."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("mounting needs privileges")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    finetune: Run,
+    uninterrupted: tuple[Path, list[str]],
+    small_disk: Path,
+) -> None:
+    run = small_disk / "run"
+    answer = finetune(run)
+    assert answer["code"] == 2
+    error = answer["output"]
+    assert "step_6: cannot be written: " in error
+    assert "No space left on device" in error
+    assert f"the last checkpoint is {run / 'checkpoints' / 'step_3'}; training.resume=auto" in error
+    assert "Traceback" not in error
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_3"]
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    assert finetune(run, "training.resume=auto")["code"] == 0
+    same_run(run, uninterrupted[0])
