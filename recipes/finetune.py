@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 
 from qlora_builders.checkpoint import load_checkpoint, save_adapter, save_checkpoint
 from qlora_builders.checkpoint.run_dir import (
+    AUTO,
     Start,
     add_step,
     find_start,
@@ -37,6 +40,13 @@ from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.resume import check_same_curve, curve_config
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.data import Batches, Tokenizer, build_dataset, check_token_range
+from qlora_builders.distributed import (
+    Ranks,
+    sharding,
+    whole_parameters,
+    whole_state,
+    with_ranks,
+)
 from qlora_builders.errors import TrainingError
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
@@ -60,23 +70,24 @@ from qlora_builders.training.lr_schedule import check_same_past, lr_factor
 from qlora_builders.training.progress import MetricsLog, ProgressReport, plot_losses, step_row
 
 
-def main(cfg: FinetuneConfig) -> None:
-    run_dir = Path(cfg.output_dir)
-    start = find_start(run_dir, resume=cfg.training.resume, overwrite=cfg.overwrite)
-    device = resolve_device(cfg.device)
+@with_ranks
+def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
+    run_dir = Path(ranks.on_main(lambda: cfg.output_dir))  # its default holds the time
+    start = ranks.on_main(lambda: first_step(cfg, run_dir, ranks))
+    device = resolve_device(cfg.device, local_rank=ranks.local_rank)
     compute_dtype = resolve_compute_dtype(cfg.training.compute_dtype, device)
     set_seed(cfg.training.seed)
 
     tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
-    train_data = load_batches(cfg.data.train, cfg, tokenizer, shuffle=True)
+    train_data = load_batches(cfg.data.train, cfg, ranks, tokenizer, shuffle=True)
     eval_data = (
-        load_batches(cfg.data.eval, cfg, tokenizer, shuffle=False) if cfg.data.eval else None
+        load_batches(cfg.data.eval, cfg, ranks, tokenizer, shuffle=False) if cfg.data.eval else None
     )
     total_steps = count_steps(cfg, train_data)
     about = describe_run(cfg, train_data, total_steps, device, compute_dtype)
     check_resume(start, about, cfg)
 
-    model = prepare_model(cfg, device, compute_dtype)
+    model = prepare_model(cfg, ranks, device, compute_dtype)
     for data in filter(None, (train_data, eval_data)):
         check_token_range(data.dataset, model.spec.arch.vocab_size)
     parameters = trainable_parameters(model)
@@ -87,48 +98,59 @@ def main(cfg: FinetuneConfig) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=start.step - 1)
 
     with (
-        run_directory(run_dir, start, overwrite=cfg.overwrite, keep_last=cfg.training.keep_last),
-        stop_on_signal() as stop,
-        ProgressReport(total_steps, steps_done=start.step) as progress,
+        make_run_directory(cfg, ranks, run_dir, start),
+        stop_on_signal(ranks.gather) as stop,
+        ProgressReport(total_steps, steps_done=start.step, quiet=not ranks.is_main) as progress,
     ):
-        save_config(cfg, run_dir / "config.yaml")
-        metrics = MetricsLog(run_dir, step=start.step, source=start.run_dir)
+        metrics = MetricsLog(run_dir, step=start.step, source=start.run_dir, writes=ranks.is_main)
         for line in (*start.messages(), *data_summaries(train_data, eval_data)):
             progress.say(line)
-        progress.say(f"{parameter_counts(model)}, on {device}, in {run_dir}")
+        progress.say(f"{parameter_counts(model)}, on {ranks.size} x {device.type}, in {run_dir}")
 
         def evaluate(step: int) -> None:
             due = step in (0, total_steps) or is_due(step, cfg.training.eval_every)
             if eval_data is None or not due or metrics.has_eval(step):
                 return
             batches = until_stopped(eval_data.of_epoch(0, device), stop)
-            loss, tokens = evaluate_loss(model, batches)
+            loss, tokens = evaluate_loss(model, batches, gather=ranks.gather)
             if not stop:
                 metrics.write(step=step, eval_loss=loss, eval_tokens=tokens)
                 progress.say(f"step {step}: eval loss {loss:.4f}")
 
         def save(step: int) -> None:
-            metrics.sync()
-            add_step(run_dir, step, model, optimizer, about=about, base_model=cfg.checkpoint.dir)
-            remove_old_steps(run_dir, cfg.training.keep_last)
+            def write() -> None:
+                metrics.sync()
+                add_step(run_dir, step, model, state, about=about, base_model=cfg.checkpoint.dir)
+                remove_old_steps(run_dir, cfg.training.keep_last)
+
+            with whole_parameters(model, ranks, only_trained=has_adapters(model)):
+                state = whole_state(optimizer, ranks)
+                ranks.on_main(write)
 
         model.train()
         step = start.step
         evaluate(step)
-        while step < total_steps and not stop:
+        while step < total_steps and not stop.agreed():
             step += 1
+            ranks.seed_step(cfg.training.seed, step)
             batches = train_data.of_step(step, cfg.training.grad_accumulation, device)
             started = time.perf_counter()
             try:
                 result = train_step(
-                    model, batches, optimizer, clip_grad_norm=cfg.training.clip_grad_norm
+                    model,
+                    batches,
+                    optimizer,
+                    clip_grad_norm=cfg.training.clip_grad_norm,
+                    gather=ranks.gather,
                 )
             except TrainingError as error:
-                if step > 1 and not step_folders(run_dir) and all_finite(parameters):
+                saved = ranks.on_main(lambda: bool(step_folders(run_dir)))
+                if step > 1 and not saved and all_finite(parameters, gather=ranks.gather):
                     save(step - 1)
                 raise TrainingError(
                     f"step {step}: {error} of {cfg.data.train}. "
-                    f"{last_checkpoint(run_dir)}; lower optimizer.lr or look at these rows"
+                    f"{ranks.on_main(lambda: last_checkpoint(run_dir))}; "
+                    "lower optimizer.lr or look at these rows"
                 ) from error
             lr = float(schedule.get_last_lr()[0])
             schedule.step()
@@ -141,22 +163,22 @@ def main(cfg: FinetuneConfig) -> None:
             if is_due(step, cfg.training.save_every):
                 save(step)
             evaluate(step)
-        if stop:
-            if step and not step_folder(run_dir, step).exists():
+        if stop.agreed():
+            if step and not ranks.on_main(step_folder(run_dir, step).exists):
                 save(step)
             progress.say(f"stopped by signal {stop.signal_number} after step {step}")
             progress.say(last_checkpoint(run_dir))
             sys.exit(stop.exit_code)
 
-        check_adapters_learned(model)
-        progress.say(f"wrote {save_result(model, run_dir, cfg)}")
-        progress.say(plot(run_dir))
+        check_adapters_learned(model, gather=ranks.gather)
+        for line in finish(model, ranks, run_dir, cfg):
+            progress.say(line)
 
 
 def prepare_model(
-    cfg: FinetuneConfig, device: torch.device, compute_dtype: torch.dtype
+    cfg: FinetuneConfig, ranks: Ranks, device: torch.device, compute_dtype: torch.dtype
 ) -> CausalLM:
-    """The base under the plan, and everything about how it computes."""
+    """The base under the plan, over the ranks, and everything about how it computes."""
     model = load_checkpoint(
         cfg.checkpoint.dir,
         plan_rules(cfg),
@@ -165,13 +187,14 @@ def prepare_model(
         device=device,
         dtype=resolve_dtype(cfg.training.dtype),
         compute_dtype=compute_dtype,
+        shard=sharding(ranks, device.type, **asdict(cfg.distributed)),
     )
     model.model.activation_checkpointing = cfg.training.activation_checkpointing
     return model
 
 
 def load_batches(
-    source: str, cfg: FinetuneConfig, tokenizer: Tokenizer, *, shuffle: bool
+    source: str, cfg: FinetuneConfig, ranks: Ranks, tokenizer: Tokenizer, *, shuffle: bool
 ) -> Batches:
     data = build_dataset(
         source,
@@ -189,6 +212,8 @@ def load_batches(
         max_seq_len=cfg.data.max_seq_len,
         seed=cfg.training.seed,
         shuffle=shuffle,
+        rank=ranks.rank,
+        num_ranks=ranks.size,
     )
 
 
@@ -238,6 +263,38 @@ def parameter_counts(model: CausalLM) -> str:
 
 def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def first_step(cfg: FinetuneConfig, run_dir: Path, ranks: Ranks) -> Start:
+    """As the config says; a run that was restarted after a failure goes on where it was."""
+    if ranks.restarts and step_folders(run_dir):
+        return find_start(run_dir, resume=AUTO, overwrite=False)
+    overwrite = cfg.overwrite or ranks.restarts > 0
+    return find_start(run_dir, resume=cfg.training.resume, overwrite=overwrite)
+
+
+@contextmanager
+def make_run_directory(
+    cfg: FinetuneConfig, ranks: Ranks, run_dir: Path, start: Start
+) -> Iterator[None]:
+    """On the main rank; the others write nothing."""
+    if not ranks.is_main:
+        yield
+        return
+    overwrite = start.step == 0 and (cfg.overwrite or ranks.restarts > 0)
+    with run_directory(run_dir, start, overwrite=overwrite, keep_last=cfg.training.keep_last):
+        save_config(cfg, run_dir / "config.yaml")
+        yield
+
+
+def finish(model: CausalLM, ranks: Ranks, run_dir: Path, cfg: FinetuneConfig) -> list[str]:
+    """Write the result and the plot; returns what to say about it."""
+
+    def write() -> list[str]:
+        return [f"wrote {save_result(model, run_dir, cfg)}", plot(run_dir)]
+
+    with whole_parameters(model, ranks, only_trained=has_adapters(model)):
+        return ranks.on_main(write)
 
 
 def save_result(model: CausalLM, run_dir: Path, cfg: FinetuneConfig) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from qlora_builders.checkpoint.formats import AUTO, read_arch, read_tensors
 from qlora_builders.checkpoint.hf_llama import base_parameters
+from qlora_builders.checkpoint.load_sharded import place_rows, read_rows
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.checkpoint.streaming import stream
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import ComponentRule, LlamaArch, linear_slots, llama, resolve
 from qlora_builders.modules import CausalLM, LoRALinear
-from qlora_builders.tensor import NF4Tensor
+from qlora_builders.tensor import NF4Tensor, is_nf4_shard
+from qlora_builders.tensor.sharded import is_sharded
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -31,6 +33,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     compute_dtype: torch.dtype | None = None,
+    shard: Callable[[CausalLM], None] | None = None,
 ) -> CausalLM:
     """Build the model of a checkpoint directory under a component plan, and load its weights.
 
@@ -47,6 +50,7 @@ def load_checkpoint(
         format: what the directory holds, if not what it looks like: hf, meta, bnb-4bit or nf4.
         arch: overrides what the directory says.
         components, train, dtype, compute_dtype: as for `llama`.
+        shard: shards a model whose base is on meta; then a rank reads and quantizes what it holds.
 
     Raises:
         CheckpointError: for missing, unexpected or wrongly shaped tensors, NaN or infinity in a
@@ -62,12 +66,14 @@ def load_checkpoint(
         arch, components, train=train, device="meta", dtype=dtype, compute_dtype=compute_dtype
     )
     device = torch.device(device)
-    _load_weights(model, tensors, path, device)
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.lora_A.to_empty(device=device)
             module.lora_B.to_empty(device=device)
             module.reset_lora_parameters()
+    if shard is not None:
+        shard(model)
+    _load_weights(model, tensors, path, device)
     return model
 
 
@@ -120,11 +126,13 @@ def _load_weights(
         _check_tied(tensors[HEAD], tensors[EMBEDDING])
     rules = resolve(model.spec.components, linear_slots(model.spec.arch))
 
-    def place(tensor: LazyTensor, value: Tensor) -> None:
+    def place(part: LazyTensor, value: Tensor) -> None:
+        tensor = tensors[part.name]
         slot = tensor.name.removesuffix(".weight").removeprefix("model.")
         _place(model, tensor, value, parameters[tensor.name], rules.get(slot), device)
 
-    stream([t for t in tensors.values() if not (tied and t.name == HEAD)], place)
+    read = [tensor for name, tensor in tensors.items() if not (tied and name == HEAD)]
+    stream([read_rows(tensor, parameters[tensor.name]) for tensor in read], place)
     model.tie_weights()
 
 
@@ -138,10 +146,19 @@ def _place(
 ) -> None:
     module_name, _, leaf = tensor.name.rpartition(".")
     module = model.get_submodule(module_name)
+    if isinstance(value, NF4Tensor) and (
+        isinstance(parameter, NF4Tensor) or is_nf4_shard(parameter)
+    ):
+        _check_options(tensor, value, rule)
+    if is_sharded(parameter):
+        try:
+            setattr(module, leaf, place_rows(parameter, tensor, value, device))
+        except ValueError as error:
+            raise CheckpointError(f"{tensor.source}: {tensor.name}: {error}") from error
+        return
     value = value.to(device)
     if isinstance(value, NF4Tensor):
         if isinstance(parameter, NF4Tensor):
-            _check_options(tensor, value, rule)
             module.weight = nn.Parameter(value, requires_grad=False)
             return
         value = value.dequantize()

@@ -31,6 +31,7 @@ from qlora_builders.checkpoint.safetensors_io import (
 )
 from qlora_builders.errors import CheckpointError
 from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.tensor.sharded import copy_whole_
 
 PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
@@ -286,9 +287,8 @@ def load_adapter(model: CausalLM, path: str | Path) -> None:
         raise CheckpointError(
             f"{info.path}: lm_head and embed_tokens differ, but the model ties them"
         )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            model.get_parameter(name).copy_(tensor)
+    for name, tensor in tensors.items():
+        copy_whole_(model.get_parameter(name), tensor)
 
 
 def _read_fitting(model: nn.Module, info: AdapterInfo, name: str) -> Tensor:

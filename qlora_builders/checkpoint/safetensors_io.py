@@ -35,7 +35,8 @@ class LazyTensor:
     """A tensor in a file or to be written: what must be known beforehand, and how to get it.
 
     `load` may give an `NF4Tensor` where `quantized`; `shape` and `dtype` are those of the weight it
-    stands for. `source` is the file it comes from, for error messages.
+    stands for. `source` is the file it comes from, for error messages. `load_rows(start, stop)`
+    reads a part, where the file allows it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LazyTensor:
     load: Callable[[], Tensor]
     source: Path | None = None
     quantized: bool = False
+    load_rows: Callable[[int, int], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +98,10 @@ def open_tensors(directory: Path, *, stem: str = STEM) -> dict[str, LazyTensor]:
     for name, file in files.items():
         entry = _entry(headers[file], file, name)
         load = partial(_read, file, name, entry)
-        found[name] = LazyTensor(name, entry.shape, entry.dtype, load, file)
+        load_rows = partial(_read_rows, file, name, entry)
+        found[name] = LazyTensor(
+            name, entry.shape, entry.dtype, load, file, load_rows=load_rows if entry.shape else None
+        )
     return found
 
 
@@ -133,6 +138,12 @@ def _read(file: Path, name: str, entry: Entry) -> Tensor:
     except OSError as error:
         raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
     return buffer.view(entry.dtype).view(entry.shape)
+
+
+def _read_rows(file: Path, name: str, entry: Entry, start: int, stop: int) -> Tensor:
+    row = Entry(entry.dtype, entry.shape[1:], 0).nbytes
+    shape = torch.Size((stop - start, *entry.shape[1:]))
+    return _read(file, name, Entry(entry.dtype, shape, entry.start + start * row))
 
 
 # ---- out ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pickle
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,15 +28,22 @@ from qlora_builders.checkpoint.peft_adapter import load_adapter, save_adapter
 from qlora_builders.checkpoint.safetensors_io import atomic_directory, find_tensors, read_tensor
 from qlora_builders.errors import CheckpointError
 from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.tensor.sharded import copy_whole_, shard_optimizer_state_
 
 STATE_FILE = "train_state.pt"
 INFO_FILE = "train_state.json"
 
 
+class HasState(Protocol):
+    """An optimizer, or what one gathered from all ranks."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
 def save_step(
     folder: Path,
     model: CausalLM,
-    optimizer: torch.optim.Optimizer,
+    optimizer: HasState,
     *,
     step: int,
     about: Mapping[str, Any],
@@ -97,6 +104,7 @@ def load_step(folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer) -
         optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
         raise CheckpointError(f"{file}: does not fit the optimizer: {error}") from error
+    shard_optimizer_state_(optimizer)
     set_random_state(state["random"], device)
 
 
@@ -154,4 +162,4 @@ def _load_trained(model: CausalLM, folder: Path) -> None:
                     f"{files[name]}: {name} has shape {list(tensor.shape)}; "
                     f"the model needs {list(parameter.shape)}"
                 )
-            parameter.copy_(tensor)
+            copy_whole_(parameter, tensor)

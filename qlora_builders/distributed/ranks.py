@@ -5,6 +5,7 @@ Tensors travel through FSDP2 and DTensor; what is said here are counts, losses, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -28,18 +29,30 @@ class Ranks:
     """This process among all processes of the run, and on its machine.
 
     Attributes:
+        launched: by torchrun or a launcher like it, be it alone.
         restarts: how often the launcher has started the run again after a failure.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    launched: bool = False
     restarts: int = 0
 
     @property
     def is_main(self) -> bool:
         """Whether this one reports and writes."""
         return self.rank == 0
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Other dropout on every rank, and after a resume the same.
+
+        The main rank draws on from one step to the next, as a process alone does, and checkpoints
+        have its generators; what the others draw is a function of the step.
+        """
+        if not self.is_main:
+            digest = hashlib.sha256(f"{seed}/{step}/{self.rank}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
     def gather(self, value: T) -> list[T]:
         """Everybody's value, by rank, on every rank. All ranks must call it."""
@@ -66,6 +79,17 @@ class Ranks:
         if raised is not None:
             raise raised
         return value
+
+
+def with_ranks(main: Callable[[Any, Ranks], T]) -> Callable[[Any], T]:
+    """`main(cfg, ranks)` as a recipe's `main(cfg)`."""
+
+    @functools.wraps(main)
+    def run(cfg: Any) -> T:
+        with join_ranks(cfg.device) as ranks:
+            return main(cfg, ranks)
+
+    return run
 
 
 @contextmanager
@@ -100,6 +124,7 @@ def _from_environment() -> Ranks:
         rank=int(environ["RANK"]),
         size=int(environ["WORLD_SIZE"]),
         local_rank=int(environ.get("LOCAL_RANK", 0)),
+        launched=True,
         restarts=int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
     )
 

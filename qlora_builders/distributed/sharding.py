@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -9,6 +12,16 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from qlora_builders.distributed.ranks import Ranks
 from qlora_builders.errors import ConfigError
 from qlora_builders.modules import CausalLM
+
+
+def sharding(
+    ranks: Ranks, device_type: str, *, shard: int | None, cpu_offload: bool
+) -> Callable[[CausalLM], None] | None:
+    """What shards a model over the ranks; None for a process alone."""
+    if ranks.size == 1 and not ranks.launched:
+        return None
+    mesh = make_mesh(ranks, device_type, shard=shard)
+    return partial(shard_model, mesh=mesh, cpu_offload=cpu_offload)
 
 
 def make_mesh(ranks: Ranks, device_type: str, *, shard: int | None = None) -> DeviceMesh:
