@@ -7,6 +7,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,31 @@ SECONDS = 180  # to wait for ranks before they count as hung
 
 # Processes are forked from a server that has imported torch once.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["qlora_builders.checkpoint", "qlora_builders.distributed"])
+_context.set_forkserver_preload(
+    [
+        "qlora_builders.checkpoint",
+        "qlora_builders.config.compose",
+        "qlora_builders.data",
+        "qlora_builders.distributed",
+        "matplotlib.figure",
+    ]
+)
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, join: bool = True
+) -> list[Any]:
     """What `function(ranks, *args)` returns on each of `world_size` ranks.
 
-    It has to be importable, and what it returns is saved with torch.save.
+    It has to be importable, and what it returns is saved with torch.save. Without `join` it is
+    called as `function(*args)` and has to join the ranks itself.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = [
             _context.Process(
-                target=_run, args=(rank, world_size, store.port, folder, function, args)
+                target=_run, args=(rank, world_size, store.port, folder, function, args, join)
             )
             for rank in range(world_size)
         ]
@@ -58,6 +70,7 @@ def _run(
     folder: Path,
     function: Callable[..., Any],
     args: tuple[Any, ...],
+    join: bool,
 ) -> None:
     torch.set_num_threads(1)
     os.environ |= {
@@ -69,8 +82,9 @@ def _run(
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's
     }
     try:
-        with join_ranks("cpu") as ranks:
-            torch.save(function(ranks, *args), folder / f"{rank}.pt")
+        with join_ranks("cpu") if join else nullcontext() as ranks:
+            result = function(ranks, *args) if join else function(*args)
+            torch.save(result, folder / f"{rank}.pt")
     except BaseException:
         (folder / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         os._exit(1)  # the others may wait for this one forever
