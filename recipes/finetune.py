@@ -136,12 +136,9 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
             batches = train_data.of_step(step, cfg.training.grad_accumulation, device)
             started = time.perf_counter()
             try:
+                clip = cfg.training.clip_grad_norm
                 result = train_step(
-                    model,
-                    batches,
-                    optimizer,
-                    clip_grad_norm=cfg.training.clip_grad_norm,
-                    gather=ranks.gather,
+                    model, batches, optimizer, clip_grad_norm=clip, gather=ranks.gather
                 )
             except TrainingError as error:
                 saved = ranks.on_main(lambda: bool(step_folders(run_dir)))

@@ -6,6 +6,7 @@ Several machines, or another rendezvous, are torchrun's own business:
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -22,15 +23,10 @@ def launch(arguments: Sequence[str], *, nproc_per_node: int, max_restarts: int =
     A rank that fails takes the others down; then all are started again, up to `max_restarts` times.
     What a rank had to say itself is not repeated.
     """
-    # torch's launcher logs what is summed up below
-    level = os.environ.get("LOGLEVEL")
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if level is None:
-        del os.environ["LOGLEVEL"]
     threads = max(1, (os.cpu_count() or 1) // nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     config = LaunchConfig(
@@ -42,12 +38,15 @@ def launch(arguments: Sequence[str], *, nproc_per_node: int, max_restarts: int =
         rdzv_endpoint="localhost:0",  # a free port
         max_restarts=max_restarts,
     )
+    logging.disable()  # what torch's launcher logs is summed up below
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
         return _report(error.failures, max_restarts)
     except SignalException as error:
         return 128 + signal.SIGINT if error.sigval == signal.SIGINT else 0
+    finally:
+        logging.disable(logging.NOTSET)
     return 0
 
 

@@ -20,6 +20,8 @@ FREE = {
     "training.save_every",
     "training.keep_last",
     "training.resume",
+    "distributed.shard",
+    "distributed.cpu_offload",
     "output_dir",
     "overwrite",
 }

@@ -51,7 +51,7 @@ def test_defaults_are_not_shared() -> None:
 def test_sections_are_dataclasses() -> None:
     cfg = FinetuneConfig()
     sections = [getattr(cfg, f.name) for f in fields(cfg)]
-    assert sum(is_dataclass(section) for section in sections) == 7
+    assert sum(is_dataclass(section) for section in sections) == 8
 
 
 def test_good_config_has_no_problems() -> None:
