@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from qlora_builders.distributed import join_ranks
 
-SECONDS = 180  # to wait for ranks before they count as hung
+SECONDS = 240  # to wait for ranks before they count as hung
 
 # Processes are forked from a server that has imported torch once.
 _context = multiprocessing.get_context("forkserver")
@@ -51,8 +52,9 @@ def run_ranks(
         for process in processes:
             process.start()
         try:
+            deadline = time.monotonic() + SECONDS
             for process in processes:
-                process.join(SECONDS)
+                process.join(deadline - time.monotonic())
             errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
             assert not errors, "\n".join(errors)
             codes = [process.exitcode for process in processes]
