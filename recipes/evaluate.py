@@ -54,6 +54,7 @@ def main(cfg: EvaluateConfig) -> None:
         device=device,
         dtype=None if cfg.dtype == "auto" else resolve_dtype(cfg.dtype),
         compute_dtype=resolve_compute_dtype(cfg.compute_dtype, device),
+        allow_base_mismatch=cfg.adapter.allow_base_mismatch,
     )
     check_token_range(data, model.spec.arch.vocab_size)
 

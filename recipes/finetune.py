@@ -47,9 +47,10 @@ from qlora_builders.distributed import (
     whole_state,
     with_ranks,
 )
-from qlora_builders.errors import TrainingError
+from qlora_builders.errors import ConfigError, TrainingError
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
+from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
     peak_memory_mib,
     resolve_compute_dtype,
@@ -88,6 +89,8 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
     check_resume(start, about, cfg)
 
     model = prepare_model(cfg, ranks, device, compute_dtype)
+    before = start.about.get("compile")
+    about["compile"] = prepare_layers(model, cfg, ranks, total_steps, before=before)
     for data in filter(None, (train_data, eval_data)):
         check_token_range(data.dataset, model.spec.arch.vocab_size)
     parameters = trainable_parameters(model)
@@ -103,7 +106,7 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
         ProgressReport(total_steps, steps_done=start.step, quiet=not ranks.is_main) as progress,
     ):
         metrics = MetricsLog(run_dir, step=start.step, source=start.run_dir, writes=ranks.is_main)
-        for line in (*start.messages(), *data_summaries(train_data, eval_data)):
+        for line in (*start.messages, *data_summaries(train_data, eval_data)):
             progress.say(line)
         progress.say(f"{parameter_counts(model)}, on {ranks.size} x {device.type}, in {run_dir}")
 
@@ -152,8 +155,7 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
             lr = float(schedule.get_last_lr()[0])
             schedule.step()
             if step % cfg.training.log_every == 0 or step == total_steps:
-                seconds = time.perf_counter() - started
-                memory = peak_memory_mib(device)
+                seconds, memory = time.perf_counter() - started, peak_memory_mib(device)
                 row = step_row(step, result, lr=lr, seconds=seconds, memory=memory)
                 metrics.write(**row)
                 progress.step(row)
@@ -164,7 +166,7 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
             if step and not ranks.on_main(step_folder(run_dir, step).exists):
                 save(step)
             progress.say(f"stopped by signal {stop.signal_number} after step {step}")
-            progress.say(last_checkpoint(run_dir))
+            progress.say(f"{last_checkpoint(run_dir)}; training.resume=auto takes the run up again")
             sys.exit(stop.exit_code)
 
         check_adapters_learned(model, gather=ranks.gather)
@@ -175,10 +177,11 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
 def prepare_model(
     cfg: FinetuneConfig, ranks: Ranks, device: torch.device, compute_dtype: torch.dtype
 ) -> CausalLM:
-    """The base under the plan, over the ranks, and everything about how it computes."""
-    model = load_checkpoint(
+    """The base under the plan, over the ranks."""
+    return load_checkpoint(
         cfg.checkpoint.dir,
         plan_rules(cfg),
+        format=cfg.checkpoint.format,
         arch=get_arch(cfg.model.arch) if cfg.model.arch else None,
         train=train_patterns(cfg),
         device=device,
@@ -186,8 +189,28 @@ def prepare_model(
         compute_dtype=compute_dtype,
         shard=sharding(ranks, device.type, **asdict(cfg.distributed)),
     )
+
+
+def prepare_layers(
+    model: CausalLM, cfg: FinetuneConfig, ranks: Ranks, total_steps: int, *, before: str | None
+) -> str:
+    """What the layers keep for backward, and whether they are compiled: "on" or "off".
+
+    Args:
+        before: what a resumed run had, for the same losses to the last bit.
+    """
     model.model.activation_checkpointing = cfg.training.activation_checkpointing
-    return model
+    mode = cfg.training.compile
+    if ranks.launched:
+        if mode == "on":
+            raise ConfigError("training.compile=on takes one process; set off for several")
+        mode = "off"
+    rows = total_steps * cfg.training.batch_size * cfg.training.grad_accumulation
+    num_tokens = rows * cfg.data.max_seq_len  # at most
+    compiled = compile_layers(
+        model, before if before and mode == "auto" else mode, num_tokens=num_tokens
+    )
+    return "on" if compiled else "off"
 
 
 def load_batches(

@@ -30,6 +30,7 @@ def main(cfg: GenerateConfig) -> None:
         device=device,
         dtype=None if cfg.dtype == "auto" else resolve_dtype(cfg.dtype),
         compute_dtype=resolve_compute_dtype(cfg.compute_dtype, device),
+        allow_base_mismatch=cfg.adapter.allow_base_mismatch,
     )
     generator = torch.Generator(device).manual_seed(cfg.seed)
     prompts = list(read_prompts(cfg))

@@ -5,17 +5,18 @@ from qlora_builders.checkpoint.hf_config import arch_from_config, config_from_ar
 from qlora_builders.checkpoint.hf_llama import save_checkpoint
 from qlora_builders.checkpoint.load import load_checkpoint
 from qlora_builders.checkpoint.merge import merge_adapter, save_merged
-from qlora_builders.checkpoint.peft_adapter import (
-    load_adapter,
-    read_adapter,
-    save_adapter,
-)
+from qlora_builders.checkpoint.merge_report import MergeError, MergeReport, delta_survival
+from qlora_builders.checkpoint.peft_adapter import load_adapter, read_adapter
+from qlora_builders.checkpoint.peft_export import save_adapter
 from qlora_builders.checkpoint.with_adapter import adapter_plan, load_with_adapter
 
 __all__ = [
+    "MergeError",
+    "MergeReport",
     "adapter_plan",
     "arch_from_config",
     "config_from_arch",
+    "delta_survival",
     "load_adapter",
     "load_checkpoint",
     "load_with_adapter",

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_builders.checkpoint.formats import AUTO, read_arch, read_tensors
+from qlora_builders.checkpoint.base_record import ContentHash
+from qlora_builders.checkpoint.formats import AUTO, detect_format, read_arch, read_tensors
 from qlora_builders.checkpoint.hf_llama import base_parameters
 from qlora_builders.checkpoint.load_sharded import place_rows, read_rows
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.checkpoint.streaming import stream
 from qlora_builders.errors import CheckpointError
-from qlora_builders.models import ComponentRule, LlamaArch, linear_slots, llama, resolve
+from qlora_builders.models import (
+    BaseCheckpoint,
+    ComponentRule,
+    LlamaArch,
+    linear_slots,
+    llama,
+    resolve,
+)
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.tensor import NF4Tensor, is_nf4_shard
-from qlora_builders.tensor.sharded import is_sharded
+from qlora_builders.tensor.sharded import held_rows, is_sharded, local_part
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -37,8 +46,9 @@ def load_checkpoint(
 ) -> CausalLM:
     """Build the model of a checkpoint directory under a component plan, and load its weights.
 
-    Each tensor is quantized or cast as it is read, while threads read the next ones. All that is
-    in memory beside the finished part of the model is no larger than the largest tensor.
+    Each tensor is quantized or cast as it is read, while threads read the next ones. In memory
+    beside the finished part of the model are never more bytes than the largest tensor has, and a
+    copy of one tensor where its dtype changes.
 
     Weights that are stored in NF4 keep their codes, scales and dtype where the plan wants NF4. A
     rule may repeat the options they are stored with, but not ask for others: quantizing what is
@@ -68,12 +78,16 @@ def load_checkpoint(
     device = torch.device(device)
     for module in model.modules():
         if isinstance(module, LoRALinear):
-            module.lora_A.to_empty(device=device)
-            module.lora_B.to_empty(device=device)
+            for part in (module.lora_A, module.lora_B):
+                # not to_empty, which has torch import its compiler
+                empty = torch.empty(part.weight.shape, dtype=part.weight.dtype, device=device)
+                part.weight = nn.Parameter(empty)
             module.reset_lora_parameters()
     if shard is not None:
         shard(model)
-    _load_weights(model, tensors, path, device)
+    content = _load_weights(model, tensors, path, device)
+    found = detect_format(path) if format == AUTO else format
+    model.spec = replace(model.spec, base=BaseCheckpoint(found, content))
     return model
 
 
@@ -111,7 +125,8 @@ def _check_shape(tensor: LazyTensor, shape: Sequence[int]) -> None:
 
 def _load_weights(
     model: CausalLM, tensors: Mapping[str, LazyTensor], path: Path, device: torch.device
-) -> None:
+) -> str:
+    """Gives the content hash of what was read."""
     parameters = base_parameters(model)
     tied = model.tie_word_embeddings
     required = set(parameters) - ({HEAD} if tied else set())
@@ -122,18 +137,31 @@ def _load_weights(
         )
     for name, tensor in tensors.items():
         _check_shape(tensor, parameters[name].shape)
-    if tied and HEAD in tensors:
-        _check_tied(tensors[HEAD], tensors[EMBEDDING])
     rules = resolve(model.spec.components, linear_slots(model.spec.arch))
+    content = ContentHash()
 
     def place(part: LazyTensor, value: Tensor) -> None:
         tensor = tensors[part.name]
+        if value.shape == tensor.shape:
+            content.add(tensor.name, value)
+        else:
+            content.add_unread(tensor)
         slot = tensor.name.removesuffix(".weight").removeprefix("model.")
         _place(model, tensor, value, parameters[tensor.name], rules.get(slot), device)
 
-    read = [tensor for name, tensor in tensors.items() if not (tied and name == HEAD)]
-    stream([read_rows(tensor, parameters[tensor.name]) for tensor in read], place)
+    def transient(tensor: LazyTensor) -> bool:
+        """Quantized, cast or moved; a weight that stays as it is keeps what it was read into."""
+        parameter = parameters[tensor.name]
+        as_it_is = device.type == "cpu" and tensor.dtype == parameter.dtype
+        return isinstance(parameter, NF4Tensor) or is_nf4_shard(parameter) or not as_it_is
+
+    wanted = [tensor for name, tensor in tensors.items() if not (tied and name == HEAD)]
+    parts = [read_rows(tensor, parameters[tensor.name]) for tensor in wanted]
+    stream(parts, place, transient=transient)
+    if tied and HEAD in tensors:
+        _check_tied(tensors[HEAD], model.get_parameter(EMBEDDING))
     model.tie_weights()
+    return content.hexdigest()
 
 
 def _place(
@@ -186,8 +214,10 @@ def _check_options(tensor: LazyTensor, stored: NF4Tensor, rule: ComponentRule | 
         )
 
 
-def _check_tied(head: LazyTensor, embedding: LazyTensor) -> None:
-    if not torch.equal(head.load(), embedding.load()):
+def _check_tied(head: LazyTensor, embedding: Tensor) -> None:
+    rows = slice(*held_rows(embedding)) if is_sharded(embedding) else slice(None)
+    own = local_part(embedding)
+    if not torch.equal(head.load()[rows].to(own), own):
         raise CheckpointError(
             f"{head.source}: {HEAD} differs from {EMBEDDING}, but config.json ties them"
         )

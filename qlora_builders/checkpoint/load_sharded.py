@@ -39,7 +39,7 @@ def read_rows(tensor: LazyTensor, parameter: Tensor) -> LazyTensor:
         return tensor
     start, stop = needed_rows(tensor, parameter)
     shape = torch.Size((stop - start, *tensor.shape[1:]))
-    return replace(tensor, shape=shape, load=partial(tensor.load_rows, start, stop))
+    return replace(tensor, shape=shape, load=partial(tensor.load_rows, start, stop), load_into=None)
 
 
 def place_rows(

@@ -1,30 +1,59 @@
-"""Adapters into weights: W + scaling * B A in float32, one weight at a time."""
+"""Adapters into weights: W + scaling * B A in float32, one weight at a time, each measured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_builders.checkpoint.hf_llama import base_parameters, lazy_parameter, write_hf_directory
+from qlora_builders.checkpoint.base_record import ALLOW, hash_tensors
+from qlora_builders.checkpoint.formats import read_tensors
+from qlora_builders.checkpoint.hf_llama import (
+    base_parameters,
+    lazy_parameter,
+    save_checkpoint,
+    write_hf_directory,
+)
+from qlora_builders.checkpoint.merge_report import (
+    MAX_ERROR,
+    LayerError,
+    MergeReport,
+    check_merge,
+    logit_agreement,
+    measure_layer,
+    streamed_model,
+)
+from qlora_builders.checkpoint.peft_export import adapters_of, hf_name
 from qlora_builders.checkpoint.safetensors_io import (
     MAX_SHARD_BYTES,
     LazyTensor,
-    find_tensors,
-    read_tensor,
+    atomic_directory,
+    listed,
 )
-from qlora_builders.errors import CheckpointError
-from qlora_builders.models import LlamaArch, llama
+from qlora_builders.errors import CheckpointError, did_you_mean
+from qlora_builders.models import LlamaArch, linear_slots, llama
 from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.tensor import NF4Tensor, to_nf4
 
 DEQUANTIZED = "dequantized"
+MERGE_FORMATS = ("hf", "nf4", "bnb-4bit")
+# NF4 leaves about 0.1 of a weight's norm; a weight that is no relative of the other has 1.4
+_MAX_BASE_CHANGE = 0.5
+_NF4_DEFAULTS = {"block_size": 64, "scale_block_size": 256, "scale_format": "geometric"}
+_BNB = {"block_size": 64, "scale_block_size": 256, "scale_format": "bnb"}
 
 
 def merge_adapter(
-    model: CausalLM, *, base: str | Path = DEQUANTIZED, dtype: torch.dtype | None = None
+    model: CausalLM,
+    *,
+    base: str | Path = DEQUANTIZED,
+    dtype: torch.dtype | None = None,
+    max_error: float = MAX_ERROR,
+    allow_base_mismatch: bool = False,
 ) -> CausalLM:
     """A new model of plain layers that computes what base + adapter computes.
 
@@ -33,14 +62,16 @@ def merge_adapter(
         base: "dequantized" adds the update to the weights the adapter was trained on. The path of
             the original 16-bit checkpoint adds it to those: a better base, but another function.
         dtype: of the merged weights; by default each weight's own.
+        max_error: as for `save_merged`.
+        allow_base_mismatch: merge onto a `base` whose content hash is not the model's.
 
     Raises:
-        CheckpointError: if the model has no adapter, or `base` lacks a tensor or its shape.
+        MergeError: if rounding loses more of the update than `max_error`.
+        CheckpointError: if the model has no adapter, or `base` is not its checkpoint.
     """
-    arch = _merged_arch(model)
-    merged = llama(arch, device="meta", compute_dtype=model.model.compute_dtype)
-    tensors = {tensor.name: tensor.load() for tensor in merged_tensors(model, base, dtype)}
-    merged.load_state_dict(tensors, assign=True)
+    plan = _MergePlan(model, base, dtype, allow_base_mismatch)
+    merged = plan.build()
+    plan.check(merged, max_error)
     return merged
 
 
@@ -50,80 +81,223 @@ def save_merged(
     *,
     base: str | Path = DEQUANTIZED,
     dtype: torch.dtype | None = None,
+    format: str = "hf",
+    max_error: float = MAX_ERROR,
+    allow_base_mismatch: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     companions: str | Path | None = None,
-) -> None:
-    """`merge_adapter` straight into a Hugging Face directory; at most one shard is in memory."""
-    write_hf_directory(
-        list(merged_tensors(model, base, dtype)),
-        path,
-        arch=_merged_arch(model),
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        companions=companions,
-    )
+) -> MergeReport:
+    """`merge_adapter` straight into a directory; at most one shard is in memory.
+
+    What was written is read back, layer by layer, and its logits compared with the model's before
+    the directory gets its name.
+
+    Args:
+        format: "hf", or "nf4" or "bnb-4bit" to quantize the merged weights again: those slots that
+            are quantized in the model, or all of the decoder's where none is. That erases most
+            updates below 10 % of the weight's norm, so it is refused unless `max_error` allows it.
+        max_error: largest |error| / |delta|, over all weights and, with base="dequantized", of the
+            logits; see `merge_report`.
+
+    Raises:
+        MergeError: if more than `max_error` is lost; its `report` has every figure.
+        CheckpointError: as `merge_adapter`, and for an unknown format.
+    """
+    if format not in MERGE_FORMATS:
+        raise CheckpointError(f"format is {format!r}{did_you_mean(format, MERGE_FORMATS)}")
+    plan = _MergePlan(model, base, dtype, allow_base_mismatch, nf4=_nf4_options(model, format))
+    if format != "hf":
+        merged = plan.build()
+        report = plan.check(merged, max_error)
+        save_checkpoint(
+            merged, path, format=format, max_shard_bytes=max_shard_bytes, companions=companions
+        )
+        return report
+    tensors = list(plan.tensors())
+    with atomic_directory(path, marker="config.json") as temporary:
+        write_hf_directory(
+            tensors,
+            temporary,
+            arch=plan.arch,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            companions=companions,
+        )
+        return plan.check(streamed_model(temporary), max_error)
 
 
-def merged_tensors(
-    model: CausalLM, base: str | Path = DEQUANTIZED, dtype: torch.dtype | None = None
-) -> Iterator[LazyTensor]:
-    """Every parameter of the merged model, computed when it is loaded."""
-    adapters = {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if isinstance(module, LoRALinear)
-    }
-    if not adapters:
-        raise CheckpointError("the model has no LoRA adapter to merge; load one first")
-    originals = None if base == DEQUANTIZED else find_tensors(Path(base))
-    tied = _merged_arch(model).tie_word_embeddings
-    for name, parameter in base_parameters(model).items():
-        if tied and name == "lm_head.weight":
-            continue
-        source = lazy_parameter(name, parameter, None)
-        if originals is not None and not parameter.requires_grad:
-            source = _original(originals, source, Path(base), parameter.device)
-        yield _merged(source, adapters.get(name), parameter.dtype if dtype is None else dtype)
+@dataclass
+class _MergePlan:
+    """Every parameter of the merged model, computed and measured when it is loaded."""
 
+    model: CausalLM
+    base: str | Path
+    dtype: torch.dtype | None
+    allow_base_mismatch: bool
+    nf4: dict[str, dict[str, Any]] = field(default_factory=dict)  # slot -> options of the output
+    measured: dict[str, LayerError] = field(default_factory=dict)
 
-def _merged(weight: LazyTensor, adapter: LoRALinear | None, dtype: torch.dtype) -> LazyTensor:
-    """Added in float32 and rounded once."""
+    def __post_init__(self) -> None:
+        self.adapters = adapters_of(self.model)
+        if not self.adapters:
+            raise CheckpointError("the model has no LoRA adapter to merge; load one first")
+        self.arch = _merged_arch(self.model, self.adapters)
+        self.originals = None if self.base == DEQUANTIZED else self._find_originals()
 
-    def load() -> Tensor:
-        tensor = weight.load()
-        if adapter is not None:
-            with torch.no_grad():
-                tensor = tensor.float() + adapter.lora_delta()
-        return tensor.to(dtype)
+    def build(self) -> CausalLM:
+        rules = [
+            {"match": slot, "kind": "frozen_nf4", **options} for slot, options in self.nf4.items()
+        ]
+        merged = llama(
+            self.arch,
+            rules,
+            device="meta",
+            dtype=self.dtype or self.model.spec.dtype,
+            compute_dtype=self.model.model.compute_dtype,
+        )
+        tensors = {tensor.name: tensor.load() for tensor in self.tensors()}
+        merged.load_state_dict(tensors, assign=True)
+        return merged
 
-    return replace(weight, dtype=dtype, load=load)
+    def check(self, merged: CausalLM, max_error: float) -> MergeReport:
+        logits = logit_agreement(self.model, merged)
+        report = MergeReport(tuple(self.measured.values()), logits)
+        check_merge(report, max_error, compare_logits=self.originals is None)
+        return report
 
+    def tensors(self) -> Iterator[LazyTensor]:
+        for name, parameter in base_parameters(self.model).items():
+            if self.arch.tie_word_embeddings and name == "lm_head.weight":
+                continue
+            dtype = self.dtype or parameter.dtype
+            source = lazy_parameter(name, parameter, None)
+            if self.originals is not None and not parameter.requires_grad:
+                source = self._original(source, parameter.device)
+            owner, _, leaf = name.rpartition(".")
+            adapter = self.adapters.get(owner)
+            if adapter is not None and leaf == "bias":
+                yield _plus_bias(source, adapter, dtype)
+            else:
+                yield self._weight(source, parameter, adapter, dtype)
+        yield from self._new_biases()
 
-def _original(
-    originals: dict[str, Path], weight: LazyTensor, base: Path, device: torch.device
-) -> LazyTensor:
-    """The tensor of the original checkpoint in place of the model's (possibly 4-bit) one."""
-    name = weight.name
-    if name == "lm_head.weight" and name not in originals:
-        name = "model.embed_tokens.weight"  # tied in the original
-    if name not in originals:
-        raise CheckpointError(f"{base}: no tensor {name!r}; is it the base of this adapter?")
+    def _weight(
+        self, source: LazyTensor, parameter: Tensor, adapter: LoRALinear | None, dtype: torch.dtype
+    ) -> LazyTensor:
+        """Added in float32 and rounded once."""
+        slot = source.name.removesuffix(".weight").removeprefix("model.")
 
-    def load() -> Tensor:
-        tensor = read_tensor(originals[name], name)
-        if tensor.shape != weight.shape:
+        @torch.no_grad()
+        def load() -> Tensor:
+            weight = source.load()
+            if adapter is None:
+                return self._stored(weight, slot, dtype)
+            delta = adapter.lora_delta()
+            written = self._stored(weight.float() + delta, slot, dtype)
+            trained = lazy_parameter(source.name, parameter, None).load()
+            self._check_relation(source.name, weight, trained)
+            self.measured[slot] = measure_layer(slot, weight, trained, delta, written)
+            return written
+
+        return replace(source, dtype=dtype, load=load)
+
+    def _stored(self, weight: Tensor, slot: str, dtype: torch.dtype) -> Tensor:
+        weight = weight.to(dtype)
+        return to_nf4(weight, **self.nf4[slot]) if slot in self.nf4 else weight
+
+    def _new_biases(self) -> Iterator[LazyTensor]:
+        """Where a lora_bias gave a whole group of slots a bias: its share, or zeros."""
+        for slot in linear_slots(self.arch):
+            attention, mlp = ".self_attn." in slot, ".mlp." in slot
+            needed = (attention and self.arch.attention_bias) or (mlp and self.arch.mlp_bias)
+            module = self.model.get_submodule(hf_name(slot))
+            if needed and module.bias is None:
+                dtype, device = self.dtype or module.weight.dtype, module.weight.device
+                zeros = torch.zeros(module.out_features, dtype=dtype, device=device)
+                yield _plus_bias(
+                    lazy_parameter(f"{hf_name(slot)}.bias", zeros, None), module, dtype
+                )
+
+    def _find_originals(self) -> dict[str, LazyTensor]:
+        originals, own = read_tensors(self.base), self.model.spec.base
+        quantized = sorted(name for name, tensor in originals.items() if tensor.quantized)
+        if quantized:
             raise CheckpointError(
-                f"{originals[name]}: {name} has shape {list(tensor.shape)}; "
+                f"{self.base}: holds 4-bit weights ({listed(quantized)}); give 16- or 32-bit ones"
+            )
+        if own is None or own.format not in ("hf", "meta") or self.allow_base_mismatch:
+            return originals  # the weights themselves are compared as they come
+        found = hash_tensors(originals.values(), tied=self.model.tie_word_embeddings)
+        if found != own.content_hash:
+            raise CheckpointError(
+                f"{self.base}: not the checkpoint that the model was loaded from (content hash "
+                f"{found[:12]}, the model's is {own.content_hash[:12]}); give that one, or merge "
+                f"onto this one with {ALLOW}"
+            )
+        return originals
+
+    def _original(self, weight: LazyTensor, device: torch.device) -> LazyTensor:
+        """The tensor of the original checkpoint in place of the model's (possibly 4-bit) one."""
+        assert self.originals is not None
+        original = self.originals.get(weight.name)
+        if original is None and weight.name == "lm_head.weight":
+            original = self.originals.get("model.embed_tokens.weight")  # tied in the original
+        if original is None:
+            raise CheckpointError(
+                f"{self.base}: no tensor {weight.name!r}; is it the base of this adapter?"
+            )
+        if original.shape != weight.shape:
+            raise CheckpointError(
+                f"{original.source}: {original.name} has shape {list(original.shape)}; "
                 f"the model needs {list(weight.shape)}"
             )
-        return tensor.to(device, copy=True)  # not the mapped file
+        return replace(weight, load=lambda: original.load().to(device))
 
-    return replace(weight, load=load)
+    def _check_relation(self, name: str, weight: Tensor, trained: Tensor) -> None:
+        """A hash cannot tell which 16-bit checkpoint a quantized one was made from; this can."""
+        if self.originals is None:
+            return
+        change = (weight.float() - trained.float()).norm() / trained.float().norm()
+        if not change <= _MAX_BASE_CHANGE:
+            raise CheckpointError(
+                f"{self.base}: {name} differs from the weight that the adapter was trained on by "
+                f"{change:.0%} of its norm; this is not its original"
+            )
 
 
-def _merged_arch(model: CausalLM) -> LlamaArch:
-    """A head with an adapter of its own is no longer the embedding."""
+def _plus_bias(source: LazyTensor, module: Any, dtype: torch.dtype) -> LazyTensor:
+    delta = module.lora_bias_delta() if isinstance(module, LoRALinear) else None
+
+    @torch.no_grad()
+    def load() -> Tensor:
+        bias = source.load()
+        return (bias if delta is None else bias.float() + delta).to(dtype)
+
+    return replace(source, dtype=dtype, load=load)
+
+
+def _nf4_options(model: CausalLM, format: str) -> dict[str, dict[str, Any]]:
+    """slot -> NF4 options of the merged model."""
+    if format == "hf":
+        return {}
+    options = {
+        slot: weight.nf4_options
+        for slot in linear_slots(model.spec.arch)
+        if isinstance(weight := model.get_parameter(f"{hf_name(slot)}.weight"), NF4Tensor)
+    } or {slot: _NF4_DEFAULTS for slot in linear_slots(model.spec.arch) if slot != "lm_head"}
+    return dict.fromkeys(options, _BNB) if format == "bnb-4bit" else options
+
+
+def _merged_arch(model: CausalLM, adapters: dict[str, LoRALinear]) -> LlamaArch:
+    """A head with an adapter of its own is no longer the embedding, and a Llama has biases in all
+    projections of a kind or in none."""
     arch: LlamaArch = model.spec.arch
-    if isinstance(model.lm_head, LoRALinear):
-        arch = replace(arch, tie_word_embeddings=False)
-    return arch
+    biased = [name for name, module in adapters.items() if module.lora_B.bias is not None]
+    if "lm_head" in biased:
+        raise CheckpointError("lm_head has a lora_bias, but the head of a Llama has no bias")
+    return replace(
+        arch,
+        tie_word_embeddings=arch.tie_word_embeddings and "lm_head" not in adapters,
+        attention_bias=arch.attention_bias or any(".self_attn." in name for name in biased),
+        mlp_bias=arch.mlp_bias or any(".mlp." in name for name in biased),
+    )

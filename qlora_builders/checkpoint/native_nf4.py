@@ -30,6 +30,7 @@ from qlora_builders.tensor.nf4_layouts import (
 
 STEM = "nf4"
 QUANT_METHOD = "qlora_builders_nf4"
+_SMALL_BYTES = 2**16
 QUANTIZATION_CONFIG = {"quant_method": QUANT_METHOD, "version": 1}
 
 
@@ -57,26 +58,33 @@ def collect_weights(
     unpack: Callable[[Mapping[str, Tensor]], NF4Tensor],
 ) -> dict[str, LazyTensor]:
     """One lazy NF4 weight for the parts of each; tensors that belong to none stay as they are."""
+    parts_of = {name: _split(name) for name in tensors}
     weights: dict[str, dict[str, LazyTensor]] = {
-        name.removesuffix(json_suffix): {} for name in tensors if name.endswith(json_suffix)
+        key: {} for key, suffix in parts_of.values() if suffix == json_suffix
     }
     found = {}
     for name, tensor in tensors.items():
-        module, dot_weight, suffix = name.partition(".weight")
-        key = module + dot_weight
+        key, suffix = parts_of[name]
         if key in weights:
             weights[key][suffix] = tensor
         else:
             found[name] = tensor
     for key, parts in weights.items():
         text = parts[json_suffix]
+        stored = text.load()
         try:
-            head = metadata(text.load())
+            head = metadata(stored)
         except ValueError as error:
             raise CheckpointError(f"{text.source}: {text.name}: {error}") from error
         load = partial(_load, key, parts, unpack)
         found[key] = LazyTensor(key, head["shape"], head["dtype"], load, text.source, True)
     return found
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`model.norm.weight.scales` -> (`model.norm.weight`, `.scales`)"""
+    module, dot_weight, suffix = name.partition(".weight")
+    return module + dot_weight, suffix
 
 
 def _load(
@@ -95,12 +103,14 @@ def _load(
 def lazy_parts(
     name: str, weight: NF4Tensor, pack: Callable[[NF4Tensor], dict[str, Tensor]]
 ) -> Iterator[LazyTensor]:
-    """The parts of a weight to be written. Those that packing computes are computed when written:
-    for a whole model they would add up."""
+    """The parts of a weight to be written. Large ones that packing computes (decoded scales) are
+    computed again when they are written: for a whole model they would add up."""
+    memory = {getattr(weight, field).data_ptr() for field in NF4Tensor.tensor_fields}
+
+    def part_again(suffix: str) -> Tensor:
+        return pack(weight)[suffix]
+
     for suffix, part in pack(weight).items():
-        load = partial(_part, weight, pack, suffix)
+        is_free = part.nbytes < _SMALL_BYTES or part.data_ptr() in memory
+        load = partial(part.view, part.shape) if is_free else partial(part_again, suffix)
         yield LazyTensor(name + suffix, part.shape, part.dtype, load)
-
-
-def _part(weight: NF4Tensor, pack: Callable[[NF4Tensor], dict[str, Tensor]], suffix: str) -> Tensor:
-    return pack(weight)[suffix]

@@ -9,7 +9,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,18 +47,12 @@ class Start:
     step: int = 0
     folder: Path | None = None  # of the checkpoint
     about: dict[str, Any] = field(default_factory=dict)  # as it was given to `add_step`
-    skipped: tuple[str, ...] = ()  # newer checkpoints, and what is wrong with them
+    messages: tuple[str, ...] = ()  # how that came about
 
     @property
     def run_dir(self) -> Path | None:
         """Of the run that made the checkpoint."""
         return None if self.folder is None else self.folder.parent.parent
-
-    def messages(self) -> list[str]:
-        lines = [f"warning: a damaged checkpoint is skipped: {text}" for text in self.skipped]
-        if self.folder is not None:
-            lines.append(f"resumed after step {self.step} from {self.folder}")
-        return lines
 
 
 def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
@@ -70,8 +64,8 @@ def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
         overwrite: replace the run in `run_dir`.
 
     Raises:
-        ConfigError: if `run_dir` is not empty and neither argument allows that, if it holds no run,
-            or a later checkpoint than the one that `resume` names.
+        ConfigError: if `run_dir` is not empty and neither argument allows that, or holds no run, or
+            not the one that `resume` names.
         CheckpointError: if `resume` is a path without a good checkpoint.
     """
     if _is_taken(run_dir):
@@ -87,14 +81,18 @@ def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
         return Start()
     if resume != AUTO:
         return _named_start(Path(resume), run_dir)
-    skipped: list[str] = []
+    messages: list[str] = []
     for folder in reversed(step_folders(run_dir)):
         try:
-            step, about = read_step(folder)
-            return Start(step, folder, about, tuple(skipped))
+            return _start_at(folder, messages)
         except CheckpointError as error:
-            skipped.append(str(error))
-    return Start(skipped=tuple(skipped))
+            messages.append(f"warning: a damaged checkpoint is skipped: {error}")
+    return Start(messages=(*messages, f"no checkpoint in {run_dir} to resume from: a new run"))
+
+
+def _start_at(folder: Path, messages: Iterable[str] = ()) -> Start:
+    step, about = read_step(folder)
+    return Start(step, folder, about, (*messages, f"resumed after step {step} from {folder}"))
 
 
 def _is_taken(run_dir: Path) -> bool:
@@ -103,15 +101,15 @@ def _is_taken(run_dir: Path) -> bool:
 
 
 def _named_start(folder: Path, run_dir: Path) -> Start:
-    """To go back in a run is to give up what came later, which nobody should do by accident."""
-    step, about = read_step(folder)
-    there = [other.resolve() for other in step_folders(run_dir)]
-    if there and folder.resolve() != there[-1]:
+    """Only what comes last in a directory may go on there; anything else would replace a run."""
+    start = _start_at(folder)
+    last = [other.resolve() for other in step_folders(run_dir)][-1:]
+    if _is_taken(run_dir) and last != [folder.resolve()]:
         raise ConfigError(
-            f"training.resume={folder} is not the last checkpoint in output_dir={run_dir}, which "
-            f"is {there[-1].name}; choose a new output_dir"
+            f"output_dir={run_dir} holds a run whose last checkpoint is not training.resume="
+            f"{folder}; choose a new output_dir, or go on with that run by training.resume=auto"
         )
-    return Start(step, folder, about)
+    return start
 
 
 @contextmanager
@@ -131,7 +129,7 @@ def run_directory(
     with _only_one_process(run_dir):
         if overwrite:
             for path in run_dir.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if _is_real_directory(path) else path.unlink()
         clean_up(run_dir)
         clean_up(run_dir / "checkpoints")
         for folder in step_folders(run_dir):
@@ -185,6 +183,10 @@ def _only_one_process(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_real_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _step_of(folder: Path) -> int:

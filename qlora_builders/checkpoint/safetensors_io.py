@@ -1,7 +1,7 @@
 """Safetensors directories: read one tensor at a time, write one tensor at a time, never half.
 
-A tensor is read straight into the memory that it will occupy. Nothing is mapped: a file that
-shrinks under a mapping kills the process, and pages of a mapping count as the process's memory.
+A tensor is read straight into the memory that it will occupy. No file is mapped: one that shrinks
+under a mapping kills the process.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class LazyTensor:
     """A tensor in a file or to be written: what must be known beforehand, and how to get it.
 
     `load` may give an `NF4Tensor` where `quantized`; `shape` and `dtype` are those of the weight it
-    stands for. `source` is the file it comes from, for error messages. `load_rows(start, stop)`
-    reads a part, where the file allows it.
+    stands for. `load_into`, where there is one, loads into memory of the caller's, uint8 [nbytes].
+    `load_rows(start, stop)`, where the file allows it, reads a part. `source` is the file it comes
+    from, for error messages.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LazyTensor:
     load: Callable[[], Tensor]
     source: Path | None = None
     quantized: bool = False
+    load_into: Callable[[Tensor], Tensor] | None = None
     load_rows: Callable[[int, int], Tensor] | None = None
 
     @property
@@ -98,9 +100,9 @@ def open_tensors(directory: Path, *, stem: str = STEM) -> dict[str, LazyTensor]:
     for name, file in files.items():
         entry = _entry(headers[file], file, name)
         load = partial(_read, file, name, entry)
-        load_rows = partial(_read_rows, file, name, entry)
+        rows = partial(_read_rows, file, name, entry) if entry.shape else None
         found[name] = LazyTensor(
-            name, entry.shape, entry.dtype, load, file, load_rows=load_rows if entry.shape else None
+            name, entry.shape, entry.dtype, load, source=file, load_into=load, load_rows=rows
         )
     return found
 
@@ -124,8 +126,9 @@ def _entry(header: Mapping[str, Entry], file: Path, name: str) -> Entry:
     return header[name]
 
 
-def _read(file: Path, name: str, entry: Entry) -> Tensor:
-    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+def _read(file: Path, name: str, entry: Entry, buffer: Tensor | None = None) -> Tensor:
+    if buffer is None:
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
     view, position = buffer.numpy().data, 0
     try:
         with file.open("rb", buffering=0) as handle:

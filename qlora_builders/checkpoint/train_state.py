@@ -24,8 +24,9 @@ import torch
 
 from qlora_builders.checkpoint.hf_llama import save_checkpoint
 from qlora_builders.checkpoint.manifest import MANIFEST_FILE, check_manifest, write_manifest
-from qlora_builders.checkpoint.peft_adapter import load_adapter, save_adapter
-from qlora_builders.checkpoint.safetensors_io import atomic_directory, find_tensors, read_tensor
+from qlora_builders.checkpoint.peft_adapter import load_adapter
+from qlora_builders.checkpoint.peft_export import save_adapter
+from qlora_builders.checkpoint.safetensors_io import atomic_directory, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.tensor.sharded import copy_whole_, shard_optimizer_state_
@@ -151,15 +152,16 @@ def _save_state(state: dict[str, Any], file: Path) -> None:
 
 @torch.no_grad()
 def _load_trained(model: CausalLM, folder: Path) -> None:
-    files = find_tensors(folder)
+    stored = open_tensors(folder)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            if name not in files:
-                raise CheckpointError(f"{folder}: {name} is missing, which the model trains")
-            tensor = read_tensor(files[name], name)
-            if tensor.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{files[name]}: {name} has shape {list(tensor.shape)}; "
-                    f"the model needs {list(parameter.shape)}"
-                )
-            copy_whole_(parameter, tensor)
+        if not parameter.requires_grad:
+            continue
+        if name not in stored:
+            raise CheckpointError(f"{folder}: {name} is missing, which the model trains")
+        tensor = stored[name]
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"{tensor.source}: {name} has shape {list(tensor.shape)}; "
+                f"the model needs {list(parameter.shape)}"
+            )
+        copy_whole_(parameter, tensor.load())

@@ -1,20 +1,21 @@
-"""The model that an adapter needs: its plan, the dtype of its base, and both loaded as one."""
+"""The model that an adapter needs: its plan, and base and adapter loaded as one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qlora_builders.checkpoint.formats import AUTO, stored_plan
+from qlora_builders.checkpoint.base_record import ASPECTS, BASE_FILE
+from qlora_builders.checkpoint.formats import AUTO, read_arch, stored_plan
 from qlora_builders.checkpoint.load import load_checkpoint
-from qlora_builders.checkpoint.peft_adapter import (
-    BASE_FILE,
-    AdapterInfo,
-    load_adapter,
-    read_adapter,
-)
-from qlora_builders.errors import CheckpointError, did_you_mean
+from qlora_builders.checkpoint.peft_adapter import AdapterInfo, load_adapter_info, read_adapter
+from qlora_builders.checkpoint.peft_export import WEIGHTS_FILE, hf_name
+from qlora_builders.checkpoint.safetensors_io import listed
+from qlora_builders.errors import CheckpointError, PlanError, did_you_mean
+from qlora_builders.models import ComponentRule, linear_slots, resolve
 from qlora_builders.modules import CausalLM
 
 QUANTIZE = ("auto", "nf4", "none")
@@ -26,7 +27,9 @@ def check_quantize(quantize: str) -> None:
         raise CheckpointError(f"quantize is {quantize!r}{did_you_mean(quantize, QUANTIZE)}")
 
 
-def adapter_plan(info: AdapterInfo, *, quantize: str = "auto") -> tuple[list[dict], list[str]]:
+def adapter_plan(
+    info: AdapterInfo, *, quantize: str = "auto"
+) -> tuple[list[ComponentRule | dict[str, Any]], list[str]]:
     """(components, train) for a model that the adapter fits.
 
     Args:
@@ -34,21 +37,19 @@ def adapter_plan(info: AdapterInfo, *, quantize: str = "auto") -> tuple[list[dic
             it; "nf4" stores the decoder's linear layers in NF4; "none" keeps 16 or 32 bits.
 
     Raises:
-        CheckpointError: for another `quantize`, or a recorded plan that cannot be read.
+        CheckpointError: for another `quantize`.
     """
     check_quantize(quantize)
     if quantize == "auto" and info.base is not None:
-        recorded = info.base.get("components"), info.base.get("train")
-        if not (isinstance(recorded[0], list) and isinstance(recorded[1], list)):
-            raise CheckpointError(f"{info.path / BASE_FILE}: needs lists components and train")
-        return recorded[0], recorded[1]
+        return list(info.base.components), list(info.base.train)
     nf4 = quantize == "nf4"
-    components: list[dict] = [dict(NF4_BASE)] if nf4 else []
+    components: list[ComponentRule | dict[str, Any]] = [dict(NF4_BASE)] if nf4 else []
     for name, adapter in info.modules.items():
         slot = name.removeprefix("model.")
         kind = "qlora" if nf4 and slot.startswith("layers.") else "lora"
         rule = {"match": slot, "kind": kind, "rank": adapter.rank, "alpha": adapter.alpha}
-        components.append(rule | {"use_rslora": adapter.use_rslora})
+        rule |= {"use_rslora": adapter.use_rslora}
+        components.append(rule | {"lora_bias": True} if adapter.lora_bias else rule)
     train = []
     for name in sorted({saved.rpartition(".")[0].removeprefix("model.") for saved in info.saved}):
         if name.endswith("_proj") or name == "lm_head":
@@ -56,21 +57,6 @@ def adapter_plan(info: AdapterInfo, *, quantize: str = "auto") -> tuple[list[dic
         else:
             train.append(name)
     return components, train
-
-
-def base_dtype(info: AdapterInfo) -> torch.dtype:
-    """The dtype of the base that the adapter was trained on; bfloat16 where none is recorded.
-
-    Raises:
-        CheckpointError: if the record names no dtype that weights can have.
-    """
-    name = (info.base or {}).get("dtype", "bfloat16")
-    if name not in ("float32", "bfloat16", "float16"):
-        raise CheckpointError(
-            f"{info.path / BASE_FILE}: dtype is {name!r}; allowed: float32, bfloat16, float16"
-        )
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def load_with_adapter(
@@ -82,6 +68,7 @@ def load_with_adapter(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
+    allow_base_mismatch: bool = False,
 ) -> CausalLM:
     """A checkpoint with its adapter, or the checkpoint alone, in eval mode.
 
@@ -92,27 +79,52 @@ def load_with_adapter(
         format: of the checkpoint, as for `load_checkpoint`.
         dtype: of the base; None is the one the adapter was trained on, or bfloat16.
         device, compute_dtype: as for `load_checkpoint`.
+        allow_base_mismatch: as for `load_adapter`. What `quantize` or `dtype` names is the caller's
+            choice and not compared anyway.
 
     Raises:
         CheckpointError: if either cannot be read or they do not fit each other.
     """
     check_quantize(quantize)
-    if adapter is not None:
-        info = read_adapter(adapter)
+    info = None if adapter is None else read_adapter(adapter)
+    components: Sequence[ComponentRule | dict[str, Any]]
+    if info is not None:
         components, train = adapter_plan(info, quantize=quantize)
-        dtype = dtype or base_dtype(info)
     else:
         stored = stored_plan(path, format=format) if quantize == "auto" else []
         components, train = [NF4_BASE] if quantize == "nf4" else stored, []
-    model = load_checkpoint(
-        path,
-        components,
-        format=format,
-        train=train,
-        device=device,
-        dtype=dtype or torch.bfloat16,
-        compute_dtype=compute_dtype,
-    )
-    if adapter is not None:
-        load_adapter(model, adapter)
+    recorded = None if info is None or info.base is None else info.base.dtype
+    try:
+        if info is not None:
+            arch = read_arch(path, format=format)
+            _check_plan(info, resolve(components, linear_slots(arch)))
+        model = load_checkpoint(
+            path,
+            components,
+            format=format,
+            train=train,
+            device=device,
+            dtype=dtype or recorded or torch.bfloat16,
+            compute_dtype=compute_dtype,
+        )
+    except PlanError as error:  # the caller wrote no plan; the adapter did
+        raise CheckpointError(f"{adapter}: the adapter does not fit {path}: {error}") from error
+    if info is not None:
+        chosen = {"quantization": quantize != "auto", "dtype": dtype is not None}
+        aspects = [a for a in ASPECTS if not (allow_base_mismatch or chosen.get(a))]
+        load_adapter_info(model, info, aspects)
     return model.eval()
+
+
+def _check_plan(info: AdapterInfo, plan: dict[str, ComponentRule]) -> None:
+    """A record whose plan is not that of the weights beside it, before anything is allocated."""
+    planned = {hf_name(slot): rule.rank for slot, rule in plan.items() if rule.rank is not None}
+    stored = {name: module.rank for name, module in info.modules.items()}
+    differing = sorted(
+        name for name in planned.keys() | stored if planned.get(name) != stored.get(name)
+    )
+    if differing:
+        raise CheckpointError(
+            f"{info.path}: {BASE_FILE} plans other adapters or ranks than {WEIGHTS_FILE} holds: "
+            f"{listed(differing)}"
+        )

@@ -21,6 +21,7 @@ EXAMPLES = {
     "finetune": (
         "qlora finetune experiment=demo_qlora",
         "qlora finetune checkpoint.dir=Llama-3.2-1B data.train=rows.jsonl training.max_steps=200",
+        "qlora finetune output_dir=runs/NAME training.save_every=50 training.resume=auto",
         "qlora finetune method=lora method.rank=8 method.targets=[q_proj,v_proj]",
         "qlora finetune 'components=[{match: \"layers.0.**\", kind: linear}]'",
     ),

@@ -99,11 +99,16 @@ class MethodConfig:
     train: list[str] = knob([], "parameters the preset trains beside adapters, as patterns")
 
 
+def allow_base_mismatch_knob() -> Any:
+    return knob(False, "load it onto another base than the one recorded with it")
+
+
 @dataclass
 class AdapterConfig:
     """The adapter on top of the base."""
 
     path: str | None = knob(None, "adapter folder (PEFT layout); null: the base alone")
+    allow_base_mismatch: bool = allow_base_mismatch_knob()
 
 
 @dataclass
@@ -111,6 +116,7 @@ class RequiredAdapterConfig:
     """The adapter to merge."""
 
     path: str = knob(REQUIRED, "adapter folder (PEFT layout)")
+    allow_base_mismatch: bool = allow_base_mismatch_knob()
 
 
 @dataclass
@@ -151,7 +157,7 @@ class DataConfig:
     )
     packing: str = knob(
         "none",
-        "best_fit: fill rows of max_seq_len with whole examples that do not see each other",
+        "an example per row, or as many whole ones as fit into max_seq_len, unseen by each other",
         choices=("none", "best_fit"),
     )
     max_rows: int | None = knob(None, "rows read from each file; null: all", at_least=1)
@@ -185,7 +191,17 @@ class TrainingConfig:
     seed: int = knob(0, "fixes init, data order and dropout", at_least=0)
     dtype: str = knob("bfloat16", "dtype of frozen weights", choices=DTYPES)
     compute_dtype: str = compute_dtype_knob()
-    activation_checkpointing: bool = knob(False, "recompute layers in backward: less memory")
+    activation_checkpointing: str = knob(
+        "none",
+        "what layers keep for backward: all, input and attention, input, input on the host (GPUs);"
+        " true is full",
+        choices=("none", "selective", "full", "offload"),
+    )
+    compile: str = knob(
+        "auto",
+        "torch.compile for the layers; auto: where the run is long enough to gain time",
+        choices=("auto", "on", "off"),
+    )
     log_every: int = knob(1, "steps between lines in metrics.jsonl", at_least=1, shapes_curve=False)
     eval_every: int | None = knob(
         None, "steps between eval losses; null: only at the end", at_least=1, shapes_curve=False
@@ -207,20 +223,22 @@ class TrainingConfig:
     )
     clip_grad_norm: float | None = knob(1.0, "largest gradient norm; null: no clipping", above=0)
 
+    def __post_init__(self) -> None:
+        """`compile: off` is a boolean in YAML; checkpointing was one before it had modes."""
+        switch, mode = {"true": "on", "false": "off"}, {"true": "full", "false": "none"}
+        self.compile = switch.get(self.compile.lower(), self.compile)
+        checkpointing = self.activation_checkpointing
+        self.activation_checkpointing = mode.get(checkpointing.lower(), checkpointing)
+
 
 @dataclass
 class DistributedConfig:
     """Several processes (--nproc-per-node, or torchrun). Losses do not depend on their number."""
 
     shard: int | None = knob(
-        None,
-        "ranks that share one copy of the model (FSDP2); null: all; 1: one each",
-        at_least=1,
-        shapes_curve=False,
+        None, "ranks that share one copy; null: all; 1: one each", at_least=1, shapes_curve=False
     )
-    cpu_offload: bool = knob(
-        False, "keep shards and optimizer state in CPU memory between uses", shapes_curve=False
-    )
+    cpu_offload: bool = knob(False, "shards and optimizer state on the CPU", shapes_curve=False)
 
 
 @dataclass
@@ -305,6 +323,15 @@ class MergeConfig:
         "weights to add to: dequantized (those seen in training), or a folder of 16-bit originals",
     )
     dtype: str = knob("bfloat16", "dtype written", choices=DTYPES)
+    format: str = knob(
+        "hf",
+        "layout written; nf4 and bnb-4bit quantize again, which erases most small updates",
+        choices=("hf", "nf4", "bnb-4bit"),
+    )
+    max_error: float = knob(
+        0.5, "largest |error| / |update| accepted, in the weights and in the logits", above=0
+    )
+    report: str | None = knob(None, "JSON file for the figures of every layer; null: none")
     max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
 
 

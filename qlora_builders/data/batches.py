@@ -51,20 +51,21 @@ class Batches:
         self.shuffle = shuffle
         self.rank = rank
         self.num_ranks = num_ranks
-        self._lengths: list[int] = np.diff(dataset.offsets).tolist()
+        self._rows: list[list[int]] = []
         self._use_epoch(0)
-        self.rows_per_epoch = len(self._rows)
+        self.rows_per_epoch = len(self._rows) or len(dataset)
         self.per_epoch = len(self._order)
 
     def batch(self, number: int) -> Batch:
         epoch, index = divmod(number, self.per_epoch)
         if epoch != self._epoch:
             self._use_epoch(epoch)
-        rows = [[self.dataset[i] for i in self._rows[row]] for row in self._order[index]]
         pad_token_id = self.dataset.tokenizer.pad_token_id
         if self.packing == "none":
-            batch = collate([example for (example,) in rows], pad_token_id=pad_token_id)
+            examples = [self.dataset[i] for i in self._order[index]]
+            batch = collate(examples, pad_token_id=pad_token_id)
         else:
+            rows = [[self.dataset[i] for i in self._rows[row]] for row in self._order[index]]
             batch = collate_packed(rows, pad_token_id=pad_token_id)
         return batch.part(self.rank, self.num_ranks)
 
@@ -81,7 +82,7 @@ class Batches:
         """One line for a log: the data's, and how full packed rows are."""
         text = self.dataset.report.summary()
         if self.packing != "none":
-            filled = sum(self._lengths) / (self.rows_per_epoch * self.max_seq_len)
+            filled = len(self.dataset.input_ids) / (self.rows_per_epoch * self.max_seq_len)
             text += (
                 f"; packed into {self.rows_per_epoch:,} rows of {self.max_seq_len:,} tokens, "
                 f"{100 * filled:.1f} % full"
@@ -89,16 +90,16 @@ class Batches:
         return text
 
     def _use_epoch(self, epoch: int) -> None:
-        """Set the rows of example indices of an epoch, and its batches of row indices."""
+        """Set the packed rows of an epoch, and its batches of row (or example) indices."""
         count = len(self.dataset)
-        if self.packing == "none":
-            self._rows = [[index] for index in range(count)]
-        else:
+        if self.packing != "none":
             in_order = list(range(count))
             order = shuffled(count, f"{self.seed}/{epoch}/packing") if self.shuffle else in_order
-            self._rows = best_fit(self._lengths, self.max_seq_len, order=order)
+            lengths: list[int] = np.diff(self.dataset.offsets).tolist()
+            self._rows = best_fit(lengths, self.max_seq_len, order=order)
+            count = len(self._rows)
         self._order = batch_indices(
-            len(self._rows),
+            count,
             batch_size=self.batch_size,
             seed=self.seed,
             epoch=epoch,

@@ -106,7 +106,7 @@ class TokenizedDataset(Sequence[Example]):
         """A name for the tokens, their labels and their order, whatever file they came from."""
         digest = hashlib.sha256()
         for array in (self.offsets, self.input_ids, self.trained):
-            digest.update(array.tobytes())
+            digest.update(array.data)
         return f"{len(self)} examples, sha256 {digest.hexdigest()[:16]}"
 
     def prompt_and_answer(self, index: int) -> tuple[list[int], str]:

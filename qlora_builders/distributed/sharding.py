@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from qlora_builders.distributed.ranks import Ranks
 from qlora_builders.errors import ConfigError
@@ -55,18 +60,13 @@ def shard_model(model: CausalLM, mesh: DeviceMesh, *, cpu_offload: bool = False)
         cpu_offload: keep shards, gradients and optimizer state in the memory of the CPU.
     """
     policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-    for group in _groups(model):
-        fully_shard(group, mesh=mesh, offload_policy=policy)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, offload_policy=policy)
+    if not model.tie_word_embeddings:
+        fully_shard(model.model.embed_tokens, mesh=mesh, offload_policy=policy)
+    fully_shard(model, mesh=mesh, offload_policy=policy)  # what is left: final norm and head
+    register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
-
-
-def _groups(model: CausalLM) -> list[nn.Module | list[nn.Module]]:
-    """What is gathered together, the whole model last. It takes what is left: a tied embedding."""
-    decoder = model.model
-    ends: list[nn.Module | list[nn.Module]] = []
-    if not model.tie_word_embeddings:
-        ends = [decoder.embed_tokens, [decoder.norm, model.lm_head]]
-    return [*decoder.layers, *ends, model]

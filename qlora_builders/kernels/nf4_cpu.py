@@ -13,16 +13,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shlex
 import subprocess
 import tempfile
-import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,15 +32,13 @@ from qlora_builders.kernels.nf4_reference import (
     encode_scales,
     field_shapes,
 )
-from qlora_builders.kernels.nf4_tiles import matmul_by_tiles
+from qlora_builders.kernels.tiles import tiled_matmul
 
 _SOURCE = Path(__file__).with_name("nf4_cpu.c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std=gnu11")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS = {"geometric": 0, "none": 1, "bnb": 2}
 _NOT_FINITE = 1
-_TILE_ELEMENTS = 1 << 21  # of a weight decoded at once: 8 MiB in float32
-_local = threading.local()
 
 
 def supports(scale_format: str, *dtypes: torch.dtype) -> bool:
@@ -172,33 +169,29 @@ def matmul_nf4(
     scale_format: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `nf4_reference.matmul_nf4`, some rows of the weight at a time; see `nf4_tiles`."""
-    fields = (codes, scales, scale_groups)
-    options: dict[str, Any] = {
-        "block_size": block_size,
-        "scale_block_size": scale_block_size,
-        "scale_format": scale_format,
-        "dtype": dtype,
-    }
-    return matmul_by_tiles(
+    """As `nf4_reference.matmul_nf4`, decoding some rows of the weight at a time."""
+
+    def decode(first: int, rows: Tensor) -> None:
+        dequantize_range_(
+            rows.view(-1),
+            codes,
+            scales,
+            scale_groups,
+            start=first * shape[1],
+            block_size=block_size,
+            scale_block_size=scale_block_size,
+            scale_format=scale_format,
+            dtype=dtype,
+        )
+
+    return tiled_matmul(
         input,
         bias,
+        decode,
         shape=shape,
         transposed=transposed,
-        block_size=block_size,
-        tile_elements=_TILE_ELEMENTS,
-        scratch=lambda numel: _buffer(numel, input.dtype),
-        decode_=lambda out, start: dequantize_range_(out, *fields, start=start, **options),
+        row_multiple=block_size // math.gcd(shape[1], block_size),  # a tile begins with a block
     )
-
-
-def _buffer(numel: int, dtype: torch.dtype) -> Tensor:
-    """Scratch memory of this thread; autograd runs backward in threads of its own."""
-    buffer = getattr(_local, str(dtype), None)
-    if buffer is None or buffer.numel() < numel:
-        buffer = torch.empty(numel, dtype=dtype)
-        setattr(_local, str(dtype), buffer)
-    return buffer[:numel]
 
 
 # ---- building -----------------------------------------------------------------------------------

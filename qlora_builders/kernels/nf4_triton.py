@@ -7,6 +7,7 @@ when the first CUDA tensor comes.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,8 @@ from qlora_builders.kernels.nf4_reference import (
     field_shapes,
     num_blocks,
 )
-from qlora_builders.kernels.nf4_tiles import matmul_by_tiles
+from qlora_builders.kernels.tiles import tiled_matmul
 
-_TILE_ELEMENTS = 1 << 26  # of a weight decoded at once: 128 MiB in bfloat16
 _PROGRAM_ELEMENTS = 4096  # 32 a thread with 4 warps
 _LARGEST_GROUP = 4096  # scales that one program encodes
 _MATVEC_BATCH = 8  # inputs of at most this many rows take the matrix-vector kernel
@@ -211,15 +211,17 @@ def matmul_nf4(
     }
     if transposed and input.shape[0] <= _MATVEC_BATCH and shape[1] % block_size == 0:
         return _matvec(input, *fields, bias, shape=shape, **options)
-    return matmul_by_tiles(
+
+    def decode(first: int, rows: Tensor) -> None:
+        dequantize_range_(rows.view(-1), *fields, start=first * shape[1], **options)
+
+    return tiled_matmul(
         input,
         bias,
+        decode,
         shape=shape,
         transposed=transposed,
-        block_size=block_size,
-        tile_elements=_TILE_ELEMENTS,
-        scratch=lambda numel: torch.empty(numel, dtype=input.dtype, device=input.device),
-        decode_=lambda out, start: dequantize_range_(out, *fields, start=start, **options),
+        row_multiple=block_size // math.gcd(shape[1], block_size),  # a tile begins with a block
     )
 
 

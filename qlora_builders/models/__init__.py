@@ -2,12 +2,19 @@
 
 from qlora_builders.models.components import ComponentRule, resolve
 from qlora_builders.models.generation import generate
-from qlora_builders.models.llama import LlamaSpec, linear_slots, llama, other_modules
+from qlora_builders.models.llama import (
+    BaseCheckpoint,
+    LlamaSpec,
+    linear_slots,
+    llama,
+    other_modules,
+)
 from qlora_builders.models.llama_archs import LLAMA_ARCHS, LlamaArch, RopeScaling, get_arch
 from qlora_builders.models.summary import SummaryRow, summarize
 
 __all__ = [
     "LLAMA_ARCHS",
+    "BaseCheckpoint",
     "ComponentRule",
     "LlamaArch",
     "LlamaSpec",

@@ -21,7 +21,7 @@ from qlora_builders.tensor import check_nf4_options
 
 _NF4_OPTIONS = ("block_size", "scale_block_size", "scale_format", "scale_search")
 _NF4_DEFAULTS = {"block_size": 64, "scale_block_size": 256, "scale_format": "geometric"}
-_LORA_OPTIONS = ("rank", "alpha", "dropout", "use_rslora")
+_LORA_OPTIONS = ("rank", "alpha", "dropout", "use_rslora", "lora_bias")
 KINDS: dict[str, tuple[str, ...]] = {
     "linear": ("trainable",),
     "frozen_nf4": _NF4_OPTIONS,
@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 _INTEGERS = ("rank", "block_size", "scale_block_size")
 _NUMBERS = ("alpha", "dropout")
-_SWITCHES = ("use_rslora", "trainable", "scale_search")
+_SWITCHES = ("use_rslora", "lora_bias", "trainable", "scale_search")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class ComponentRule:
         match: pattern of slot names without the leading `model.`; see `slot_patterns`.
         kind: `linear`, `frozen_nf4`, `lora` (plain base) or `qlora` (NF4 base).
         rank, alpha: of the adapter; both needed by `lora` and `qlora`.
-        dropout, use_rslora: of the adapter; see `LoRALinear`.
+        dropout, use_rslora, lora_bias: of the adapter; see `LoRALinear`.
         block_size, scale_block_size, scale_format, scale_search: of the NF4 base; see `to_nf4`.
         trainable: train the weight itself, in float32; `linear` only.
 
@@ -55,6 +55,7 @@ class ComponentRule:
     alpha: float | None = None
     dropout: float | None = None
     use_rslora: bool | None = None
+    lora_bias: bool | None = None
     block_size: int | None = None
     scale_block_size: int | None = None
     scale_format: str | None = None

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from qlora_builders.errors import PlanError
 from qlora_builders.models.components import ComponentRule, build_linear, resolve
@@ -37,13 +39,26 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @dataclass(frozen=True)
+class BaseCheckpoint:
+    """Which weights a model was loaded from; the hash is `checkpoint.base_record`'s."""
+
+    format: str
+    content_hash: str
+
+
+@dataclass(frozen=True)
 class LlamaSpec:
-    """What a model was built from; `model.spec` remembers it for whoever writes a checkpoint."""
+    """What a model was built from; `model.spec` remembers it for whoever writes a checkpoint.
+
+    Attributes:
+        base: the checkpoint its weights came from; None where nobody recorded it.
+    """
 
     arch: LlamaArch
     components: tuple[ComponentRule, ...] = ()
     train: tuple[str, ...] = ()
     dtype: torch.dtype = torch.bfloat16
+    base: BaseCheckpoint | None = None
 
 
 def llama(
@@ -89,22 +104,37 @@ def llama(
 
     train_embedding = "embed_tokens" in trained
     embedding_dtype = torch.float32 if train_embedding else dtype
-    decoder = Decoder(
-        embed_tokens=nn.Embedding(
-            arch.vocab_size, arch.hidden_size, device=device, dtype=embedding_dtype
-        ).requires_grad_(train_embedding),
-        layers=[_decoder_layer(arch, index, linear, norm) for index in range(arch.num_layers)],
-        norm=norm("norm"),
-        rotary=RotaryEmbedding(_frequencies(arch)),
-        compute_dtype=compute_dtype or dtype,
-    )
-    model = CausalLM(
-        model=decoder,
-        lm_head=linear("lm_head", arch.hidden_size, arch.vocab_size),
-        tie_word_embeddings=arch.tie_word_embeddings,
-    )
+    with _SkipMetaInit():
+        decoder = Decoder(
+            embed_tokens=nn.Embedding(
+                arch.vocab_size, arch.hidden_size, device=device, dtype=embedding_dtype
+            ).requires_grad_(train_embedding),
+            layers=[_decoder_layer(arch, index, linear, norm) for index in range(arch.num_layers)],
+            norm=norm("norm"),
+            rotary=RotaryEmbedding(_frequencies(arch)),
+            compute_dtype=compute_dtype or dtype,
+        )
+        model = CausalLM(
+            model=decoder,
+            lm_head=linear("lm_head", arch.hidden_size, arch.vocab_size),
+            tie_word_embeddings=arch.tie_word_embeddings,
+        )
     model.spec = LlamaSpec(arch=arch, components=tuple(rules), train=tuple(train), dtype=dtype)
     return model
+
+
+class _SkipMetaInit(TorchFunctionMode):
+    """Filling a meta tensor changes nothing, but has torch import its compiler: 2 s, 150 MiB."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (init.normal_, init.uniform_, init.kaiming_uniform_):
+            tensor = kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def _decoder_layer(

@@ -1,6 +1,7 @@
 """Layers: flat keyword arguments and finished submodules in, no config objects."""
 
 from qlora_builders.modules.attention import Attention
+from qlora_builders.modules.checkpointing import CHECKPOINTING_MODES
 from qlora_builders.modules.decoder import CausalLM, Decoder, DecoderLayer
 from qlora_builders.modules.feed_forward import ACTIVATIONS, FeedForward
 from qlora_builders.modules.kv_cache import KVCache
@@ -11,7 +12,12 @@ from qlora_builders.modules.linear import (
     check_lora_options,
     quantize_,
 )
-from qlora_builders.modules.loss import IGNORE_INDEX, next_token_loss, num_target_tokens
+from qlora_builders.modules.loss import (
+    IGNORE_INDEX,
+    chunked_next_token_loss,
+    next_token_loss,
+    num_target_tokens,
+)
 from qlora_builders.modules.rms_norm import RMSNorm
 from qlora_builders.modules.rope import (
     RotaryEmbedding,
@@ -22,6 +28,7 @@ from qlora_builders.modules.rope import (
 
 __all__ = [
     "ACTIVATIONS",
+    "CHECKPOINTING_MODES",
     "IGNORE_INDEX",
     "Attention",
     "CausalLM",
@@ -35,6 +42,7 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "check_lora_options",
+    "chunked_next_token_loss",
     "linear_scaled",
     "llama3_scaled",
     "next_token_loss",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_builders.modules.documents import Documents, attend_in_documents
 from qlora_builders.modules.kv_cache import KVCache
 from qlora_builders.modules.rope import apply_rope
 
@@ -58,15 +59,15 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | Documents | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """
         Args:
             x: [b, s, hidden].
             cos: [b, 1, s, d], and sin likewise.
-            mask: bool [b, 1, s, k], True where attention is allowed; None is causal for s = k and
-                everything for s = 1.
+            mask: bool [b, 1, s, k], True where attention is allowed; the documents of packed rows;
+                None is causal for s = k and everything for s = 1.
             cache: holds the positions before x; x's are appended.
         """
         b, s, _ = x.shape
@@ -76,13 +77,25 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [b, g, k, d]
-        output = F.scaled_dot_product_attention(
+        output = self._attend(q, k, v, mask, causal=mask is None and (cache is None or s > 1))
+        return self.o_proj(output.transpose(1, 2).reshape(b, s, self.num_heads * self.head_dim))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Documents | None, *, causal: bool
+    ) -> Tensor:
+        """[b, h, s, d]"""
+        dropout = self.attention_dropout if self.training else 0.0
+        if isinstance(mask, Documents):
+            output = attend_in_documents(q, k, v, mask) if dropout == 0 else None
+            if output is not None:
+                return output
+            mask = mask.dense_mask()
+        return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=mask is None and s > 1,
+            dropout_p=dropout,
+            is_causal=causal,
             enable_gqa=self.num_heads != self.num_kv_heads,
-        )  # [b, h, s, d]
-        return self.o_proj(output.transpose(1, 2).reshape(b, s, self.num_heads * self.head_dim))
+        )

@@ -5,13 +5,16 @@ Shapes: b = batch, s = sequence, k = key positions (s without a cache).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from qlora_builders.modules.checkpointing import input_on_host, run_checkpointed
+from qlora_builders.modules.documents import Documents, find_documents
 from qlora_builders.modules.kv_cache import KVCache
+from qlora_builders.modules.loss import chunked_next_token_loss
 
 
 class DecoderLayer(nn.Module):
@@ -32,7 +35,23 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = post_attention_layernorm
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | Documents | None,
+        cache: KVCache | None,
+        checkpointing: str = "none",
+    ) -> Tensor:
+        return run_checkpointed(checkpointing, self._forward, x, cos, sin, mask, cache)
+
+    def _forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | Documents | None,
+        cache: KVCache | None,
     ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask=mask, cache=cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -49,8 +68,8 @@ class Decoder(nn.Module):
         compute_dtype: dtype of the activations; every layer computes in its input's dtype.
 
     Attributes:
-        activation_checkpointing: keep only each layer's input for backward and compute the rest
-            again (https://arxiv.org/abs/1604.06174). Off by default.
+        activation_checkpointing: what a layer keeps for backward, one of `CHECKPOINTING_MODES`;
+            "none" by default.
     """
 
     def __init__(
@@ -68,7 +87,7 @@ class Decoder(nn.Module):
         self.norm = norm
         self.rotary = rotary
         self.compute_dtype = compute_dtype
-        self.activation_checkpointing = False
+        self.activation_checkpointing = "none"
 
     def forward(
         self,
@@ -88,11 +107,10 @@ class Decoder(nn.Module):
         mask = _attention_mask(document_ids, s=s, past=past, device=input_ids.device)
         x = self.embed_tokens(input_ids).to(self.compute_dtype)
         cos, sin = self.rotary(position_ids, self.compute_dtype)
+        mode = self.activation_checkpointing
         for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, mask, cache)
+            with input_on_host(x) if mode == "offload" else nullcontext():
+                x = layer(x, cos, sin, mask, cache, mode)
         if cache is not None:
             cache.advance(s)
         return self.norm(x)
@@ -142,13 +160,32 @@ class CausalLM(nn.Module):
             input_ids: [b, s] token ids.
             position_ids: [b, s]; by default they count from 0, from the cache's length, or from the
                 start of each document.
-            document_ids: [b, s]; a token attends only to earlier ones of its own document.
+            document_ids: [b, s]; a token attends only to earlier ones of its own document, which
+                is a run of equal ids.
             cache: keys and values of earlier positions; this call's are appended to it.
         """
         hidden = self.model(
             input_ids, position_ids=position_ids, document_ids=document_ids, cache=cache
         )
         return self.lm_head(hidden)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """`next_token_loss` of the logits, without ever holding those of all tokens.
+
+        Args:
+            labels: [b, s], the token ids with `IGNORE_INDEX` where not trained; the first token of
+                a document is not a target.
+            input_ids, position_ids, document_ids: as for `forward`.
+        """
+        hidden = self.model(input_ids, position_ids=position_ids, document_ids=document_ids)
+        return chunked_next_token_loss(hidden, labels, self.lm_head)
 
 
 def _positions(input_ids: Tensor, document_ids: Tensor | None, past: int) -> Tensor:
@@ -164,15 +201,14 @@ def _positions(input_ids: Tensor, document_ids: Tensor | None, past: int) -> Ten
 
 def _attention_mask(
     document_ids: Tensor | None, *, s: int, past: int, device: torch.device
-) -> Tensor | None:
+) -> Tensor | Documents | None:
     """bool [b, 1, s, k], or None where SDPA's own causal (s = k) or full (s = 1) case serves."""
-    if document_ids is None and (past == 0 or s == 1):
+    if document_ids is not None:
+        return find_documents(document_ids)
+    if past == 0 or s == 1:
         return None
     queries = torch.arange(past, past + s, device=device)
-    causal = queries[:, None] >= torch.arange(past + s, device=device)[None, :]  # [s, k]
-    if document_ids is None:
-        return causal[None, None]
-    return (causal & (document_ids[:, :, None] == document_ids[:, None, :]))[:, None]
+    return (queries[:, None] >= torch.arange(past + s, device=device)[None, :])[None, None]
 
 
 def _tie_state_dict(

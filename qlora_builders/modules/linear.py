@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_builders.modules.cast_linear import cast_linear
 from qlora_builders.tensor import NF4Tensor, linear_nf4, to_nf4
 from qlora_builders.tensor.nf4_layouts import stored_parts, unpack
 
@@ -24,7 +24,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` in the input's dtype, whatever the weight is stored as. [..., in] -> [..., out]"""
     if isinstance(weight, NF4Tensor):
         return linear_nf4(input, weight, bias)
-    return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+    return cast_linear(input, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -83,7 +83,8 @@ class LoRALinear(nn.Module):
     (https://arxiv.org/abs/2312.03732). B starts at zero, so an untrained adapter changes nothing.
 
     Parameters: `weight` [out, in] (NF4 with `quantize_base`), `bias` [out],
-    `lora_A.weight` [r, in] and `lora_B.weight` [out, r], both float32 and never quantized.
+    `lora_A.weight` [r, in] and `lora_B.weight` [out, r], both float32 and never quantized; with
+    `lora_bias` also `lora_B.bias` [out], trained from zero and scaled like the rest of the update.
 
     Args:
         rank: r >= 1.
@@ -111,6 +112,7 @@ class LoRALinear(nn.Module):
         bias: bool = False,
         quantize_base: bool = False,
         use_rslora: bool = False,
+        lora_bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **nf4_options: Any,
@@ -130,7 +132,7 @@ class LoRALinear(nn.Module):
             quantize_weight_(self, **nf4_options)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_A = Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = Linear(rank, out_features, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = Linear(rank, out_features, bias=lora_bias, device=device, dtype=torch.float32)
         self.reset_lora_parameters()
 
     @property
@@ -140,18 +142,31 @@ class LoRALinear(nn.Module):
     def reset_lora_parameters(self) -> None:
         """A as PEFT and the LoRA authors' code draw it, B zero."""
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
+        for parameter in self.lora_B.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:
-        output = linear(input, self.weight, self.bias)  # [..., out]
-        update = self.lora_B(
-            self.lora_A(self.dropout(input))
-        )  # [..., in] -> [..., r] -> [..., out]
-        return output + self.scaling * update
+        rows = input.reshape(-1, self.in_features)  # [n, in]
+        down = self.lora_A(self.dropout(rows))  # [n, r]
+        output = linear(rows, self.weight, self._whole_bias())  # [n, out]
+        up = self.lora_B.weight.to(down.dtype).t()  # [r, out]
+        output = output.addmm_(down, up, alpha=self.scaling)
+        return output.view(*input.shape[:-1], self.out_features)
+
+    def _whole_bias(self) -> Tensor | None:
+        update = self.lora_bias_delta()
+        if update is None or self.bias is None:
+            return self.bias if update is None else update
+        return self.bias.float() + update
 
     def lora_delta(self) -> Tensor:
         """scaling * B A, the float32 [out, in] update that merging adds to the weight."""
         return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+
+    def lora_bias_delta(self) -> Tensor | None:
+        """What merging adds to the bias: float32 [out], or None without `lora_bias`."""
+        bias = self.lora_B.bias
+        return None if bias is None else self.scaling * bias.float()
 
     def extra_repr(self) -> str:
         return f"{_describe(self)}, rank={self.rank}, alpha={self.alpha}"

@@ -180,11 +180,17 @@ def unpack_bnb(parts: Mapping[str, Tensor]) -> NF4Tensor:
     nested = ".nested_absmax" in parts
     if nested != ("nested_offset" in state):
         raise ValueError("nested_absmax and the nested_offset of quant_state must come together")
-    _check_codebook("quant_map", parts[".quant_map"], NF4_CODEBOOK)
+    if not torch.equal(parts[".quant_map"].cpu(), NF4_CODEBOOK):
+        raise ValueError("quant_map is not the codebook of NF4")
     absmax = parts[".absmax"]
     if nested:
-        _check_codebook("nested_quant_map", parts[".nested_quant_map"], dynamic_codebook())
-        fields, options = _nested_scales(absmax, parts[".nested_absmax"], state["nested_offset"])
+        fields, options = _nested_scales(
+            absmax,
+            parts[".nested_quant_map"],
+            parts[".nested_absmax"],
+            offset=state["nested_offset"],
+            dtype=state["dtype"],
+        )
     else:
         fields, options = _plain_scales(absmax, state["dtype"])
     return NF4Tensor(
@@ -198,11 +204,21 @@ def unpack_bnb(parts: Mapping[str, Tensor]) -> NF4Tensor:
 
 
 def _nested_scales(
-    absmax: Tensor, largest: Tensor, offset: float
+    codes: Tensor, codebook: Tensor, largest: Tensor, *, offset: float, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+    """As they are; decoded if their codebook is not bit for bit ours. bitsandbytes computes it with
+    torch, whose last bits differ between processors."""
     _check_finite("nested_absmax", largest)
-    groups = torch.stack([largest, torch.full_like(largest, offset)], dim=1)
-    return (absmax, groups), {"scale_format": "bnb", "scale_block_size": _BNB_NESTED_BLOCK}
+    _check_finite("nested_quant_map", codebook)
+    if codebook.numel() != 256 or not (codebook[1:] > codebook[:-1]).all():
+        raise ValueError("nested_quant_map is not a codebook of 256 ascending values")
+    if torch.equal(codebook.cpu(), dynamic_codebook()):
+        groups = torch.stack([largest, torch.full_like(largest, offset)], dim=1)
+        return (codes, groups), {"scale_format": "bnb", "scale_block_size": _BNB_NESTED_BLOCK}
+    if codes.dtype != torch.uint8 or largest.numel() != -(-codes.numel() // _BNB_NESTED_BLOCK):
+        raise ValueError(f"{codes.numel()} scales of {codes.dtype} in {largest.numel()} groups")
+    spread = largest.repeat_interleave(_BNB_NESTED_BLOCK)[: codes.numel()]
+    return _plain_scales(codebook[codes.int()] * spread + offset, dtype)
 
 
 def _plain_scales(
@@ -245,11 +261,6 @@ def _check_suffixes(parts: Mapping[str, Tensor], expected: set[str]) -> None:
     missing, surplus = sorted(expected - set(parts)), sorted(set(parts) - expected)
     if missing or surplus:
         raise ValueError(f"parts missing: {missing or 'none'}; not expected: {surplus or 'none'}")
-
-
-def _check_codebook(name: str, stored: Tensor, codebook: Tensor) -> None:
-    if stored.dtype != codebook.dtype or not torch.equal(stored.cpu(), codebook):
-        raise ValueError(f"{name} is not the codebook of NF4 in bitsandbytes")
 
 
 def _check_finite(name: str, scales: Tensor) -> None:

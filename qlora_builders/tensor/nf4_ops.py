@@ -151,6 +151,9 @@ def _requires_grad(func: Any, args: tuple, kwargs: dict) -> Any:
         return func(*args, **kwargs)
 
 
+# the first dispatch of any subclass has torch import its distributed tensors: 1 s, 50 MiB, which
+# wrapping a weight in nn.Parameter (a detach) need not cost
+@_register(FUNCTION_TABLE, Tensor.detach)
 @_register(
     DISPATCH_TABLE,
     aten.detach.default,

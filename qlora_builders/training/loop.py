@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.errors import PlanError, TrainingError
-from qlora_builders.modules import CausalLM, LoRALinear, next_token_loss, num_target_tokens
+from qlora_builders.modules import CausalLM, LoRALinear, num_target_tokens
 from qlora_builders.tensor.sharded import local_part, whole_tensor
 
 # value -> everybody's values, by rank: how the processes of a run agree
@@ -81,10 +81,7 @@ def train_step(
     total = sum(gather(sum(num_target_tokens(batch.labels) for batch in batches)))
     loss_sum, problem = 0.0, None
     for batch in batches:
-        loss = (
-            next_token_loss(model(batch.input_ids, document_ids=batch.document_ids), batch.labels)
-            / total
-        )
+        loss = model.loss(batch.input_ids, batch.labels, document_ids=batch.document_ids) / total
         loss_sum += loss.item()
         if not math.isfinite(loss_sum):
             problem = problem or f"the loss is {loss.item()} on rows {batch.rows}"
@@ -113,9 +110,8 @@ def evaluate_loss(
     model.eval()
     loss_sum, total = 0.0, 0
     for batch in batches:
-        loss_sum += next_token_loss(
-            model(batch.input_ids, document_ids=batch.document_ids), batch.labels
-        ).item()
+        loss = model.loss(batch.input_ids, batch.labels, document_ids=batch.document_ids)
+        loss_sum += loss.item()
         total += num_target_tokens(batch.labels)
     model.train(training)
     losses, totals = zip(*gather((loss_sum, total)), strict=True)

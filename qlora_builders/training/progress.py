@@ -58,7 +58,10 @@ class MetricsLog:
         self._evaluated = {row["step"] for row in kept if "eval_loss" in row}
         if writes:
             partial = self.path.with_name(METRICS_FILE + ".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            with partial.open("w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in kept)
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(self.path)
 
     def write(self, **values: Any) -> None:

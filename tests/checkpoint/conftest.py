@@ -137,6 +137,7 @@ def randomize_adapters() -> Callable[[nn.Module], None]:
         for module in model.modules():
             if isinstance(module, LoRALinear):
                 nn.init.normal_(module.lora_A.weight, std=0.15)
-                nn.init.normal_(module.lora_B.weight, std=0.15)
+                for parameter in module.lora_B.parameters():
+                    nn.init.normal_(parameter, std=0.15)
 
     return randomize

@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint, stored_plan
 from qlora_builders.errors import CheckpointError
+from qlora_builders.models import llama
 from qlora_builders.tensor import NF4Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -175,6 +176,30 @@ def test_stored_weights_keep_their_dtype(stored: Path) -> None:
     assert own.dtype == torch.bfloat16
     assert torch.equal(own.dequantize(), expected.dequantize())
     assert model.model.norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("format", ["bnb-4bit", "nf4"])
+def test_the_tensors_of_a_file_are_a_strict_state_dict(
+    stored: Path, tmp_path: Path, format: str, assign: bool
+) -> None:
+    """What bitsandbytes' own module cannot do with its own file."""
+    expected = load_checkpoint(stored, stored_plan(stored))
+    save_checkpoint(expected, tmp_path / "out", format=format)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    rule = {"match": "layers.**", "kind": "qlora", "rank": 2, "alpha": 2, "scale_format": "bnb"}
+    for plan in ([rule], [{"match": "layers.**", "kind": "frozen_nf4", "scale_format": "bnb"}]):
+        model = llama(expected.spec.arch, plan, device="meta" if assign else "cpu")
+        state = load_file(file)
+        state |= {k: torch.zeros(v.shape) for k, v in model.state_dict().items() if ".lora_" in k}
+        model.load_state_dict(state, strict=True, assign=assign)
+        for name, parameter in expected.named_parameters():
+            own = model.get_parameter(name)
+            if isinstance(parameter, NF4Tensor):
+                assert torch.equal(own.codes, parameter.codes), name
+                assert torch.equal(own.dequantize(), parameter.dequantize()), name
+            else:
+                assert torch.equal(own, parameter), name
 
 
 @pytest.mark.parametrize(

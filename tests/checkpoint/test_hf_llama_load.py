@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +129,21 @@ def test_weights_do_not_depend_on_the_file(own_copy: Callable[..., Path]) -> Non
         handle.seek(size // 2)
         handle.write(bytes(size - size // 2))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_loading_does_not_import_the_compiler(checkpoints: Callable[..., Path]) -> None:
+    """It would take longer, and more memory, than a small model."""
+    code = """
+        import sys
+        from qlora_builders import load_checkpoint
+        rule = {"match": "layers.**", "kind": "qlora", "rank": 4, "alpha": 8}
+        model = load_checkpoint(sys.argv[1], [rule])
+        heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "triton")
+        print([name for name in heavy if name in sys.modules])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(checkpoints())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_arch_overrides_the_config(checkpoints: Callable[..., Path]) -> None:

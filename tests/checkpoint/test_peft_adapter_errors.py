@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_builders.checkpoint import (
-    adapter_plan,
     load_adapter,
     load_checkpoint,
     load_with_adapter,
@@ -69,9 +68,9 @@ def test_intact(build: Callable[..., CausalLM], adapter: Path) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA is read"),
-        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"use_dora": True}, "use_dora=True: DoRA is not supported yet"),
         ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
-        ({"lora_bias": True}, "lora_bias=True is not supported"),
+        ({"lora_bias": True}, "lora_B.bias is missing, but adapter_config.json says .*so .96."),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication=.* is not supported"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices=.* is not supported"),
@@ -83,8 +82,29 @@ def test_intact(build: Callable[..., CausalLM], adapter: Path) -> None:
         ({"kasa_config": {"beta": 1}}, "kasa_config=.* is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' is not supported"),
-        ({"r": None}, "r missing"),
-        ({"lora_alpha": None}, "lora_alpha missing"),
+        ({"r": None}, "r is missing; it must be an integer >= 1"),
+        ({"lora_alpha": None}, "lora_alpha is missing; it must be a finite number > 0"),
+        ({"r": "8"}, "r is '8'; it must be an integer >= 1"),
+        ({"r": -1}, "r is -1; it must be an integer >= 1"),
+        ({"r": True}, "r is True; it must be an integer >= 1"),
+        ({"r": 4.0}, r"r is 4\.0; it must be an integer >= 1"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16'; it must be a finite number > 0"),
+        ({"lora_alpha": 0}, "lora_alpha is 0; it must be a finite number > 0"),
+        ({"lora_alpha": float("nan")}, "not JSON: NaN is not a number"),
+        ({"lora_alpha": float("inf")}, "not JSON: Infinity is not a number"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes'; it must be true or false"),
+        ({"rank_pattern": ["up_proj"]}, r"rank_pattern is \['up_proj'\]; it must be names to int"),
+        ({"rank_pattern": {"up_proj": "4"}}, "rank_pattern is .*; it must be names to integers"),
+        ({"rank_pattern": {"up_(": 4}}, r"rank_pattern entry 'up_\(' is no regex: missing \)"),
+        ({"alpha_pattern": {"up_proj": -1}}, "alpha_pattern is .*; it must be names to numbers"),
+        ({"target_modules": None}, "target_modules is missing; it must be a string or a list"),
+        ({"target_modules": 3}, "target_modules is 3; it must be a string or a list of names"),
+        ({"target_modules": ["up_proj", 3]}, "target_modules is .*; it must be a string or a"),
+        ({"target_modules": "*_proj"}, r"target_modules entry '\*_proj' is no regex: nothing to"),
+        ({"modules_to_save": "norm"}, "modules_to_save is 'norm'; it must be a list of names"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform is .*; it must be an integer or a l"),
+        ({"peft_type": 3}, "peft_type is 3; only LORA is read"),
+        ({"bias": 0}, "bias=0 is not supported"),
         ({"r": 8}, f"{UP} has rank 4, but adapter_config.json says 8"),
         ({"rank_pattern": {"up_proj": 2}}, f"{UP} has rank 4, but adapter_config.json says 2"),
     ],
@@ -114,8 +134,21 @@ def test_inits_that_leave_the_base_alone(adapter: Path, init: Any) -> None:
         ({UP_A: torch.ones(4)}, "got lora_A \\[4\\] and lora_B \\[96, 4\\]"),
         (
             {f"{PREFIX}{UP}.lora_magnitude_vector": torch.ones(96)},
-            f"neither lora_A, lora_B nor in modules_to_save: {UP}.lora_magnitude_vector",
+            f"DoRA is not supported yet .lora_magnitude_vector.: {UP}.lora_magnitude_vector",
         ),
+        (
+            {f"{PREFIX}{UP}.lora_B.bias": torch.ones(96)},
+            f"{UP}.lora_B.bias is .96., but adapter_config.json says lora_bias=False",
+        ),
+        (
+            {f"{PREFIX}{UP}.lora_A.bias": torch.ones(4)},
+            f"neither lora_A, lora_B nor in modules_to_save: {UP}.lora_A.bias",
+        ),
+        (
+            {UP_A: torch.ones(4, 64, dtype=torch.int8)},
+            r"has dtype torch\.int8; allowed: float32, b",
+        ),
+        ({UP_B: torch.ones(96, 4, dtype=torch.float64)}, r"has dtype torch\.float64; allowed: fl"),
         ({f"{PREFIX}{UP}.weight": torch.ones(96, 64)}, f"modules_to_save: {UP}.weight"),
     ],
 )
@@ -133,20 +166,33 @@ def test_unreadable_json(adapter: Path, name: str, text: str, message: str) -> N
         read_adapter(adapter)
 
 
+def test_deeply_nested_json(adapter: Path) -> None:
+    (adapter / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: .*nested too deeply"):
+        read_adapter(adapter)
+
+
+def test_unreadable_weights(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    intact = file.read_bytes()
+    for content in (b"", intact[:4], intact[:100], intact[:-1], intact + b"x"):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: cannot be read as"):
+            read_adapter(adapter)
+    save_file({}, file)
+    with pytest.raises(CheckpointError, match=r"holds no lora_A and lora_B \(0 tensors\)"):
+        read_adapter(adapter)
+    save_file({NORM: torch.ones(64)}, file)
+    with pytest.raises(CheckpointError, match=r"holds no lora_A and lora_B \(1 tensors\)"):
+        read_adapter(adapter)
+
+
 def test_missing_files(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="missing; expected a PEFT adapter directory"):
         read_adapter(tmp_path / "nowhere")
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: cannot be read"):
         read_adapter(adapter)
-
-
-def test_recorded_plan_without_its_keys(adapter: Path) -> None:
-    (adapter / "qlora_base.json").write_text('{"components": []}')
-    with pytest.raises(
-        CheckpointError, match=r"qlora_base\.json: needs lists components and train"
-    ):
-        adapter_plan(read_adapter(adapter))
 
 
 # ---- against a model ----------------------------------------------------------------------------
@@ -196,6 +242,22 @@ def test_same_scaling_spelled_otherwise_fits(build: Callable[..., CausalLM], ada
     load_adapter(build(plan), adapter)
 
 
+def test_lora_bias_must_agree(build: Callable[..., CausalLM], tmp_path: Path) -> None:
+    """Zeros stand for the modules without one, because PEFT has one switch for all."""
+    plan = [PLAN[0], rule("layers.0.mlp.up_proj", lora_bias=True)]
+    save_adapter(build(plan), tmp_path / "adapter")
+    load_adapter(build(plan), tmp_path / "adapter")
+    bias = f"{PREFIX}{Q}.lora_B.bias"
+    assert not load_file(tmp_path / "adapter/adapter_model.safetensors")[bias].any()
+    set_tensors(tmp_path / "adapter", {bias: torch.ones(64)})
+    message = rf"{Q}\.lora_B\.bias is not zero, but the model has no lora_bias there"
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(build(plan), tmp_path / "adapter")
+    save_adapter(build(), tmp_path / "none")
+    with pytest.raises(CheckpointError, match=rf"no {UP}\.lora_B\.bias, but the model has lora_b"):
+        load_adapter(build(plan), tmp_path / "none")
+
+
 def test_trained_parameters_must_agree(build: Callable[..., CausalLM], adapter: Path) -> None:
     with pytest.raises(CheckpointError, match=r"in the file but not in the model: model\.norm\.w"):
         load_adapter(build(train=()), adapter)
@@ -211,9 +273,11 @@ def test_trained_parameters_must_agree(build: Callable[..., CausalLM], adapter: 
         ({UP_A: torch.ones(4, 63)}, rf"{UP}\.lora_A\.weight has shape \[4, 63\]; .* \[4, 64\]"),
         ({UP_B: torch.ones(97, 4)}, rf"{UP}\.lora_B\.weight has shape \[97, 4\]; .* \[96, 4\]"),
         ({NORM: torch.ones(65)}, r"model\.norm\.weight has shape \[65\]; the model needs \[64\]"),
+        ({UP_A: torch.full((4, 64), torch.nan)}, rf"{UP}\.lora_A\.weight holds NaN or infinity"),
+        ({NORM: torch.full((64,), torch.inf)}, r"model\.norm\.weight holds NaN or infinity"),
     ],
 )
-def test_wrong_shape_leaves_the_model_untouched(
+def test_what_cannot_be_loaded_leaves_the_model_untouched(
     build: Callable[..., CausalLM],
     adapter: Path,
     changes: dict[str, Tensor],
@@ -232,7 +296,7 @@ def test_adapter_of_a_base_with_other_shapes(
 ) -> None:
     """The recorded plan fits by name; its tensors do not."""
     with pytest.raises(CheckpointError, match=r"q_proj\.lora_B\.weight has shape \[64, 4\]"):
-        load_with_adapter(checkpoints("biased"), adapter)
+        load_with_adapter(checkpoints("biased"), adapter, allow_base_mismatch=True)
 
 
 def test_unknown_quantize(checkpoints: Callable[..., Path], adapter: Path) -> None:
@@ -251,12 +315,3 @@ def test_without_an_adapter(
         assert torch.equal(logits(bare), logits(plain))
     quantized = load_with_adapter(path, None, quantize="nf4", dtype=torch.float32)
     assert not torch.equal(logits(quantized), logits(plain))
-
-
-def test_a_recorded_dtype_that_weights_cannot_have_is_an_error(
-    adapter: Path, checkpoints: Callable[..., Path]
-) -> None:
-    file = adapter / "qlora_base.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "int8"}))
-    with pytest.raises(CheckpointError, match=r"dtype is 'int8'; allowed: float32, bfloat16"):
-        load_with_adapter(checkpoints(), adapter)

@@ -51,6 +51,8 @@ PLANS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
         "gqa", [ALL | {"use_rslora": True}, ATTENTION | {"rank": 3, "use_rslora": True}], []
     ),
     "rslora_in_some": ("gqa", [ALL, ATTENTION | {"rank": 3, "use_rslora": True}], []),
+    "lora_bias": ("biased", [ALL | {"lora_bias": True}], []),
+    "lora_bias_in_some": ("biased", [ALL, ATTENTION | {"lora_bias": True}], []),
     "one_layer": ("gqa", [ALL | {"match": "layers.1.**"}], []),
     "one_projection_of_one_layer": ("gqa", [ALL | {"match": "layers.1.self_attn.q_proj"}], []),
     "plain_base": ("gqa", [ALL | {"kind": "lora"}], []),
@@ -171,7 +173,8 @@ def test_layout(build: Callable[[str], CausalLM], tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "some/base"
     assert config["task_type"] == "CAUSAL_LM"
-    assert (config["r"], config["use_rslora"]) == (3, False)
+    assert config["r"] == 3
+    assert not {"use_rslora", "lora_bias"} & set(config)  # newer than rank_pattern, and not needed
     q_proj = "model.layers.0.self_attn.q_proj"
     assert config["rank_pattern"]["model.layers.0.mlp.up_proj"] == 4
     assert config["alpha_pattern"] == {

@@ -58,10 +58,10 @@ def test_auto_takes_the_newest(run: Path) -> None:
     (run / "checkpoints" / "step_200.damaged").mkdir()
     (run / "checkpoints" / ".step_300.x.partial").mkdir()
     found = start(run)
-    assert (found.step, found.about["note"], found.skipped) == (100, "x", ())
+    assert (found.step, found.about["note"]) == (100, "x")
     assert found.folder == run / "checkpoints" / "step_100"
     assert found.run_dir == run
-    assert found.messages() == [f"resumed after step 100 from {found.folder}"]
+    assert found.messages == (f"resumed after step 100 from {found.folder}",)
     assert last_checkpoint(run) == f"the last checkpoint is {found.folder}"
 
 
@@ -71,7 +71,7 @@ def test_auto_skips_what_is_damaged_and_says_why(run: Path) -> None:
     damage(run, 2)
     found = start(run)
     assert found.step == 1
-    first, second, _ = found.messages()
+    first, second, _ = found.messages
     assert first.startswith("warning: a damaged checkpoint is skipped: ")
     assert "step_3: train_state.json has 25 bytes, but 24 were written" in first
     assert "step_2: train_state.json" in second
@@ -81,19 +81,23 @@ def test_auto_skips_what_is_damaged_and_says_why(run: Path) -> None:
 
 
 def test_auto_starts_afresh_without_a_checkpoint(run: Path, tmp_path: Path) -> None:
-    assert start(tmp_path / "new") == start(run) == Start()
+    for folder in (tmp_path / "new", run):
+        found = start(folder)
+        assert (found.step, found.folder, found.run_dir) == (0, None, None)
+        assert found.messages == (f"no checkpoint in {folder} to resume from: a new run",)
     assert last_checkpoint(run) == "no checkpoint was written"
     add(run, 5)
     damage(run, 5)
     found = start(run)
-    assert (found.step, found.run_dir, len(found.skipped)) == (0, None, 1)
+    assert (found.step, found.run_dir, len(found.messages)) == (0, None, 2)
 
 
 def test_a_run_that_was_killed_at_once_can_be_started(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml.partial").touch()
-    assert start(run) == start(run, None) == Start()
+    assert start(run, None) == Start()
+    assert start(run).step == 0
 
 
 def test_a_path_is_taken_as_it_is(run: Path, tmp_path: Path) -> None:
@@ -101,9 +105,13 @@ def test_a_path_is_taken_as_it_is(run: Path, tmp_path: Path) -> None:
     first, last = step_folders(run)
     assert start(tmp_path / "new", str(first)).step == 1
     assert start(run, str(last)).step == 2
-    message = r"step_1 is not the last checkpoint in output_dir=.*, which is step_2; choose a new"
-    with pytest.raises(ConfigError, match=message):
-        start(run, str(first))
+    other = tmp_path / "other"  # a run without checkpoints
+    other.mkdir()
+    (other / "config.yaml").touch()
+    message = r"holds a run whose last checkpoint is not training.resume=.*step_1; choose a new"
+    for folder in (run, other):
+        with pytest.raises(ConfigError, match=message):
+            start(folder, str(first))
     damage(run, 1)
     with pytest.raises(CheckpointError, match=r"step_1: train_state.json has 25 bytes"):
         start(tmp_path / "new", str(first))
@@ -125,11 +133,13 @@ def test_a_directory_is_taken_only_as_asked(run: Path, tmp_path: Path) -> None:
             start(tmp_path / "notes", resume, overwrite)
 
 
-def test_overwriting_removes_everything(run: Path) -> None:
+def test_overwriting_removes_everything(run: Path, tmp_path: Path) -> None:
     add(run, 1)
-    (run / "adapter").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (run / "adapter").symlink_to(tmp_path / "elsewhere")
     with run_directory(run, Start(), overwrite=True, keep_last=9):
         assert list(run.iterdir()) == []
+    assert (tmp_path / "elsewhere").is_dir()
 
 
 def test_what_dead_processes_left_is_removed(run: Path) -> None:

@@ -164,6 +164,20 @@ def test_another_model_is_refused(
         load_step(tmp_path / "step_4", *make(base, plan, optimizer))
 
 
+def test_whole_weights_of_another_shape_or_name_are_refused(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "step_4"
+    model, optimizer = make(base, "whole weights")
+    save(folder, model, optimizer, base)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(3, 2))
+    message = r"safetensors: lm_head.weight has shape \[31, 16\]; the model needs \[3, 2\]"
+    with pytest.raises(CheckpointError, match=message):
+        load_step(folder, model, optimizer)
+    model.extra = torch.nn.Linear(2, 2, bias=False)
+    del model.lm_head
+    with pytest.raises(CheckpointError, match=r"step_4: extra.weight is missing, which the model"):
+        load_step(folder, model, optimizer)
+
+
 def test_another_optimizer_is_refused(base: Path, tmp_path: Path) -> None:
     save(tmp_path / "step_4", *make(base, "adapters"), base)
     model, _ = make(base, "adapters")

@@ -55,6 +55,34 @@ def test_types() -> None:
     assert type(compose("merge", merge)) is MergeConfig
 
 
+@pytest.mark.parametrize(
+    ("given", "checkpointing", "compile"),
+    [("true", "full", "on"), ("false", "none", "off"), ("True", "full", "on")],
+)
+def test_switches_may_be_booleans(
+    tmp_path: Path, given: str, checkpointing: str, compile: str
+) -> None:
+    keys = ("activation_checkpointing", "compile")
+    (tmp_path / "experiment").mkdir()
+    lines = ["# @package _global_", "training:", *(f"  {key}: {given}" for key in keys)]
+    (tmp_path / "experiment" / "mine.yaml").write_text("\n".join(lines))
+    overrides = [f"training.{key}={given}" for key in keys]
+    for cfg in (
+        compose("finetune", overrides),
+        compose("finetune", ["experiment=mine"], config_dir=tmp_path),
+    ):
+        assert cfg.training.activation_checkpointing == checkpointing
+        assert cfg.training.compile == compile
+
+
+def test_compile_is_on_or_off_in_yaml_too(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.write_text("# @package _global_\ntraining: {compile: off}\n")
+    assert compose("finetune", ["experiment=mine"], config_dir=tmp_path).training.compile == "off"
+    assert compose("finetune", ["training.compile=on"]).training.compile == "on"
+
+
 def test_defaults() -> None:
     cfg = compose("finetune")
     assert cfg.checkpoint.dir == str(demo_path("base"))

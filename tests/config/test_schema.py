@@ -6,6 +6,8 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
+from qlora_builders.checkpoint.merge import MERGE_FORMATS
+from qlora_builders.checkpoint.merge_report import MAX_ERROR
 from qlora_builders.config.checks import check, required, size_in_bytes
 from qlora_builders.config.schema import (
     ROOTS,
@@ -46,6 +48,12 @@ def test_defaults_are_not_shared() -> None:
     FinetuneConfig().method.targets.clear()
     assert FinetuneConfig().components == []
     assert len(FinetuneConfig().method.targets) == 7
+
+
+def test_merging_is_as_strict_from_the_command_line_as_from_python() -> None:
+    leaves = knobs(MergeConfig)
+    assert leaves["max_error"].default == MAX_ERROR
+    assert leaves["format"].choices == MERGE_FORMATS
 
 
 def test_sections_are_dataclasses() -> None:

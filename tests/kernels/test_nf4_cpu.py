@@ -14,7 +14,7 @@ import torch
 from nf4_weights import DTYPES, FORMATS, adversarial, bits
 
 from qlora_builders import to_nf4
-from qlora_builders.kernels import nf4_cpu, nf4_reference
+from qlora_builders.kernels import nf4_cpu, nf4_reference, tiles
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler"
@@ -126,7 +126,7 @@ def test_tiled_products_are_those_of_the_reference(
     fields = (weight.codes, weight.scales, weight.scale_groups)
     options = {**weight.nf4_format, "dtype": weight.dtype, "shape": shape}
     for tile, tolerance in ((1 << 21, 0.0), (1, 1e-5 if dtype == torch.float32 else 0.05)):
-        monkeypatch.setattr(nf4_cpu, "_TILE_ELEMENTS", tile)
+        monkeypatch.setattr(tiles, "_TILE_ELEMENTS", tile)
         for transposed in (True, False):
             width = shape[1] if transposed else shape[0]
             input = torch.randn(6, width, generator=generator).to(dtype)

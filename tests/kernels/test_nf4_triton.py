@@ -15,7 +15,7 @@ from nf4_weights import DTYPES, FORMATS, adversarial, bits
 from torch import Tensor
 
 from qlora_builders import linear_nf4, to_nf4
-from qlora_builders.kernels import nf4_reference
+from qlora_builders.kernels import nf4_reference, tiles
 
 pytest.importorskip("triton")
 
@@ -212,7 +212,8 @@ def test_products_by_tiles(
     fields = [f.to(device) for f in (weight.codes, weight.scales, weight.scale_groups)]
     dense = weight.dequantize().double()
     options = {**weight.nf4_format, "dtype": weight.dtype, "shape": shape}
-    monkeypatch.setattr(kernels, "_TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tiles, "_TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tiles, "_GPU_TILE_ELEMENTS", 1)
     for transposed in (True, False):
         width = shape[1] if transposed else shape[0]
         input = torch.randn(11, width, generator=generator)

@@ -52,6 +52,7 @@ def build(component: ComponentRule, bias: bool = True) -> Any:
         ({"dropout": -0.1}, r"dropout is -0.1; it must be in \[0, 1\)"),
         ({"use_rslora": "false"}, "use_rslora is 'false'; it must be true or false"),
         ({"use_rslora": 1}, "use_rslora is 1; it must be true or false"),
+        ({"lora_bias": "all"}, "lora_bias is 'all'; it must be true or false"),
         ({"block_size": 48}, "block_size is 48; allowed: 32, 64"),
         ({"block_size": 0}, "block_size is 0; allowed: 32, 64"),
         ({"block_size": 64.0}, "block_size is 64.0; it must be an integer"),
@@ -179,5 +180,7 @@ def test_build_adapter(kind: str) -> None:
         "lora_A.weight": (3, 48),
         "lora_B.weight": (32, 3),
     }
+    biased = build(rule(kind=kind, rank=3, alpha=7, lora_bias=True), bias=False)
+    assert biased.lora_B.bias.shape == (32,)
     # adapters are never quantized
     assert all(type(p.data) is torch.Tensor and p.dtype == torch.float32 for p in trained.values())

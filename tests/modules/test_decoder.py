@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_builders.models import LlamaArch, llama
-from qlora_builders.modules import ACTIVATIONS, Attention, CausalLM, FeedForward, KVCache, Linear
+from qlora_builders.modules import (
+    ACTIVATIONS,
+    CHECKPOINTING_MODES,
+    Attention,
+    CausalLM,
+    FeedForward,
+    KVCache,
+    Linear,
+)
 from qlora_builders.modules.rope import RotaryEmbedding, apply_rope, rope_frequencies
 
 VOCAB = 61
@@ -50,6 +61,20 @@ def cache_for(model: CausalLM, batch: int, max_seq_len: int = 16) -> KVCache:
         max_seq_len=max_seq_len,
         head_dim=arch.head_dim,
     )
+
+
+class NoteResults(TorchDispatchMode):
+    """Weak references to every tensor that an operation returns."""
+
+    def __init__(self, results: list[weakref.ref[Tensor]]) -> None:
+        super().__init__()
+        self.results = results
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        tensors = output if isinstance(output, (tuple, list)) else [output]
+        self.results += [weakref.ref(t) for t in tensors if isinstance(t, Tensor)]
+        return output
 
 
 # ---- attention and feed-forward -----------------------------------------------------------------
@@ -214,12 +239,13 @@ def test_activations_have_the_compute_dtype() -> None:
     assert llama(arch, dtype=torch.bfloat16)(ids()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("mode", CHECKPOINTING_MODES[1:])
 @pytest.mark.parametrize("documents", [True, False])
-def test_activation_checkpointing_gives_identical_gradients(documents: bool) -> None:
+def test_activation_checkpointing_gives_identical_gradients(documents: bool, mode: str) -> None:
     options = [{**QLORA[0], "dropout": 0.3}]
     document_ids = torch.tensor([[0] * 5 + [1] * 7] * 2) if documents else None
     results = []
-    for checkpointing in (False, True):
+    for checkpointing in ("none", mode):
         model = build(options).train()
         model.model.activation_checkpointing = checkpointing
         torch.manual_seed(3)
@@ -232,22 +258,37 @@ def test_activation_checkpointing_gives_identical_gradients(documents: bool) -> 
         assert torch.equal(grad, results[1][name]), name
 
 
-def test_activation_checkpointing_keeps_only_the_layers_inputs() -> None:
-    sizes = []
-    for checkpointing in (False, True):
-        saved = 0
+def test_each_activation_checkpointing_mode_keeps_less_than_the_one_before() -> None:
+    sizes = {}
+    for mode in ("none", "selective", "full"):
+        model = build(QLORA, num_layers=4)
+        model.model.activation_checkpointing = mode
+        alive: list[weakref.ref[Tensor]] = []
+        with NoteResults(alive):
+            loss = model(ids(seq=40)).sum()
+        gc.collect()
+        kept = [ref() for ref in alive]
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage() for t in kept if t is not None
+        }
+        sizes[mode] = sum(storage.nbytes() for storage in storages.values())
+        loss.backward()
+    hidden = 2 * 40 * 32 * 4  # bytes of one layer's input
+    assert sizes["full"] < sizes["selective"] < sizes["none"] / 2
+    assert sizes["selective"] - sizes["full"] <= 4 * (hidden + 2 * 40 * 4 * 4)  # and log-sum-exp
 
-        def count(tensor: Tensor) -> Tensor:
-            nonlocal saved
-            saved += tensor.nbytes
-            return tensor
 
-        model = build(QLORA)
-        model.model.activation_checkpointing = checkpointing
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            model(ids(seq=40))
-        sizes.append(saved)
-    assert sizes[1] < sizes[0] / 3
+def test_offloading_keeps_the_inputs_of_layers_in_host_memory() -> None:
+    """On a GPU the copy is pinned; here it is a copy all the same."""
+    model = build(QLORA)
+    model.model.activation_checkpointing = "offload"
+    inputs = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    loss = model(ids()).sum()
+    gc.collect()
+    assert [ref() for ref in inputs] == [None, None]
+    loss.backward()
 
 
 # ---- tied heads ---------------------------------------------------------------------------------

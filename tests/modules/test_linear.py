@@ -152,6 +152,26 @@ def test_scaling(rslora: bool, scaling: float) -> None:
     assert layer.lora_delta().dtype == torch.float32
 
 
+def test_lora_bias_starts_at_zero_and_is_part_of_the_update() -> None:
+    torch.manual_seed(0)
+    layer = LoRALinear(IN, OUT, RANK, ALPHA, lora_bias=True, quantize_base=True, bias=True)
+    assert parameters(layer)["lora_B.bias"] == ((OUT,), torch.float32, True)
+    assert not layer.lora_B.bias.any()
+    x = randn(3, IN)
+    before = layer(x)
+    with torch.no_grad():
+        layer.lora_B.bias.copy_(randn(OUT, seed=4))
+    delta = layer.lora_bias_delta()
+    torch.testing.assert_close(delta, ALPHA / RANK * layer.lora_B.bias)
+    torch.testing.assert_close(layer(x), before + delta)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.lora_B.bias.grad, torch.full((OUT,), 3 * ALPHA / RANK))
+    layer.reset_lora_parameters()
+    assert not layer.lora_B.bias.any()
+    assert lora().lora_B.bias is None
+    assert lora().lora_bias_delta() is None
+
+
 # ---- LoRALinear: what it computes ---------------------------------------------------------------
 
 

@@ -1,9 +1,10 @@
 """A script for tests: runs of `qlora`, each in a process that can be killed at any point.
 
-Reads JSON lines `{"argv": [...], "watch": RUN, "signals": {event number: signal}}`, answers each
-with `{"code": exit code, "events": [...], "output": text}`. Events are numbered from 0: every file
-that is opened, made, renamed or removed in RUN, every fsync, forward pass and optimizer step. Torch
-is imported once; a run is a fork of that.
+Reads JSON lines `{"argv": [...], "watch": RUN, "signals": {"event 7": signal}}`, answers each with
+`{"code": exit code, "events": [...], "output": text}`. An event is a file that is opened, made,
+renamed or removed in RUN, an fsync, a forward pass or an optimizer step; "event 7" is the eighth of
+them, "optimizer 2" the third optimizer step of the process. Torch is imported once; a run is a fork
+of that.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,23 +24,24 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qlora_builders import cli
-from qlora_builders.modules import CausalLM
+from qlora_builders.modules.decoder import Decoder
 
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove")
 
 
-def watch(folder: str, signals: dict[int, int], log: Path) -> None:
-    """Number the events of this process from now on, and send it the signals."""
-    count = 0
+def watch(folder: str, signals: dict[str, int], log: Path) -> None:
+    """Write down the events of this process from now on, and send it the signals."""
+    counts: Counter[str] = Counter()
     file = log.open("w")
 
     def event(name: str) -> None:
-        nonlocal count
-        number, count = count, count + 1
         file.write(name + "\n")
         file.flush()
-        if number in signals:
-            os.kill(os.getpid(), signals[number])
+        for kind in ("event", name.partition(" ")[0]):
+            number = counts[kind]
+            counts[kind] += 1
+            if f"{kind} {number}" in signals:
+                os.kill(os.getpid(), signals[f"{kind} {number}"])
 
     def audit(name: str, args: tuple[Any, ...]) -> None:
         if name in FILE_EVENTS and folder in str(args[0]):
@@ -54,12 +57,12 @@ def watch(folder: str, signals: dict[int, int], log: Path) -> None:
     os.fsync = announced(os.fsync)  # type: ignore[assignment]
     sys.addaudithook(audit)
     register_module_forward_hook(
-        lambda module, args, output: event("forward") if isinstance(module, CausalLM) else None
+        lambda module, args, output: event("forward") if isinstance(module, Decoder) else None
     )
     register_optimizer_step_post_hook(lambda optimizer, args, kwargs: event("optimizer"))
 
 
-def run(argv: list[str], folder: str, signals: dict[int, int], log: Path) -> None:
+def run(argv: list[str], folder: str, signals: dict[str, int], log: Path) -> None:
     watch(folder, signals, log)
     try:
         code = cli.main(argv)
@@ -85,8 +88,7 @@ def main() -> None:
                 descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
                 os.dup2(descriptor, 1)
                 os.dup2(descriptor, 2)
-                signals = {int(number): value for number, value in task["signals"].items()}
-                run(task["argv"], task["watch"], signals, log)
+                run(task["argv"], task["watch"], task["signals"], log)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             answer = {
                 "code": code,

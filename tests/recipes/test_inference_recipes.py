@@ -49,10 +49,13 @@ def test_evaluate_reports_what_it_writes(
     assert tuned["answers"][0]["answer"] == tuned["answers"][0]["reference"] == "two"
 
 
-def test_evaluation_loss_is_transformers_loss(checkpoint: Path, rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", ["none", "best_fit"])
+def test_evaluation_loss_is_transformers_loss(
+    checkpoint: Path, rows: Path, tmp_path: Path, packing: str
+) -> None:
     output = tmp_path / "result.json"
     argv = ["evaluate", f"checkpoint.dir={checkpoint}", f"data.eval={rows}", F32]
-    assert cli.main([*argv, f"output={output}", "batch_size=3"]) == 0
+    assert cli.main([*argv, f"output={output}", "batch_size=3", f"data.packing={packing}"]) == 0
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     total, count = 0.0, 0
@@ -107,8 +110,15 @@ def test_merged_directory_is_base_plus_adapter(
 ) -> None:
     merged = tmp_path / "merged"
     argv = ["merge", f"checkpoint.dir={checkpoint}", f"adapter.path={adapter}"]
-    assert cli.main([*argv, f"output_dir={merged}", f"dtype={dtype}"]) == 0
-    assert "logits differ by 0." in capsys.readouterr().out
+    report = tmp_path / "new" / "report.json"
+    given = [f"output_dir={merged}", f"dtype={dtype}", f"report={report}"]
+    assert cli.main([*argv, *given]) == 0
+    output = capsys.readouterr().out
+    assert "logits differ by 0." in output
+    assert "8 of 15 merged layers, largest error first" in output
+    figures = json.loads(report.read_text())
+    assert len(figures["layers"]) == 15
+    assert f"{figures['total']['error']:.3g}" in output
     ids = torch.tensor([[1, 5, 9, 20, 3]])
     expected = load_with_adapter(checkpoint, adapter, compute_dtype=torch.float32)(ids)
     theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
@@ -132,7 +142,10 @@ def test_a_merge_that_is_not_the_adapted_model_is_refused(
     monkeypatch.setattr(delta, lambda self: torch.zeros(self.out_features, self.in_features))
     argv = ["merge", f"checkpoint.dir={checkpoint}", f"adapter.path={adapter}"]
     assert cli.main([*argv, f"output_dir={tmp_path / 'merged'}"]) == 2
-    assert "the merged model is not base + adapter" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "would not be base + adapter: the logits are off by 1 of what" in captured.err
+    assert "error / delta" in captured.out
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,6 @@ def test_other_verbs_keep_what_is_stored(
     [
         (["block_size=63"], "block_size is 63"),
         (["scale_format=bnb", "scale_search=true"], "scale_search cannot be combined with"),
-        (["checkpoint.format=nf4"], "format is 'nf4', but the directory is 'hf'"),
         (["components=[{match: 'layers.*', kind: frozen_nf4}]"], "layers.*"),
     ],
 )
@@ -115,6 +114,30 @@ def test_mistakes(
     assert cli.main([*argv, *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("finetune", ["data.train={rows}", "data.eval=null", "output_dir={out}"]),
+        ("evaluate", ["data.eval={rows}"]),
+        ("generate", ["prompt=hi"]),
+        ("inspect", []),
+        ("quantize", ["output_dir={out}"]),
+    ],
+)
+def test_every_verb_passes_the_format_on(
+    checkpoint: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+    options: list[str],
+) -> None:
+    given = [option.format(rows=rows, out=tmp_path / "out") for option in options]
+    argv = [verb, f"checkpoint.dir={checkpoint}", "checkpoint.format=nf4", *given]
+    assert cli.main(argv) == 2
+    assert "format is 'nf4', but the directory is 'hf'" in capsys.readouterr().err
 
 
 def test_an_existing_folder_and_another_block_size(

@@ -1,0 +1,227 @@
+"""qlora_base.json: which base an adapter was trained on, beside the files that PEFT reads.
+
+An adapter corrects one particular base: other weights, another quantization or another dtype make
+it another function, and PEFT's files name none of the three. The record holds a content hash of
+the checkpoint, the component plan, the NF4 options of every quantized slot and the base's dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_builders.checkpoint.json_files import read_json_object
+from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
+from qlora_builders.errors import CheckpointError, PlanError
+from qlora_builders.models import BaseCheckpoint, ComponentRule
+from qlora_builders.modules import CausalLM
+from qlora_builders.tensor import NF4Tensor
+from qlora_builders.tensor.nf4_fsdp import NF4Shard
+from qlora_builders.tensor.sharded import local_part
+
+BASE_FILE = "qlora_base.json"
+DTYPES = ("float32", "bfloat16", "float16")
+ALLOW = "adapter.allow_base_mismatch=true (allow_base_mismatch=True in Python)"
+# what a base can differ in
+ASPECTS = ("content", "quantization", "dtype")
+# sampled bytes: so many windows of so many bytes, evenly spread from the first byte to the last
+_WINDOWS, _WINDOW_BYTES = 16, 256
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """What an adapter says about its base.
+
+    Attributes:
+        components, train, dtype: of the model it was trained in; see `llama`.
+        checkpoint: None where the weights came from no checkpoint.
+        nf4: slot -> NF4 options. Records from before there were any lack both; what is not known
+            is not compared.
+    """
+
+    components: tuple[ComponentRule, ...]
+    train: tuple[str, ...]
+    dtype: torch.dtype
+    checkpoint: BaseCheckpoint | None
+    nf4: dict[str, dict[str, Any]] | None
+
+
+class ContentHash:
+    """A hash of named tensors, whatever order, file, shard or format they come from.
+
+    It covers every name, dtype and shape, and of the bytes of each tensor a fixed sample: all of
+    up to 4 KiB, else 16 windows of 256 bytes. Of an NF4 weight the codes and scales are sampled, so
+    a quantized copy is another content. Equal hashes therefore prove the same layout and the same
+    sampled bytes; they do not prove that the bytes between are the same. Another model, a
+    fine-tuned, requantized or cast copy differs nearly everywhere and so in the sample; a few
+    changed rows of an embedding, say, can go unseen. It guards against mix-ups, not against
+    somebody who wants to deceive. Taking the sample while a tensor is loaded costs no reading.
+    """
+
+    def __init__(self) -> None:
+        self._digests: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        parts = [tensor.detach()]
+        if isinstance(tensor, NF4Tensor):
+            digest.update(str(tensor.nf4_format).encode())
+            parts = [getattr(tensor, part) for part in NF4Tensor.tensor_fields]
+        for part in parts:
+            digest.update(_sample(part))
+        self._digests[name] = digest.hexdigest()
+
+    def add_unread(self, tensor: LazyTensor) -> None:
+        """`add(tensor.name, tensor.load())` for a plain tensor; reads the sampled rows alone."""
+        assert tensor.load_rows is not None
+        digest = hashlib.sha256(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}".encode())
+        row = tensor.nbytes // tensor.shape[0]
+        for start, stop in _windows(tensor.nbytes):
+            first = start // row
+            rows = tensor.load_rows(first, -(-stop // row))
+            data = rows.view(-1).view(torch.uint8)[start - first * row : stop - first * row]
+            digest.update(data.numpy().tobytes())
+        self._digests[tensor.name] = digest.hexdigest()
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(json.dumps(sorted(self._digests.items())).encode()).hexdigest()
+
+
+def _sample(tensor: Tensor) -> bytes:
+    data = tensor.contiguous().view(-1).view(torch.uint8)
+    windows = [data[start:stop] for start, stop in _windows(data.numel())]
+    sample: bytes = torch.cat(windows).cpu().numpy().tobytes()
+    return sample
+
+
+def _windows(nbytes: int) -> list[tuple[int, int]]:
+    """(start, stop) of the sampled bytes."""
+    if nbytes <= _WINDOWS * _WINDOW_BYTES:
+        return [(0, nbytes)]
+    last = nbytes - _WINDOW_BYTES
+    starts = [index * last // (_WINDOWS - 1) for index in range(_WINDOWS)]
+    return [(start, start + _WINDOW_BYTES) for start in starts]
+
+
+def hash_tensors(tensors: Iterable[LazyTensor], *, tied: bool) -> str:
+    """The content hash of a checkpoint that is not being loaded; it reads every tensor once.
+
+    Args:
+        tied: leave out the head, which such a checkpoint may hold or not.
+    """
+    content = ContentHash()
+    for tensor in tensors:
+        if not (tied and tensor.name == "lm_head.weight"):
+            content.add(tensor.name, tensor.load())
+    return content.hexdigest()
+
+
+def base_record(model: CausalLM) -> dict[str, Any]:
+    """The content of qlora_base.json for a model; its weights are not read."""
+    spec = model.spec
+    groups: dict[str, dict[str, Any]] = {}
+    for slot, options in _nf4_slots(model).items():
+        groups.setdefault(json.dumps(options), {**options, "slots": []})["slots"].append(slot)
+    return {
+        "checkpoint": None if spec.base is None else asdict(spec.base),
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "components": [{"match": r.match, "kind": r.kind, **r.options} for r in spec.components],
+        "train": list(spec.train),
+        "nf4": list(groups.values()),
+    }
+
+
+def read_base_record(directory: Path) -> BaseRecord | None:
+    """The record beside an adapter, or None where another tool wrote the adapter.
+
+    Raises:
+        CheckpointError: for a record that cannot be understood.
+    """
+    file = directory / BASE_FILE
+    if not file.is_file():
+        return None
+    content = read_json_object(file, expected="the record of a base")
+    dtype = content.get("dtype")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{file}: dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    try:
+        checkpoint, nf4 = content.get("checkpoint"), content.get("nf4")
+        record = BaseRecord(
+            components=tuple(map(ComponentRule.parse, _list(content["components"]))),
+            train=tuple(_list(content["train"], str)),
+            dtype=getattr(torch, dtype),
+            checkpoint=None if checkpoint is None else _base_checkpoint(checkpoint),
+            nf4=None if nf4 is None else _slots_of_groups(_list(nf4, dict)),
+        )
+    except (PlanError, KeyError, TypeError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{file}: not a record of a base: {reason}") from error
+    return record
+
+
+def check_base(
+    record: BaseRecord, model: CausalLM, source: Path, aspects: Collection[str] = ASPECTS
+) -> None:
+    """
+    Args:
+        source: the adapter directory, for the message.
+        aspects: what to compare; the caller leaves out what its user chose by name.
+
+    Raises:
+        CheckpointError: if the model's base is not the recorded one.
+    """
+    problems = []
+    known, own = record.checkpoint, model.spec.base
+    if "content" in aspects and known and own and known.content_hash != own.content_hash:
+        problems.append(
+            f"checkpoint: trained on {known.format} {known.content_hash[:12]}, "
+            f"here {own.format} {own.content_hash[:12]}"
+        )
+    slots, recorded = _nf4_slots(model), record.nf4
+    if "quantization" in aspects and recorded is not None and slots != recorded:
+        differing = sorted(
+            slot for slot in slots.keys() | recorded if slots.get(slot) != recorded.get(slot)
+        )
+        problems.append(f"quantization: the NF4 of these slots differs: {listed(differing)}")
+    if "dtype" in aspects and record.dtype != model.spec.dtype:
+        problems.append(f"dtype: trained on {record.dtype}, here {model.spec.dtype}")
+    if problems:
+        raise CheckpointError(
+            f"{source / BASE_FILE}: this is not the base that the adapter was trained on "
+            f"({'; '.join(problems)}). Load that one, or accept another function with {ALLOW}"
+        )
+
+
+def _nf4_slots(model: CausalLM) -> dict[str, dict[str, Any]]:
+    weights = {name: local_part(parameter) for name, parameter in model.named_parameters()}
+    return {
+        name.removesuffix(".weight"): weight.nf4_options
+        for name, weight in weights.items()
+        if isinstance(weight, NF4Tensor | NF4Shard)
+    }
+
+
+def _slots_of_groups(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {
+        slot: {name: value for name, value in group.items() if name != "slots"}
+        for group in groups
+        for slot in _list(group["slots"], str)
+    }
+
+
+def _base_checkpoint(value: Any) -> BaseCheckpoint:
+    _list(list(value.values()) if isinstance(value, dict) else value, str)
+    return BaseCheckpoint(**value)
+
+
+def _list(value: Any, of: type = object) -> list[Any]:
+    if not isinstance(value, list) or not all(isinstance(element, of) for element in value):
+        raise TypeError(f"{value!r:.80} is not a list of {of.__name__}")
+    return value

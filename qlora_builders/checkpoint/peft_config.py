@@ -1,0 +1,281 @@
+"""PEFT's adapter_config.json, read: types checked, every entry accounted for.
+
+PEFT selects modules by regular expressions and name suffixes, and takes whatever they happen to
+match. `PeftConfig` applies the same rules and adds the ones PEFT lacks: an entry that matches
+nothing is an error, and so is a module in the file that no entry selects.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_builders.checkpoint.json_files import read_json_object
+from qlora_builders.checkpoint.safetensors_io import listed
+from qlora_builders.errors import CheckpointError
+
+CONFIG_FILE = "adapter_config.json"
+
+# keys that change the function computed, with the values we can honour
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    # other values (pissa, olora, corda, loftq ...) also change the base weights
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+# keys whose entries PEFT compiles
+_REGEXES = (
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
+
+@dataclass(frozen=True)
+class AdapterModule:
+    """The adapter of one linear slot."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool = False
+    lora_bias: bool = False
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The part of adapter_config.json that says what is adapted, and how strongly."""
+
+    file: Path
+    rank: int
+    alpha: float
+    use_rslora: bool
+    lora_bias: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    target_modules: str | list[str]
+    exclude_modules: str | list[str]
+    layers_to_transform: list[int]
+    layers_pattern: list[str]
+    modules_to_save: list[str]
+
+    def rank_of(self, name: str) -> int:
+        return _pattern_value(self.rank_pattern, name, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        return _pattern_value(self.alpha_pattern, name, self.alpha)
+
+    def targets(self, name: str) -> bool:
+        """Whether PEFT would give the linear module `name` an adapter."""
+        if self.exclude_modules and _selects(self.exclude_modules, name):
+            return False
+        if any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in self.modules_to_save):
+            return False
+        if self.target_modules == "all-linear":
+            return name != "lm_head"
+        if not _selects(self.target_modules, name):
+            return False
+        if isinstance(self.target_modules, str) or name in self.target_modules:
+            return True  # a regex or a full name has the last word
+        return not self.layers_to_transform or self._layer(name) in self.layers_to_transform
+
+    def saves(self, name: str) -> bool:
+        """Whether PEFT would train and store the module `name` as a whole."""
+        return name.endswith(tuple(self.modules_to_save))
+
+    def check_entries(self, adapted: Collection[str], saved: Collection[str]) -> None:
+        """
+        Args:
+            adapted: modules of the file with lora_A and lora_B.
+            saved: modules of the file that are stored as a whole.
+
+        Raises:
+            CheckpointError: for entries that match no module of the file, and modules of the file
+                that no entry selects.
+        """
+        unused = {
+            "target_modules": [t for t in self._target_list() if not _any(_selects, [t], adapted)],
+            "layers_to_transform": [
+                str(index)
+                for index in self.layers_to_transform
+                if index not in map(self._layer, adapted)
+            ],
+            "modules_to_save": [
+                entry
+                for entry in self.modules_to_save
+                if not any(name.endswith(entry) for name in saved)
+            ],
+            "rank_pattern": [k for k in self.rank_pattern if not _any(_fits, k, adapted)],
+            "alpha_pattern": [k for k in self.alpha_pattern if not _any(_fits, k, adapted)],
+        }
+        problems = [
+            f"{key} entries without a module in the file: {listed(sorted(entries))}"
+            for key, entries in unused.items()
+            if entries
+        ]
+        strays = sorted(name for name in adapted if not self.targets(name))
+        if strays:
+            problems.append(f"adapters in the file that target_modules excludes: {listed(strays)}")
+        if problems:
+            raise CheckpointError(
+                f"{self.file}: {'; '.join(problems)}. PEFT skips such mistakes silently; correct "
+                "the entries, or remove those that are not meant"
+            )
+
+    def _target_list(self) -> list[str]:
+        return self.target_modules if isinstance(self.target_modules, list) else []
+
+    def _layer(self, name: str) -> int | None:
+        """The layer index that PEFT reads from a module name."""
+        patterns = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern]
+        for pattern in patterns or [r".*?\.[^.]*"]:
+            match = re.match(rf"{pattern}\.(?P<index>\d+)\.", name)
+            if match is not None:
+                return int(match["index"])
+        return None
+
+
+def _selects(entries: str | list[str], name: str) -> bool:
+    """A string is a regex for the whole name; a list holds names and suffixes of segments."""
+    if isinstance(entries, str):
+        return re.fullmatch(entries, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+
+
+def _fits(key: str, name: str) -> bool:
+    """A key of a pattern: a regex for a suffix of whole segments."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _any(fits: Callable[[Any, str], bool], entry: Any, names: Iterable[str]) -> bool:
+    return any(fits(entry, name) for name in names)
+
+
+def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """PEFT's rule: the first key that fits."""
+    return next((value for key, value in patterns.items() if _fits(key, name)), default)
+
+
+# ---- in -----------------------------------------------------------------------------------------
+
+
+def read_peft_config(directory: Path) -> PeftConfig:
+    """
+    Raises:
+        CheckpointError: for a missing file, a value of the wrong type or out of range, or a
+            feature that we do not have.
+    """
+    file = directory / CONFIG_FILE
+    config = read_json_object(file, expected="a PEFT adapter directory")
+    if config.get("peft_type", "LORA") != "LORA":
+        raise CheckpointError(f"{file}: peft_type is {config['peft_type']!r}; only LORA is read")
+    if config.get("use_dora") not in (False, None):
+        raise CheckpointError(f"{file}: use_dora={config['use_dora']!r}: DoRA is not supported yet")
+    for key, allowed in _UNSUPPORTED.items():
+        value = config.get(key)
+        if not any(type(value) is type(ok) and value == ok for ok in allowed):
+            raise CheckpointError(f"{file}: {key}={value!r} is not supported")
+    field = _Fields(file, config)
+    parsed = PeftConfig(
+        file,
+        rank=field("r", _is_rank, "an integer >= 1"),
+        alpha=field("lora_alpha", _is_alpha, "a finite number > 0"),
+        use_rslora=field("use_rslora", _is_switch, "true or false", default=False),
+        lora_bias=field("lora_bias", _is_switch, "true or false", default=False),
+        rank_pattern=field("rank_pattern", _map_of(_is_rank), "names to integers >= 1", {}),
+        alpha_pattern=field("alpha_pattern", _map_of(_is_alpha), "names to numbers > 0", {}),
+        target_modules=field("target_modules", _is_names, "a string or a list of names"),
+        exclude_modules=field("exclude_modules", _is_names, "a string or a list of names", []),
+        layers_to_transform=_as_list(
+            field("layers_to_transform", _is_layers, "an integer or a list of integers", [])
+        ),
+        layers_pattern=_as_list(
+            field("layers_pattern", _is_names, "a string or a list of names", [])
+        ),
+        modules_to_save=field("modules_to_save", _list_of(_is_name), "a list of names", []),
+    )
+    for key in _REGEXES:
+        entries = getattr(parsed, key)
+        for entry in [entries] if isinstance(entries, str) else entries:
+            _check_regex(file, key, entry)
+    return parsed
+
+
+class _Fields:
+    """Typed values of a JSON object; null is the default, or an error where there is none."""
+
+    def __init__(self, file: Path, config: dict[str, Any]) -> None:
+        self.file = file
+        self.config = config
+
+    def __call__(
+        self, key: str, valid: Callable[[Any], bool], wanted: str, default: Any = None
+    ) -> Any:
+        value = self.config.get(key)
+        if value is None and default is not None:
+            return default
+        if not valid(value):
+            got = repr(value) if key in self.config else "missing"
+            raise CheckpointError(f"{self.file}: {key} is {got[:200]}; it must be {wanted}")
+        return value
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _is_switch(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_names(value: Any) -> bool:
+    return _is_name(value) or _list_of(_is_name)(value)
+
+
+def _is_layers(value: Any) -> bool:
+    return type(value) is int or _list_of(lambda index: type(index) is int)(value)
+
+
+def _list_of(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(valid, value))
+
+
+def _map_of(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(valid, value.values()))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_regex(file: Path, key: str, entry: str) -> None:
+    try:
+        re.compile(entry)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{file}: {key} entry {entry!r} is no regex: {error}") from error

@@ -1,0 +1,129 @@
+"""Adapters out, as PEFT reads them.
+
+Tensor names are ours with the prefix `base_model.model.`, because modules carry Hugging Face's
+names and adapters PEFT's. Ranks and alphas that differ between modules are written as
+`rank_pattern` and `alpha_pattern`; parameters trained beside the adapters (norms, embedding, plain
+linear slots) as `modules_to_save`. A third file, `qlora_base.json`, which PEFT ignores, records the
+base: see `base_record`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_builders.checkpoint.base_record import BASE_FILE, base_record
+from qlora_builders.checkpoint.peft_config import CONFIG_FILE
+from qlora_builders.checkpoint.safetensors_io import atomic_directory, write_tensors
+from qlora_builders.errors import CheckpointError
+from qlora_builders.modules import CausalLM, LoRALinear
+
+PREFIX = "base_model.model."
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def save_adapter(model: CausalLM, path: str | Path, *, base_model: str = "") -> None:
+    """Write everything that trains, in PEFT's layout. The base is neither read nor upcast.
+
+    Args:
+        base_model: name or path of the base checkpoint, for `base_model_name_or_path`.
+
+    Raises:
+        CheckpointError: if the model has no adapter.
+    """
+    adapters = adapters_of(model)
+    if not adapters:
+        raise CheckpointError("the model has no LoRALinear; write it with save_checkpoint instead")
+    saved = trained_parameters(model)
+    config = _peft_config(model, adapters, saved, base_model)
+    tensors = {
+        f"{PREFIX}{name}.{part}.weight": getattr(module, part).weight
+        for name, module in adapters.items()
+        for part in ("lora_A", "lora_B")
+    }
+    if config.get("lora_bias"):
+        for name, module in adapters.items():
+            bias = module.lora_B.bias
+            if bias is None:  # PEFT has one switch for all modules
+                bias = torch.zeros(module.out_features)
+            tensors[f"{PREFIX}{name}.lora_B.bias"] = bias
+    # cloned, because a tied head is the embedding and safetensors refuses to write memory twice
+    tensors |= {PREFIX + name: parameter.detach().clone() for name, parameter in saved.items()}
+    with atomic_directory(path, marker=CONFIG_FILE) as directory:
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        (directory / BASE_FILE).write_text(json.dumps(base_record(model), indent=2) + "\n")
+        write_tensors(tensors, directory / WEIGHTS_FILE)
+
+
+def _peft_config(
+    model: nn.Module, adapters: dict[str, LoRALinear], saved: Iterable[str], base_model: str
+) -> dict[str, Any]:
+    """With the keys that PEFT has known since 0.6, the first to have rank_pattern; the newer
+    `use_rslora` and `lora_bias` only where they are needed."""
+    # PEFT has one use_rslora for all modules; where they differ, alpha * sqrt(rank) without it
+    # gives the same scaling
+    rslora = all(module.use_rslora for module in adapters.values())
+    alphas = {
+        name: module.alpha * math.sqrt(module.rank)
+        if module.use_rslora and not rslora
+        else module.alpha
+        for name, module in adapters.items()
+    }
+    ranks = {name: module.rank for name, module in adapters.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    dropouts = [getattr(module.dropout, "p", 0.0) for module in adapters.values()]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": max(dropouts),
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "target_modules": _target_modules(model, set(adapters)),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in saved}) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+    newer = {
+        "use_rslora": rslora,
+        "lora_bias": any(module.lora_B.bias is not None for module in adapters.values()),
+    }
+    return config | {key: True for key, needed in newer.items() if needed}
+
+
+def _target_modules(model: nn.Module, adapted: set[str]) -> list[str]:
+    """Bare names (`q_proj`) where they select exactly the adapted modules, else full ones."""
+    suffixes = {name.rpartition(".")[2] for name in adapted}
+    selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes}
+    return sorted(suffixes if selected == adapted else adapted)
+
+
+def adapters_of(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that train beside the adapters. A tied head is listed beside the embedding: PEFT
+    does not tie what it saves."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad and ".lora_A." not in name and ".lora_B." not in name
+    }
+
+
+def hf_name(slot: str) -> str:
+    """The Hugging Face module name of a linear slot, which plans name without `model.`."""
+    return slot if slot == "lm_head" else f"model.{slot}"

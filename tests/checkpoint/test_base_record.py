@@ -1,0 +1,277 @@
+"""qlora_base.json: the base that an adapter belongs to is recorded, and another one refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qlora_builders.checkpoint import (
+    load_adapter,
+    load_checkpoint,
+    load_with_adapter,
+    read_adapter,
+    read_tensors,
+    save_adapter,
+    save_checkpoint,
+)
+from qlora_builders.checkpoint.base_record import ContentHash, hash_tensors
+from qlora_builders.errors import CheckpointError
+from qlora_builders.models import llama
+from qlora_builders.modules import CausalLM
+
+PLAN = [
+    {"match": "layers.**", "kind": "frozen_nf4"},
+    {"match": "layers.0.mlp.up_proj", "kind": "qlora", "rank": 4, "alpha": 8, "block_size": 32},
+]
+OTHER = "this is not the base that the adapter was trained on"
+WAIVER = r"adapter\.allow_base_mismatch=true \(allow_base_mismatch=True in Python\)"
+
+
+@pytest.fixture
+def build(checkpoints: Callable[..., Path]) -> Callable[..., CausalLM]:
+    def model(plan: list = PLAN, dtype: torch.dtype = torch.float32) -> CausalLM:
+        return load_checkpoint(checkpoints(), plan, dtype=dtype)
+
+    return model
+
+
+@pytest.fixture
+def adapter(
+    build: Callable[..., CausalLM],
+    randomize_adapters: Callable[[nn.Module], None],
+    tmp_path: Path,
+) -> Path:
+    model = build()
+    randomize_adapters(model)
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+# ---- the hash -----------------------------------------------------------------------------------
+
+
+def content_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    content = ContentHash()
+    for name, tensor in tensors:
+        content.add(name, tensor)
+    return content.hexdigest()
+
+
+def stored_hash(path: Path, *, tied: bool = False) -> str:
+    return hash_tensors(read_tensors(path).values(), tied=tied)
+
+
+def tensors() -> Iterator[tuple[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for index in range(4):
+        yield f"w{index}", torch.randn(100, 50, generator=generator).bfloat16()
+
+
+def test_the_hash_depends_on_content_alone() -> None:
+    expected = content_hash(tensors())
+    assert content_hash(reversed(list(tensors()))) == expected
+    assert content_hash((name, t.t().contiguous().t()) for name, t in tensors()) == expected
+    assert len(expected) == 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name, t: (name + "x", t),
+        lambda name, t: (name, t.reshape(50, 100)),
+        lambda name, t: (name, t.view(torch.float16)),
+        lambda name, t: (name, torch.cat([t[:1] + 1, t[1:]])),  # the first bytes
+        lambda name, t: (name, torch.cat([t[:-1], t[-1:] + 1])),  # the last
+        lambda name, t: (name, t * 1.01),  # what fine-tuning does to a weight
+    ],
+)
+def test_one_changed_tensor_changes_the_hash(change: Callable) -> None:
+    changed = [change(*t) if t[0] == "w2" else t for t in tensors()]
+    assert content_hash(changed) != content_hash(tensors())
+
+
+def test_small_tensors_are_hashed_whole() -> None:
+    norm = torch.randn(1024)
+    for index in (0, 500, 1023):
+        changed = norm.clone()
+        changed[index] += 1
+        assert content_hash([("norm", changed)]) != content_hash([("norm", norm)])
+
+
+def test_a_change_between_the_sampled_bytes_goes_unseen() -> None:
+    """The price of a hash that need not read the checkpoint, said in its docstring."""
+    weight = torch.zeros(100, 1000)
+    changed = weight.clone()
+    changed[50, 250] = 1
+    assert content_hash([("w", changed)]) == content_hash([("w", weight)])
+
+
+@pytest.mark.parametrize("variant", ["gqa", "tied"])
+def test_single_and_sharded_files_are_the_same_base(
+    checkpoints: Callable[..., Path], variant: str
+) -> None:
+    tied = variant == "tied"
+    single, sharded = checkpoints(variant), checkpoints(variant, sharded=True)
+    assert stored_hash(single, tied=tied) == stored_hash(sharded, tied=tied)
+    half = checkpoints(variant, dtype=torch.bfloat16)
+    assert stored_hash(single, tied=tied) != stored_hash(half, tied=tied)
+
+
+def test_a_stored_copy_of_a_tied_head_does_not_count(own_copy: Callable[..., Path]) -> None:
+    path = own_copy("tied")
+    file = path / "model.safetensors"
+    before = stored_hash(path, tied=True)
+    stored = load_file(file)
+    save_file(stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}, file)
+    assert stored_hash(path, tied=True) == before
+    assert load_checkpoint(path).spec.base.content_hash == before
+
+
+def test_a_quantized_copy_is_another_content(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """But the same NF4 weights in our layout and in bitsandbytes' are the same."""
+    rule = {"match": "layers.**", "kind": "frozen_nf4", "scale_format": "bnb"}
+    hashes = [stored_hash(checkpoints())]
+    quantized = load_checkpoint(checkpoints(), [rule])
+    for format in ("nf4", "bnb-4bit"):
+        save_checkpoint(quantized, tmp_path / format, format=format)
+        loaded = load_checkpoint(tmp_path / format, [rule])
+        assert loaded.spec.base.format == format
+        hashes.append(stored_hash(tmp_path / format))
+        assert loaded.spec.base.content_hash == hashes[-1]
+    assert hashes[0] != hashes[1] == hashes[2]
+
+
+# ---- the record ---------------------------------------------------------------------------------
+
+
+def test_record(adapter: Path, checkpoints: Callable[..., Path]) -> None:
+    record = json.loads((adapter / "qlora_base.json").read_text())
+    assert record["checkpoint"] == {
+        "format": "hf",
+        "content_hash": stored_hash(checkpoints()),
+    }
+    assert record["dtype"] == "float32"
+    assert (record["components"], record["train"]) == (PLAN, [])
+    default, fine = sorted(record["nf4"], key=lambda group: -group["block_size"])
+    options = {"scale_block_size": 256, "scale_format": "geometric", "scale_search": False}
+    assert fine == {"block_size": 32, **options, "slots": ["model.layers.0.mlp.up_proj"]}
+    assert {**default, "slots": None} == {"block_size": 64, **options, "slots": None}
+    assert len(default["slots"]) == 13
+    info = read_adapter(adapter)
+    assert info.base is not None
+    assert info.base.nf4["model.layers.0.mlp.up_proj"]["block_size"] == 32
+
+
+def test_saving_reads_no_weight(
+    build: Callable[..., CausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    monkeypatch.setattr("qlora_builders.checkpoint.base_record.ContentHash", None)
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:  # nothing is there to be read
+            owner, _, leaf = name.rpartition(".")
+            meta = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            setattr(model.get_submodule(owner), leaf, meta)
+    save_adapter(model, tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'; allowed: float32, bfloat16, float16"),
+        ({"dtype": ["float32"]}, r"dtype is \['float32'\]; allowed"),
+        ({"components": None}, "not a record of a base: no key 'components'"),
+        ({"components": {}}, "not a record of a base: {} is not a list"),
+        ({"components": [3]}, "not a record of a base: rule 3 is not a mapping"),
+        ({"components": [{"match": "x", "kind": "qlroa"}]}, "unknown kind 'qlroa'; did you mean"),
+        ({"train": [1]}, r"not a record of a base: \[1\] is not a list of str"),
+        ({"nf4": "x"}, "not a record of a base: 'x' is not a list of dict"),
+        ({"nf4": [{}]}, "not a record of a base: no key 'slots'"),
+        ({"checkpoint": "x"}, "not a record of a base: "),
+        ({"checkpoint": {"format": "hf"}}, "not a record of a base: .*content_hash"),
+    ],
+)
+def test_a_record_that_cannot_be_understood(
+    adapter: Path, changes: dict[str, Any], message: str
+) -> None:
+    file = adapter / "qlora_base.json"
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_adapter(adapter)
+    assert str(file) in str(caught.value)
+
+
+def test_a_plan_that_is_not_that_of_the_weights(
+    checkpoints: Callable[..., Path], adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found out before the base is loaded, or a rank from a damaged file allocated."""
+    file = adapter / "qlora_base.json"
+    content = json.loads(file.read_text())
+    content["components"][1]["rank"] = 10**12
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr("qlora_builders.checkpoint.with_adapter.load_checkpoint", None)
+    message = r"plans other adapters or ranks than .* holds: model\.layers\.0\.mlp\.up_proj$"
+    with pytest.raises(CheckpointError, match=message):
+        load_with_adapter(checkpoints(), adapter)
+
+
+# ---- another base -------------------------------------------------------------------------------
+
+
+def test_other_weights(
+    adapter: Path, own_copy: Callable[..., Path], logits: Callable[[nn.Module], Tensor]
+) -> None:
+    """A fine-tuned sibling: every name and shape fits."""
+    path = own_copy()
+    file = path / "model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match=rf"{OTHER} \(checkpoint: .*\).*{WAIVER}"):
+        load_with_adapter(path, adapter)
+    waived = load_with_adapter(path, adapter, allow_base_mismatch=True)
+    assert torch.isfinite(logits(waived)).all()
+
+
+def test_other_quantization(build: Callable[..., CausalLM], adapter: Path) -> None:
+    plan = [PLAN[0], {**PLAN[1], "block_size": 64}]
+    message = rf"{OTHER} \(quantization: .*differs: model\.layers\.0\.mlp\.up_proj\)"
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(build(plan), adapter)
+    load_adapter(build(plan), adapter, allow_base_mismatch=True)
+    plain = [{"match": "layers.0.mlp.up_proj", "kind": "lora", "rank": 4, "alpha": 8}]
+    with pytest.raises(CheckpointError, match=r"quantization: .* and 6 more\)"):
+        load_adapter(build(plain), adapter)
+
+
+def test_other_dtype(build: Callable[..., CausalLM], adapter: Path) -> None:
+    message = rf"{OTHER} \(dtype: trained on torch\.float32, here torch\.bfloat16\)"
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(build(dtype=torch.bfloat16), adapter)
+
+
+def test_what_the_caller_names_is_not_compared(
+    checkpoints: Callable[..., Path], adapter: Path
+) -> None:
+    load_with_adapter(checkpoints(), adapter, quantize="none", dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=OTHER):
+        load_with_adapter(checkpoints(dtype=torch.bfloat16), adapter, quantize="none")
+
+
+def test_weights_from_no_checkpoint_are_not_compared(
+    build: Callable[..., CausalLM], adapter: Path
+) -> None:
+    """Built from an arch and filled by hand: only the caller knows what they are."""
+    model = build()
+    bare = llama(model.spec.arch, PLAN, dtype=torch.float32)
+    assert bare.spec.base is None
+    load_adapter(bare, adapter)

@@ -1,0 +1,205 @@
+"""Mistakes that PEFT accepts, in silence or with a warning: each is shown to be, and refused here.
+
+PEFT writes the adapter and loads it back, and its output shows that the mistake had its effect.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from qlora_builders.checkpoint import load_checkpoint, load_with_adapter, save_adapter
+from qlora_builders.errors import CheckpointError
+
+DEPRECATED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+pytestmark = pytest.mark.filterwarnings(DEPRECATED)
+Reference = Callable[[Path], LlamaForCausalLM]
+Logits = Callable[[nn.Module], Tensor]
+
+
+@pytest.fixture
+def base(checkpoints: Callable[..., Path]) -> Path:
+    return checkpoints()
+
+
+@pytest.fixture
+def trained(reference: Reference, base: Path, tmp_path: Path) -> Callable[..., Path]:
+    """(config) -> the directory that PEFT writes, without a word, after training under it."""
+
+    def train(**config: Any) -> Path:
+        torch.manual_seed(0)
+        options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]} | config
+        model = get_peft_model(reference(base), LoraConfig(task_type="CAUSAL_LM", **options))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.15 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    return train
+
+
+@pytest.fixture
+def peft_logits(reference: Reference, base: Path, logits: Logits) -> Callable[..., Tensor]:
+    """What PEFT computes with an adapter directory; `warns` is the most it says about it."""
+
+    def run(adapter: Path, *, warns: str | None = None) -> Tensor:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warnings.filterwarnings(DEPRECATED.partition(":")[0], category=FutureWarning)
+            model = PeftModel.from_pretrained(reference(base), adapter)
+            result = logits(model)
+        said = [str(warning.message) for warning in caught]
+        assert all(warns is not None and warns in message for message in said), said
+        assert bool(said) == (warns is not None)
+        return result
+
+    return run
+
+
+def edit_config(adapter: Path, **changes: Any) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_tensors(adapter: Path, edit: Callable[[str], str | None]) -> None:
+    """Rename each tensor, or drop it where the new name is None."""
+    file = adapter / "adapter_model.safetensors"
+    tensors = {edit(name): tensor for name, tensor in load_file(file).items()}
+    save_file({name: tensor for name, tensor in tensors.items() if name is not None}, file)
+
+
+def test_one_good_target_and_a_typo(trained: Callable, base: Path, peft_logits: Callable) -> None:
+    adapter = trained(target_modules=["q_proj", "up_porj"])
+    peft_logits(adapter)
+    with pytest.raises(
+        CheckpointError, match="target_modules entries without a module in the file: up_porj"
+    ):
+        load_with_adapter(base, adapter)
+
+
+def test_a_layer_out_of_range(trained: Callable, base: Path, peft_logits: Callable) -> None:
+    adapter = trained(layers_to_transform=[1, 7])
+    peft_logits(adapter)
+    with pytest.raises(
+        CheckpointError, match="layers_to_transform entries without a module in the file: 7"
+    ):
+        load_with_adapter(base, adapter)
+
+
+def test_a_typo_in_modules_to_save(trained: Callable, base: Path, peft_logits: Callable) -> None:
+    adapter = trained(modules_to_save=["lm_haed"])
+    peft_logits(adapter)
+    with pytest.raises(
+        CheckpointError, match="modules_to_save entries without a module in the file: lm_haed"
+    ):
+        load_with_adapter(base, adapter)
+
+
+def test_extra_keys(trained: Callable, base: Path, peft_logits: Callable) -> None:
+    adapter = trained()
+    before = peft_logits(adapter)
+    file = adapter / "adapter_model.safetensors"
+    prefix = "base_model.model.model.layers.5.self_attn.q_proj"
+    extra = {
+        f"{prefix}.lora_A.weight": torch.ones(4, 64),
+        f"{prefix}.lora_B.weight": torch.ones(64, 4),
+    }
+    save_file(load_file(file) | extra, file)
+    assert torch.equal(peft_logits(adapter), before)
+    with pytest.raises(CheckpointError, match=r"does not fit .*: the layers are 0 to 1"):
+        load_with_adapter(base, adapter)
+    save_file({k: v for k, v in load_file(file).items() if k not in extra}, file)
+    save_file(load_file(file) | {f"{prefix}.scale": torch.ones(1)}, file)
+    assert torch.equal(peft_logits(adapter), before)
+    with pytest.raises(CheckpointError, match=r"neither lora_A, .*layers\.5\.self_attn\.q_proj\.s"):
+        load_with_adapter(base, adapter)
+
+
+def test_a_wrong_alpha(
+    checkpoints: Callable[..., Path],
+    randomize_adapters: Callable[[nn.Module], None],
+    peft_logits: Callable,
+    tmp_path: Path,
+) -> None:
+    """It cannot be seen in the weights; the record beside them knows it."""
+    plan = [{"match": "layers.**", "kind": "lora", "rank": 4, "alpha": 8}]
+    model = load_checkpoint(checkpoints(), plan, dtype=torch.float32)
+    randomize_adapters(model)
+    save_adapter(model, tmp_path / "adapter")
+    before = peft_logits(tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", lora_alpha=16)
+    assert (peft_logits(tmp_path / "adapter") - before).abs().max() > 0.1
+    with pytest.raises(CheckpointError, match=r"rank or alpha differ: .*file: rank 4, scaling 4; "):
+        load_with_adapter(checkpoints(), tmp_path / "adapter")
+
+
+def test_keys_with_another_prefix(
+    trained: Callable, reference: Reference, base: Path, logits: Logits, peft_logits: Callable
+) -> None:
+    adapter = trained()
+    edit_tensors(adapter, lambda name: name.removeprefix("base_model."))
+    ignored = peft_logits(adapter, warns="Found missing adapter keys")
+    assert torch.equal(ignored, logits(reference(base)))  # the base alone
+    with pytest.raises(CheckpointError, match="keys must begin with 'base_model"):
+        load_with_adapter(base, adapter)
+
+
+def test_half_of_the_keys_missing(trained: Callable, base: Path, peft_logits: Callable) -> None:
+    adapter = trained()
+    edit_tensors(adapter, lambda name: None if "layers.1.self_attn" in name else name)
+    peft_logits(adapter, warns="Found missing adapter keys")
+    with pytest.raises(
+        CheckpointError,
+        match=r"lacks what adapter_config.json selects: model\.layers\.1\.self_attn\.q_proj$",
+    ):
+        load_with_adapter(base, adapter)
+
+
+def test_a_saved_module_missing(trained: Callable, base: Path) -> None:
+    """Here PEFT fails too, with a KeyError."""
+    adapter = trained(modules_to_save=["input_layernorm"])
+    edit_tensors(adapter, lambda name: None if "layers.1.input" in name else name)
+    with pytest.raises(CheckpointError, match=r"selects: model\.layers\.1\.input_layernorm\.weigh"):
+        load_with_adapter(base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("config", "warns"),
+    [
+        ({"rank_pattern": {"q_porj": 2}}, "rank_pattern"),
+        ({"alpha_pattern": {"up_porj": 2}}, "alpha_pattern"),
+    ],
+)
+def test_a_pattern_that_matches_nothing(
+    trained: Callable, base: Path, config: dict[str, Any], warns: str
+) -> None:
+    adapter = trained()
+    edit_config(adapter, **config)
+    with pytest.raises(CheckpointError, match=f"{warns} entries without a module in the file: "):
+        load_with_adapter(base, adapter)
+
+
+def test_several_mistakes_are_one_message(trained: Callable, base: Path) -> None:
+    adapter = trained()
+    edit_config(adapter, target_modules=["z", "a", "q_proj"], alpha_pattern={"v_proj": 3})
+    with pytest.raises(CheckpointError) as caught:
+        load_with_adapter(base, adapter)
+    for part in (
+        "target_modules entries without a module in the file: a, z; ",
+        "alpha_pattern entries without a module in the file: v_proj; ",
+        "target_modules excludes: model.layers.0.mlp.up_proj, model.layers.1.mlp.up_proj",
+        "correct the entries, or remove those that are not meant",
+    ):
+        assert part in str(caught.value)

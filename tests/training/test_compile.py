@@ -1,0 +1,158 @@
+"""Compiled layers: the same losses, one graph for all layers and lengths; when `auto` compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qlora_builders import LlamaArch, llama
+from qlora_builders.data import Batch
+from qlora_builders.modules import CausalLM
+from qlora_builders.training import compile as compile_module
+from qlora_builders.training.compile import compile_layers, matmul_seconds
+from qlora_builders.training.loop import train_step, trainable_parameters
+
+ARCH = LlamaArch(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+)
+PLAN = [{"match": "layers.**", "kind": "qlora", "rank": 4, "alpha": 8}]
+# PyTorch's own deprecations, met while it traces
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_graphs() -> Iterator[None]:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def build(**options: float) -> CausalLM:
+    torch.manual_seed(0)
+    model = llama(ARCH, [{**PLAN[0], **options}], dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def batch(rows: int, length: int) -> Batch:
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(ARCH.vocab_size, (rows, length), generator=generator)
+    return Batch(ids, ids, list(range(rows)))
+
+
+def packed(length: int, document: int) -> Batch:
+    rows = batch(2, length)
+    ids = torch.arange(length).div(document, rounding_mode="floor").expand(2, -1)
+    labels = rows.labels.clone()
+    labels[:, ::document] = -100
+    return Batch(rows.input_ids, labels, rows.rows, ids)
+
+
+def losses(model: CausalLM, batches: list[Batch]) -> list[float]:
+    optimizer = torch.optim.SGD(trainable_parameters(model), lr=1.0)
+    torch.manual_seed(1)
+    return [train_step(model, [b], optimizer, clip_grad_norm=1.0).loss for b in batches]
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_all_layers_and_lengths_share_one_graph_and_the_losses_are_eager_ones() -> None:
+    batches = [batch(2, 12), batch(2, 30), batch(3, 7), batch(2, 12)]
+    expected = losses(build(), batches)
+    model = build()
+    assert compile_layers(model, "on", num_tokens=0)
+    assert losses(model, batches) == pytest.approx(expected, rel=1e-5)
+    assert expected[0] - expected[3] > 0.05
+    assert graphs() == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["selective", "full", "offload"])
+def test_checkpointing_inside_the_graph(mode: str) -> None:
+    batches = [batch(2, 12), batch(2, 20), batch(2, 12)]
+    expected = losses(build(), batches)
+    model = build()
+    model.model.activation_checkpointing = mode
+    compile_layers(model, "on", num_tokens=0)
+    assert losses(model, batches) == pytest.approx(expected, rel=1e-5)
+    assert graphs() == 1
+
+
+@pytest.mark.slow
+def test_dropout_draws_the_numbers_of_uncompiled_layers() -> None:
+    batches = [batch(2, 12), batch(2, 12)]
+    expected = losses(build(dropout=0.3), batches)
+    model = build(dropout=0.3)
+    compile_layers(model, "on", num_tokens=0)
+    assert losses(model, batches) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_packed_rows_share_one_graph_whatever_their_documents() -> None:
+    batches = [packed(12, 5), packed(20, 7), packed(16, 3)]
+    expected = losses(build(), batches)
+    model = build()
+    model.model.activation_checkpointing = "selective"
+    compile_layers(model, "on", num_tokens=0)
+    assert losses(model, batches) == pytest.approx(expected, rel=1e-5)
+    assert graphs() == 1
+
+
+def test_names_and_weights_stay() -> None:
+    model, plain = build(), build()
+    compile_layers(model, "on", num_tokens=0)
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_off_does_nothing() -> None:
+    model = build()
+    assert not compile_layers(model, "off", num_tokens=10**15)
+    losses(model, [batch(1, 5)])
+    assert graphs() == 0
+
+
+def test_auto_compiles_long_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_module, "_multiplications_per_second", lambda _: 1e9)
+    per_token = 2 * sum(
+        parameter.numel()
+        for n, parameter in build().model.layers.named_parameters()
+        if "proj.weight" in n
+    )
+    model = build()
+    assert matmul_seconds(model, 7) == pytest.approx(7 * per_token / 1e9)
+    tokens = round(1000 * 1e9 / per_token)
+    assert not compile_layers(model, "auto", num_tokens=tokens - 1000)
+    assert compile_layers(model, "auto", num_tokens=tokens + 1000)
+
+
+def test_the_rate_of_products_is_measured() -> None:
+    rate = compile_module._multiplications_per_second(build(), rows=8, size=64)
+    assert 1e6 < rate < 1e15
+
+
+def test_no_gradient_is_asked_for_in_evaluation() -> None:
+    model = build()
+    compile_layers(model, "on", num_tokens=0)
+    with torch.no_grad():
+        hidden: Tensor = model.model.embed_tokens(torch.tensor([[1]]))
+    assert not hidden.requires_grad
