@@ -103,12 +103,15 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks()
         return
     ranks = _from_environment()
+    backend = "gloo"
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank)
-        # Python objects travel through gloo, so that they never wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+        backend = "cpu:gloo,cuda:nccl"  # Python objects never wait for the GPU
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun keeps the store, and in it the addresses of ranks that died before a restart
+    store = dist.PrefixStore(f"restart {ranks.restarts}", store)
+    with _one_voice(ranks):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         with _one_voice(ranks):
             yield ranks
@@ -139,7 +142,7 @@ def _one_voice(ranks: Ranks) -> Iterator[None]:
         yield
     except QLoRAError as error:
         store = dist.distributed_c10d._get_default_store()
-        digest = hashlib.sha256(f"{ranks.restarts} {error}".encode()).hexdigest()
+        digest = hashlib.sha256(str(error).encode()).hexdigest()
         if store.add(f"qlora_builders/{digest}", 1) > 1:
             raise SystemExit(USER_ERROR) from None
         raise

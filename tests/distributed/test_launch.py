@@ -23,12 +23,8 @@ def start(*arguments: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[st
 
 def workers(launcher: subprocess.Popen[str]) -> list[int]:
     """Processes of the ranks, as the kernel lists them."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return [
-        int(pid)
-        for pid in children
-        if "qlora_builders.cli" in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-    ]
+    file = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    return [int(pid) for pid in file.read_text().split()] if launcher.poll() is None else []
 
 
 def num_rows(run: Path) -> int:

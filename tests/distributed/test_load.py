@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 
 from qlora_builders import load_checkpoint, save_checkpoint
-from qlora_builders.checkpoint import safetensors_io
+from qlora_builders.checkpoint import base_record, safetensors_io
 from qlora_builders.distributed import Ranks, make_mesh, shard_model, whole_parameters
 from qlora_builders.errors import CheckpointError
 from qlora_builders.tensor import NF4Tensor
@@ -44,6 +44,7 @@ def load_both(ranks: Ranks, path: Path, plan: list[dict], shard: int | None) -> 
         return tensor
 
     safetensors_io._read = counted
+    base_record._WINDOWS = 2  # the sample that is hashed would be most of so small a model
     torch.manual_seed(0)
     mesh = make_mesh(ranks, "cpu", shard=shard)
     model = load_checkpoint(path, plan, dtype=torch.float16, shard=partial(shard_model, mesh=mesh))
