@@ -79,9 +79,10 @@ def load_checkpoint(
     for module in model.modules():
         if isinstance(module, LoRALinear):
             for part in (module.lora_A, module.lora_B):
-                # not to_empty, which has torch import its compiler
-                empty = torch.empty(part.weight.shape, dtype=part.weight.dtype, device=device)
-                part.weight = nn.Parameter(empty)
+                for name, parameter in part.named_parameters():
+                    # not to_empty, which has torch import its compiler
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                    setattr(part, name, nn.Parameter(empty))
             module.reset_lora_parameters()
     if shard is not None:
         shard(model)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,4 +48,36 @@ class FeedForward(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)  # [..., intermediate]
+        if torch.compiler.is_compiling():
+            return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(_GatedProduct.apply(self.activation, gate, up))
+
+
+class _GatedProduct(torch.autograd.Function):
+    """activation(gate) * up, with the activation computed again in backward.
+
+    Autograd would keep it as a third tensor of the intermediate size beside gate and up.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor
+    ) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(gate, up)
+        return activation(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.activation(leaf)
+        grad_gate = grad_up = None
+        if ctx.needs_input_grad[1]:
+            (grad_gate,) = torch.autograd.grad(activated, leaf, grad * up)
+        if ctx.needs_input_grad[2]:
+            grad_up = activated.detach().mul_(grad)
+        return None, grad_gate, grad_up

@@ -118,8 +118,17 @@ def test_feed_forward_equals_the_formula(name: str) -> None:
     }
     gate, up, down = Linear(8, 12), Linear(8, 12), Linear(12, 8)
     layer = FeedForward(gate_proj=gate, up_proj=up, down_proj=down, activation=ACTIVATIONS[name])
-    x = torch.randn(3, 8)
-    assert torch.equal(layer(x), down(functions[name](gate(x)) * up(x)))
+    results = []
+    for forward in (layer, lambda x: down(functions[name](gate(x)) * up(x))):
+        layer.zero_grad()
+        torch.manual_seed(0)
+        x = torch.randn(3, 8, requires_grad=True)
+        output = forward(x)
+        output.square().sum().backward()
+        gradients = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+        results.append([output.detach(), x.grad, *gradients])
+    assert len(results[0]) == 2 + 6
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_attention_dropout_acts_in_training_only() -> None:
@@ -258,24 +267,40 @@ def test_activation_checkpointing_gives_identical_gradients(documents: bool, mod
         assert torch.equal(grad, results[1][name]), name
 
 
+def kept_bytes(mode: str, *, seq: int, num_layers: int) -> int:
+    """What stays alive between a forward and its backward, parameters left out."""
+    model, x = build(QLORA, num_layers=num_layers).train(), ids(seq=seq)
+    model.model.activation_checkpointing = mode
+    alive: list[weakref.ref[Tensor]] = []
+    with NoteResults(alive):
+        loss = model.loss(x, x)
+    gc.collect()
+    assert loss.requires_grad
+    storages = [t.untyped_storage() for ref in alive if (t := ref()) is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def test_each_activation_checkpointing_mode_keeps_less_than_the_one_before() -> None:
-    sizes = {}
-    for mode in ("none", "selective", "full"):
-        model = build(QLORA, num_layers=4)
-        model.model.activation_checkpointing = mode
-        alive: list[weakref.ref[Tensor]] = []
-        with NoteResults(alive):
-            loss = model(ids(seq=40)).sum()
-        gc.collect()
-        kept = [ref() for ref in alive]
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage() for t in kept if t is not None
-        }
-        sizes[mode] = sum(storage.nbytes() for storage in storages.values())
-        loss.backward()
-    hidden = 2 * 40 * 32 * 4  # bytes of one layer's input
-    assert sizes["full"] < sizes["selective"] < sizes["none"] / 2
-    assert sizes["selective"] - sizes["full"] <= 4 * (hidden + 2 * 40 * 4 * 4)  # and log-sum-exp
+    none, selective, full = (
+        kept_bytes(mode, seq=40, num_layers=4) for mode in ("none", "selective", "full")
+    )
+    assert full < selective < none / 3
+    attention = 2 * 40 * (32 + 4) * 4  # of a layer: the output and the log-sum-exp of 4 heads
+    assert selective - full <= 4 * attention
+
+
+def test_with_full_checkpointing_a_token_costs_its_layer_inputs() -> None:
+    sizes = {
+        (seq, layers): kept_bytes("full", seq=seq, num_layers=layers)
+        for seq in (16, 32, 48)
+        for layers in (2, 5)
+    }
+    for layers in (2, 5):
+        assert sizes[48, layers] - sizes[32, layers] == sizes[32, layers] - sizes[16, layers]
+    tokens, layer_input = 2 * 16, 32 * 4
+    per_token = {n: (sizes[32, n] - sizes[16, n]) / tokens for n in (2, 5)}
+    assert per_token[5] - per_token[2] == 3 * layer_input
+    assert per_token[2] - 2 * layer_input < 3 * layer_input  # final norm, loss, cos and sin
 
 
 def test_offloading_keeps_the_inputs_of_layers_in_host_memory() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -63,6 +64,7 @@ def watch(folder: str, signals: dict[str, int], log: Path) -> None:
 
 
 def run(argv: list[str], folder: str, signals: dict[str, int], log: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     watch(folder, signals, log)
     try:
         code = cli.main(argv)
