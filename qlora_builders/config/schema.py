@@ -238,7 +238,6 @@ class DistributedConfig:
     shard: int | None = knob(
         None, "ranks that share one copy; null: all; 1: one each", at_least=1, shapes_curve=False
     )
-    cpu_offload: bool = knob(False, "shards and optimizer state on the CPU", shapes_curve=False)
 
 
 @dataclass

@@ -7,9 +7,7 @@ from functools import partial
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
     FSDPModule,
-    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -20,13 +18,13 @@ from qlora_builders.modules import CausalLM
 
 
 def sharding(
-    ranks: Ranks, device_type: str, *, shard: int | None, cpu_offload: bool
+    ranks: Ranks, device_type: str, *, shard: int | None
 ) -> Callable[[CausalLM], None] | None:
     """What shards a model over the ranks; None for a process alone."""
     if ranks.size == 1 and not ranks.launched:
         return None
     mesh = make_mesh(ranks, device_type, shard=shard)
-    return partial(shard_model, mesh=mesh, cpu_offload=cpu_offload)
+    return partial(shard_model, mesh=mesh)
 
 
 def make_mesh(ranks: Ranks, device_type: str, *, shard: int | None = None) -> DeviceMesh:
@@ -49,22 +47,18 @@ def make_mesh(ranks: Ranks, device_type: str, *, shard: int | None = None) -> De
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard_model(model: CausalLM, mesh: DeviceMesh, *, cpu_offload: bool = False) -> None:
+def shard_model(model: CausalLM, mesh: DeviceMesh) -> None:
     """Apply FSDP2 in place; parameters may be on meta still.
 
     Frozen parameters of any dtype, NF4 among them, share a group with float32 ones that train:
     FSDP2 gathers bytes, and asks for one dtype only of what has gradients. Gradients are added up
     over ranks, not averaged: a loss is divided by the tokens of all ranks before backward.
-
-    Args:
-        cpu_offload: keep shards, gradients and optimizer state in the memory of the CPU.
     """
-    policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, offload_policy=policy)
+        fully_shard(layer, mesh=mesh)
     if not model.tie_word_embeddings:
-        fully_shard(model.model.embed_tokens, mesh=mesh, offload_policy=policy)
-    fully_shard(model, mesh=mesh, offload_policy=policy)  # what is left: final norm and head
+        fully_shard(model.model.embed_tokens, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # what is left: final norm and head
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):

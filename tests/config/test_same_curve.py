@@ -21,7 +21,6 @@ FREE = {
     "training.keep_last",
     "training.resume",
     "distributed.shard",
-    "distributed.cpu_offload",
     "output_dir",
     "overwrite",
 }

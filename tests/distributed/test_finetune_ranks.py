@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from qlora_builders.cli import load_recipe, recipe_path
 from qlora_builders.config.compose import compose
 
-# Sums over ranks are added up in another order than sums over rows, and Adam divides by what may
-# be small: float32 has 6e-8 per operation, and 20 steps later that has become
-LOSS_BOUND = 2e-6  # relative
-ADAPTER_BOUND = 2e-4  # of the largest weight
+# Sums over ranks are added up in another order than sums over rows. Measured after 20 steps on 2 to
+# 4 ranks: losses differ by 1.4e-7, adapters by 1.3e-6, gradient norms by 2.2e-7, and where all of
+# the 114,534 weights train by 3.8e-6.
+LOSS_BOUND = 1e-6  # relative
+NORM_BOUND = 1e-5  # relative
+WEIGHT_BOUND = 1e-5  # of the largest weight
 
 
 def finetune(overrides: list[str], output_dir: Path) -> None:
@@ -31,22 +33,23 @@ def rows(run: Path, key: str = "loss") -> dict[int, float]:
     return {row["step"]: row[key] for row in lines if key in row}
 
 
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    (file,) = [*run.glob("adapter/*.safetensors"), *run.glob("model/*.safetensors")]
+    return load_file(file)
 
 
 def assert_same_run(run: Path, alone: Path) -> None:
     for key in ("loss", "eval_loss", "grad_norm"):
         ours, theirs = rows(run, key), rows(alone, key)
         assert ours.keys() == theirs.keys()
-        assert ours == pytest.approx(theirs, rel=LOSS_BOUND if "loss" in key else 1e-4)
+        assert ours == pytest.approx(theirs, rel=NORM_BOUND if key == "grad_norm" else LOSS_BOUND)
     for key in ("target_tokens", "eval_tokens"):
         assert rows(run, key) == rows(alone, key)
-    ours, theirs = adapter(run / "adapter"), adapter(alone / "adapter")
+    ours, theirs = weights(run), weights(alone)
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         difference = (ours[name] - weight).abs().max()
-        assert difference <= ADAPTER_BOUND * weight.abs().max(), name
+        assert difference <= WEIGHT_BOUND * weight.abs().max(), name
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +60,14 @@ def alone(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_a_run_does_not_depend_on_the_number_of_ranks(
     world_size: int, overrides: list[str], alone: Path, tmp_path: Path
 ) -> None:
     run_ranks(world_size, finetune, overrides, tmp_path / "run", join=False)
     assert_same_run(tmp_path / "run", alone)
+    if world_size == 1:  # a process alone under torchrun: through FSDP2, and the same to the bit
+        assert rows(tmp_path / "run") == rows(alone)
 
 
 @pytest.mark.parametrize(
@@ -83,3 +88,39 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     else:
         run_ranks(after, finetune, resumed, run, join=False)
     assert_same_run(run, alone)
+
+
+VARIANTS = {
+    "replicated": (2, ["distributed.shard=1"]),
+    "packed": (3, ["data.packing=best_fit", "data.max_seq_len=80"]),
+    "recomputed": (2, ["training.activation_checkpointing=full"]),
+    "selective": (2, ["training.activation_checkpointing=selective"]),
+    "replicated shards": (4, ["distributed.shard=2"]),
+    "norms train too": (2, ["train=[norm, embed_tokens]"]),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in ("replicated", "packed") else pytest.param(n, marks=pytest.mark.slow)
+        for n in VARIANTS
+    ],
+)
+def test_so_it_is_with_every_option(name: str, overrides: list[str], tmp_path: Path) -> None:
+    world_size, options = VARIANTS[name]
+    short = [*overrides, *options, "training.max_steps=8"]
+    finetune(short, tmp_path / "alone")
+    run_ranks(world_size, finetune, short, tmp_path / "run", join=False)
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_full_training_is_saved_whole_and_resumed(overrides: list[str], tmp_path: Path) -> None:
+    full = [word for word in overrides if word != "method.rank=3"]
+    full += ["method=full", "optimizer.lr=0.001"]
+    finetune(full, tmp_path / "alone")
+    run_ranks(3, finetune, full, tmp_path / "run", join=False)
+    shutil.rmtree(tmp_path / "run/checkpoints/step_20")
+    run_ranks(2, finetune, [*full, "training.resume=auto"], tmp_path / "run", join=False)
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
