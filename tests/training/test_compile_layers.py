@@ -140,7 +140,8 @@ def test_auto_compiles_long_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     model = build()
     assert matmul_seconds(model, 7) == pytest.approx(7 * per_token / 1e9)
-    tokens = round(1000 * 1e9 / per_token)
+    enough = compile_module._PAYS_AFTER_SECONDS["cpu"]
+    tokens = round(enough * 1e9 / per_token)
     assert not compile_layers(model, "auto", num_tokens=tokens - 1000)
     assert compile_layers(model, "auto", num_tokens=tokens + 1000)
 
