@@ -316,7 +316,7 @@ def _fieldwise(func: Any, args: tuple, kwargs: dict) -> NF4Shard:
 
 
 def _narrow(func: Any, args: tuple, kwargs: dict) -> NF4Shard:
-    shard, dim, start, stop = (*args, 0, 0, None)[:4] if len(args) < 4 else args[:4]
+    shard, dim, start, stop = args[:4]
     if dim != 0 or start != 0:
         raise NotImplementedError("only leading rows of a shard of an NF4 weight can be named")
     rows = min(stop, shard.shape[0])

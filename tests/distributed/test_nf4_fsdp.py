@@ -106,8 +106,11 @@ def reassemble(ranks: Ranks) -> None:
         other = to_nf4(weight.half(), block_size=128, scale_block_size=5)
         assert_same_weight(gather_nf4(shard_nf4(meta, other)), other)
         assert torch.equal(layers(torch.eye(shape[1])), whole.dequantize(torch.float32).T)
-        layers.to_empty(device="cpu")  # the other way: memory first
-        layers[0].weight._local_tensor.copy_(shard_nf4(meta, whole)._local_tensor)
+        layers.reshard()
+        # a state_dict of shards, into memory that holds something else
+        state = {key: value.clone() for key, value in layers.state_dict().items()}
+        layers.to_empty(device="cpu").load_state_dict(state)
+        assert_same_weight(gather_nf4(layers[0].weight), whole)
         assert torch.equal(layers(torch.eye(shape[1])), whole.dequantize(torch.float32).T)
 
 
