@@ -60,7 +60,11 @@ def alone(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("world_size", [slow(1), 2, slow(3), 4])
 def test_a_run_does_not_depend_on_the_number_of_ranks(
     world_size: int, overrides: list[str], alone: Path, tmp_path: Path
 ) -> None:
@@ -70,9 +74,7 @@ def test_a_run_does_not_depend_on_the_number_of_ranks(
         assert rows(tmp_path / "run") == rows(alone)
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.slow), (2, 1), (1, 2)]
-)
+@pytest.mark.parametrize(("before", "after"), [slow(2, 4), slow(4, 2), slow(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(
     before: int, after: int, overrides: list[str], alone: Path, tmp_path: Path
 ) -> None:
@@ -100,13 +102,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        n if n in ("replicated", "packed") else pytest.param(n, marks=pytest.mark.slow)
-        for n in VARIANTS
-    ],
-)
+@pytest.mark.parametrize("name", [n if n == "packed" else slow(n) for n in VARIANTS])
 def test_so_it_is_with_every_option(name: str, overrides: list[str], tmp_path: Path) -> None:
     world_size, options = VARIANTS[name]
     short = [*overrides, *options, "training.max_steps=8"]
