@@ -22,6 +22,7 @@ VERBS = {
     "merge": "add an adapter to the weights and write a Hugging Face folder",
     "quantize": "write a checkpoint with its linear layers in NF4",
     "inspect": "show which component fills each linear, and what trains",
+    "report": "one HTML page of a run, or of several beside each other",
     "configs": "list, show, copy and validate the shipped configs",
 }
 # `python recipes/inspect.py` would hide the standard library's module from everything it imports.

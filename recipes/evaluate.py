@@ -20,16 +20,14 @@ from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import EvaluateConfig
 from qlora_builders.data import (
     Batches,
-    TokenizedDataset,
     Tokenizer,
     build_dataset,
     check_token_range,
 )
 from qlora_builders.errors import ConfigError
-from qlora_builders.models import generate
-from qlora_builders.modules import CausalLM
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 from qlora_builders.training.loop import evaluate_loss
+from qlora_builders.training.samples import answer_rows
 
 
 def main(cfg: EvaluateConfig) -> None:
@@ -79,7 +77,7 @@ def main(cfg: EvaluateConfig) -> None:
         f"loss {loss:.4f}  perplexity {math.exp(loss):.3f}", highlight=False, soft_wrap=True
     )
     if cfg.exact_match:
-        answers = answer_rows(model, data, cfg)
+        answers = list(answer_rows(model, data, cfg.exact_match, max_new_tokens=cfg.max_new_tokens))
         right = sum(answer["right"] for answer in answers)
         results |= {"exact_match": right / len(answers), "right": right, "answers": answers}
         console.print(answer_table(answers))
@@ -88,32 +86,6 @@ def main(cfg: EvaluateConfig) -> None:
         path = Path(cfg.output)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-
-
-def answer_rows(
-    model: CausalLM, data: TokenizedDataset, cfg: EvaluateConfig
-) -> list[dict[str, Any]]:
-    """Greedy answers to the first rows, compared with the reference without outer white space."""
-    answers = []
-    for index in range(min(cfg.exact_match, len(data))):
-        prompt_ids, reference = data.prompt_and_answer(index)
-        ids = generate(
-            model,
-            prompt_ids,
-            max_new_tokens=cfg.max_new_tokens,
-            stop_token_ids=data.tokenizer.stop_token_ids,
-        )
-        answer = data.tokenizer.decode(ids).strip()
-        answers.append(
-            {
-                "row": data[index].row,
-                "prompt": data.tokenizer.decode(prompt_ids),
-                "reference": reference.strip(),
-                "answer": answer,
-                "right": answer == reference.strip(),
-            }
-        )
-    return answers
 
 
 def answer_table(answers: list[dict[str, Any]], shown: int = 3) -> Table:

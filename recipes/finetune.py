@@ -2,21 +2,22 @@
 
     qlora finetune checkpoint.dir=... data.train=... [method=lora] [key=value ...]
 
-Writes a run directory: config.yaml, metrics.jsonl, checkpoints/step_N, loss.png, and the result in
-adapter/ (PEFT layout) or, when whole weights were trained, model/ (Hugging Face layout). A run that
-was stopped goes on with training.resume=auto, as if nothing had happened.
+Writes a run directory: config.yaml, metrics.jsonl and .csv, environment.jsonl, checkpoints/step_N,
+loss.png, report.html, and the result in adapter/ (PEFT layout) or, when whole weights were trained,
+model/ (Hugging Face layout). A run that was stopped goes on with training.resume=auto, as if
+nothing had happened.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -50,6 +51,7 @@ from qlora_builders.distributed import (
 from qlora_builders.errors import ConfigError, TrainingError
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
+from qlora_builders.report import read_run, write_report
 from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
     peak_memory_mib,
@@ -58,6 +60,8 @@ from qlora_builders.training.device import (
     resolve_dtype,
     set_seed,
 )
+from qlora_builders.training.environment import add_environment, describe_environment
+from qlora_builders.training.loggers import Loggers
 from qlora_builders.training.loop import (
     all_finite,
     check_adapters_learned,
@@ -68,29 +72,35 @@ from qlora_builders.training.loop import (
     until_stopped,
 )
 from qlora_builders.training.lr_schedule import check_same_past, lr_factor
-from qlora_builders.training.progress import MetricsLog, ProgressReport, plot_losses, step_row
+from qlora_builders.training.progress import (
+    MetricsLog,
+    ProgressReport,
+    plot_losses,
+    step_row,
+    write_csv,
+)
+from qlora_builders.training.samples import add_samples
+
+T = TypeVar("T")
 
 
 @with_ranks
 def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
     run_dir = Path(ranks.on_main(lambda: cfg.output_dir))  # its default holds the time
     start = ranks.on_main(lambda: first_step(cfg, run_dir, ranks))
+    loggers = make_loggers(cfg, ranks, run_dir, start)
+    gather = ranks.gather
     device = resolve_device(cfg.device, local_rank=ranks.local_rank)
     compute_dtype = resolve_compute_dtype(cfg.training.compute_dtype, device)
     set_seed(cfg.training.seed)
 
-    tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
-    train_data = load_batches(cfg.data.train, cfg, ranks, tokenizer, shuffle=True)
-    eval_data = (
-        load_batches(cfg.data.eval, cfg, ranks, tokenizer, shuffle=False) if cfg.data.eval else None
-    )
+    train_data, eval_data = load_data(cfg, ranks)
     total_steps = count_steps(cfg, train_data)
     about = describe_run(cfg, train_data, total_steps, device, compute_dtype)
     check_resume(start, about, cfg)
 
     model = prepare_model(cfg, ranks, device, compute_dtype)
-    before = start.about.get("compile")
-    about["compile"] = prepare_layers(model, cfg, ranks, total_steps, before=before)
+    about["compile"] = prepare_layers(model, cfg, ranks, total_steps, start.about.get("compile"))
     for data in filter(None, (train_data, eval_data)):
         check_token_range(data.dataset, model.spec.arch.vocab_size)
     parameters = trainable_parameters(model)
@@ -100,12 +110,12 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
     factor = lr_factor(total_steps=total_steps, **asdict(cfg.lr_schedule))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=start.step - 1)
 
+    environment = describe_environment(device, compute_dtype) | {"total_steps": total_steps}
     with (
-        make_run_directory(cfg, ranks, run_dir, start),
-        stop_on_signal(ranks.gather) as stop,
+        open_run(cfg, ranks, run_dir, start, loggers, environment) as metrics,
+        stop_on_signal(gather) as stop,
         ProgressReport(total_steps, steps_done=start.step, quiet=not ranks.is_main) as progress,
     ):
-        metrics = MetricsLog(run_dir, step=start.step, source=start.run_dir, writes=ranks.is_main)
         for line in (*start.messages, *data_summaries(train_data, eval_data)):
             progress.say(line)
         progress.say(f"{parameter_counts(model)}, on {ranks.size} x {device.type}, in {run_dir}")
@@ -115,10 +125,13 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
             if eval_data is None or not due or metrics.has_eval(step):
                 return
             batches = until_stopped(eval_data.of_epoch(0, device), stop)
-            loss, tokens = evaluate_loss(model, batches, gather=ranks.gather)
+            loss, tokens = evaluate_loss(model, batches, gather=gather)
             if not stop:
                 metrics.write(step=step, eval_loss=loss, eval_tokens=tokens)
                 progress.say(f"step {step}: eval loss {loss:.4f}")
+            if cfg.training.samples and step in (0, total_steps) and not stop:
+                folder = run_dir if ranks.is_main else None
+                add_samples(folder, step, model, eval_data.dataset, cfg.training.samples)
 
         def save(step: int) -> None:
             def write() -> None:
@@ -126,12 +139,11 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
                 add_step(run_dir, step, model, state, about=about, base_model=cfg.checkpoint.dir)
                 remove_old_steps(run_dir, cfg.training.keep_last)
 
-            with whole_parameters(model, ranks, only_trained=has_adapters(model)):
-                state = whole_state(optimizer, ranks)
-                ranks.on_main(write)
+            state = whole_state(optimizer, ranks)
+            write_whole(model, ranks, write)
 
         model.train()
-        step = start.step
+        step, clip = start.step, cfg.training.clip_grad_norm
         evaluate(step)
         while step < total_steps and not stop.agreed():
             step += 1
@@ -139,17 +151,14 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
             batches = train_data.of_step(step, cfg.training.grad_accumulation, device)
             started = time.perf_counter()
             try:
-                clip = cfg.training.clip_grad_norm
-                result = train_step(
-                    model, batches, optimizer, clip_grad_norm=clip, gather=ranks.gather
-                )
+                result = train_step(model, batches, optimizer, clip_grad_norm=clip, gather=gather)
             except TrainingError as error:
                 saved = ranks.on_main(lambda: bool(step_folders(run_dir)))
-                if step > 1 and not saved and all_finite(parameters, gather=ranks.gather):
+                if step > 1 and not saved and all_finite(parameters, gather=gather):
                     save(step - 1)
+                last = ranks.on_main(lambda: last_checkpoint(run_dir))
                 raise TrainingError(
-                    f"step {step}: {error} of {cfg.data.train}. "
-                    f"{ranks.on_main(lambda: last_checkpoint(run_dir))}; "
+                    f"step {step}: {error} of {cfg.data.train}. {last}; "
                     "lower optimizer.lr or look at these rows"
                 ) from error
             lr = float(schedule.get_last_lr()[0])
@@ -162,6 +171,7 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
             if is_due(step, cfg.training.save_every):
                 save(step)
             evaluate(step)
+        ranks.on_main(lambda: write_csv(run_dir))
         if stop.agreed():
             if step and not ranks.on_main(step_folder(run_dir, step).exists):
                 save(step)
@@ -169,9 +179,11 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
             progress.say(f"{last_checkpoint(run_dir)}; training.resume=auto takes the run up again")
             sys.exit(stop.exit_code)
 
-        check_adapters_learned(model, gather=ranks.gather)
-        for line in finish(model, ranks, run_dir, cfg):
-            progress.say(line)
+        check_adapters_learned(model, gather=gather)
+        written = write_whole(model, ranks, lambda: save_result(model, run_dir, cfg))
+        progress.say(f"wrote {written}")
+    for line in (plot(run_dir), report(run_dir)) if ranks.is_main else ():
+        progress.say(line)
 
 
 def prepare_model(
@@ -192,7 +204,7 @@ def prepare_model(
 
 
 def prepare_layers(
-    model: CausalLM, cfg: FinetuneConfig, ranks: Ranks, total_steps: int, *, before: str | None
+    model: CausalLM, cfg: FinetuneConfig, ranks: Ranks, total_steps: int, before: str | None
 ) -> str:
     """What the layers keep for backward, and whether they are compiled: "on" or "off".
 
@@ -211,6 +223,15 @@ def prepare_layers(
         model, before if before and mode == "auto" else mode, num_tokens=num_tokens
     )
     return "on" if compiled else "off"
+
+
+def load_data(cfg: FinetuneConfig, ranks: Ranks) -> tuple[Batches, Batches | None]:
+    """This rank's part of the batches to train and to evaluate on."""
+    tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
+    train_data = load_batches(cfg.data.train, cfg, ranks, tokenizer, shuffle=True)
+    if cfg.data.eval is None:
+        return train_data, None
+    return train_data, load_batches(cfg.data.eval, cfg, ranks, tokenizer, shuffle=False)
 
 
 def load_batches(
@@ -294,25 +315,28 @@ def first_step(cfg: FinetuneConfig, run_dir: Path, ranks: Ranks) -> Start:
 
 
 @contextmanager
-def make_run_directory(
-    cfg: FinetuneConfig, ranks: Ranks, run_dir: Path, start: Start
-) -> Iterator[None]:
-    """On the main rank; the others write nothing."""
+def open_run(
+    cfg: FinetuneConfig,
+    ranks: Ranks,
+    run_dir: Path,
+    start: Start,
+    loggers: Loggers,
+    environment: dict[str, Any],
+) -> Iterator[MetricsLog]:
+    """The run directory and what goes there all the time, from the main rank alone."""
     if not ranks.is_main:
-        yield
+        yield MetricsLog(run_dir, step=start.step, source=start.run_dir, writes=False)
         return
     overwrite = start.step == 0 and (cfg.overwrite or ranks.restarts > 0)
-    with run_directory(run_dir, start, overwrite=overwrite, keep_last=cfg.training.keep_last):
+    keep_last = cfg.training.keep_last
+    with run_directory(run_dir, start, overwrite=overwrite, keep_last=keep_last), closing(loggers):
         save_config(cfg, run_dir / "config.yaml")
-        yield
+        add_environment(run_dir, environment, first_step=start.step)
+        yield MetricsLog(run_dir, step=start.step, source=start.run_dir, loggers=loggers)
 
 
-def finish(model: CausalLM, ranks: Ranks, run_dir: Path, cfg: FinetuneConfig) -> list[str]:
-    """Write the result and the plot; returns what to say about it."""
-
-    def write() -> list[str]:
-        return [f"wrote {save_result(model, run_dir, cfg)}", plot(run_dir)]
-
+def write_whole(model: CausalLM, ranks: Ranks, write: Callable[[], T]) -> T:
+    """`write()` on the main rank, where the model's parameters are whole meanwhile."""
     with whole_parameters(model, ranks, only_trained=has_adapters(model)):
         return ranks.on_main(write)
 
@@ -324,6 +348,23 @@ def save_result(model: CausalLM, run_dir: Path, cfg: FinetuneConfig) -> Path:
     dtype = resolve_dtype(cfg.training.dtype)
     save_checkpoint(model, run_dir / "model", dtype=dtype, companions=cfg.checkpoint.dir)
     return run_dir / "model"
+
+
+def make_loggers(cfg: FinetuneConfig, ranks: Ranks, run_dir: Path, start: Start) -> Loggers:
+    about: dict[str, Any] = {"run_dir": run_dir, "first_step": start.step}
+    return Loggers(
+        [
+            instantiate(node, key=f"loggers[{index}]", config=asdict(cfg), **about)
+            for index, node in enumerate(cfg.loggers if ranks.is_main else [])
+        ]
+    )
+
+
+def report(run_dir: Path) -> str:
+    try:
+        return f"wrote {write_report([read_run(run_dir)], run_dir / 'report.html')}"
+    except ConfigError as error:
+        return f"no report: {error}"
 
 
 def plot(run_dir: Path) -> str:

@@ -1,24 +1,31 @@
 """Show what `finetune` with the same arguments would build: slots, bits, bytes, what trains.
 
-    qlora inspect [model.arch=llama3_1_8b] [method=lora] [key=value ...]
+    qlora inspect [checkpoint.dir=...] [model.arch=llama3_1_8b] [method=lora] [key=value ...]
 
-Nothing is loaded; the model is built without memory. Named so because a file `inspect.py` in this
-folder would hide the standard library's module from `python recipes/...`.
+The model is built without memory. Where the checkpoint is at hand, its weights are read and
+quantized one at a time, and the table shows how far that moves them; `model.arch` alone needs none,
+and shows the plan of a 70B at once. Named so because a file `inspect.py` in this folder would hide
+the standard library's module from `python recipes/...`.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from qlora_builders.checkpoint import read_arch
+from qlora_builders.checkpoint.weight_figures import WeightFigures, together, weight_figures
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.schema import FinetuneConfig
-from qlora_builders.models import SummaryRow, get_arch, llama, summarize
+from qlora_builders.models import SummaryRow, get_arch, linear_slots, llama, summarize
+from qlora_builders.modules import CausalLM
 from qlora_builders.training.device import resolve_dtype
 
 
@@ -39,7 +46,8 @@ def main(cfg: FinetuneConfig) -> None:
         console = Console(
             highlight=False, soft_wrap=True, width=140
         )  # rich would fold a piped table to 80 columns
-    console.print(plan_table(rows))
+    figures = measure(model, cfg, console)
+    console.print(plan_table(rows, figures))
     base, adapter = sum(r.base_bytes for r in rows), sum(r.adapter_bytes for r in rows)
     parameters, trainable = sum(r.parameters for r in rows), sum(r.trainable for r in rows)
     console.print(
@@ -47,30 +55,68 @@ def main(cfg: FinetuneConfig) -> None:
         f"({8 * base / parameters:.2f} bits each), {adapter / 2**20:,.1f} MiB of adapters; "
         f"{trainable:,} parameters train",
     )
+    if figures:
+        console.print("error: |W - NF4(W)| / |W|, of all layers in a row and of the worst of them")
     if trainable == 0:
         console.print("this plan trains nothing: `finetune` would refuse it")
 
 
-def plan_table(rows: list[SummaryRow]) -> Table:
+def measure(model: CausalLM, cfg: FinetuneConfig, console: Console) -> dict[str, WeightFigures]:
+    """By slot. Nothing where the plan quantizes nothing, or there is no checkpoint of this arch."""
+    stored, arch = cfg.checkpoint, model.spec.arch
+    if not any(rule.kind in ("frozen_nf4", "qlora") for rule in model.spec.components):
+        return {}
+    if cfg.model.arch is not None and not (
+        Path(stored.dir).is_dir() and read_arch(stored.dir, format=stored.format) == arch
+    ):
+        return {}
+    figures = weight_figures(model, stored.dir, format=stored.format)
+    shown = track(
+        figures,
+        "measuring quantization",
+        total=len(linear_slots(arch)),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    return dict(shown)
+
+
+def plan_table(rows: list[SummaryRow], figures: Mapping[str, WeightFigures]) -> Table:
     """Options at zero or false are left out: they change nothing."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("slot", no_wrap=True)
     table.add_column("component", no_wrap=True)
+    table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("options", overflow="fold")
-    for column in ("parameters", "bits", "MiB", "trains"):
+    for column in ("parameters", "bits", "MiB", "trains", *(["error"] if figures else [])):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         mib = (row.base_bytes + row.adapter_bytes) / 2**20
+        options = {name: value for name, value in row.options.items() if value and name != "rank"}
         table.add_row(
             row.name,
             row.kind,
-            " ".join(f"{name}={value}" for name, value in row.options.items() if value),
+            str(row.options.get("rank", "-")),
+            " ".join(f"{name}={value}" for name, value in options.items()),
             f"{row.parameters:,}",
             f"{row.bits:.2f}" if row.parameters else "tied",
             f"{mib:,.2f}",
             f"{row.trainable:,}" if row.trainable else "-",
+            *([error_of([figures[s] for s in row.slots if s in figures])] if figures else []),
         )
     return table
+
+
+def error_of(figures: Sequence[WeightFigures]) -> str:
+    """ "9.21 % (9.34 %)": of all together, and of the worst where there are several."""
+    relative = [one.relative_error for one in figures if one.relative_error is not None]
+    if not relative:
+        return "-"
+    whole = together([one for one in figures if one.error is not None]).relative_error
+    assert whole is not None
+    worst = f" ({max(relative):.2%})" if len(relative) > 1 else ""
+    return f"{whole:.2%}{worst}"
 
 
 if __name__ == "__main__":

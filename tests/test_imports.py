@@ -26,13 +26,24 @@ LAYERS = (
     {"modules"},
     {"models"},
     {"checkpoint", "data", "distributed", "training", "config"},
+    {"report"},
     {"recipes", "cli"},
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 NF4_TYPE_CHECKS = ("qlora_builders/tensor/", "qlora_builders/checkpoint/")
 NF4_TYPE_CHECK_FILES = ("qlora_builders/modules/linear.py",)
 NEEDS_TRITON = ("nf4_triton.py", "nf4_triton_kernels.py")  # imported for CUDA tensors only
-OPTIONAL = ("datasets", "matplotlib", "transformers", "peft", "numba", "triton", "bitsandbytes")
+OPTIONAL = (
+    "datasets",
+    "matplotlib",
+    "tensorboard",
+    "wandb",
+    "transformers",
+    "peft",
+    "numba",
+    "triton",
+    "bitsandbytes",
+)
 
 
 def relative(path: Path) -> str:

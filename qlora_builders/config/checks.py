@@ -7,17 +7,17 @@ import re
 from functools import reduce
 from typing import Any
 
+from qlora_builders.config.knobs import Knob, knobs
 from qlora_builders.config.schema import (
     REQUIRED,
     DataConfig,
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
-    Knob,
     MergeConfig,
     MethodConfig,
     QuantizeConfig,
-    knobs,
+    ReportConfig,
 )
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError, nearest
@@ -62,6 +62,10 @@ def required(cfg: Any) -> list[str]:
             needed.append("data.eval is required: write data.eval=FILE")
         else:
             needed += _demo_rows("data.eval", cfg.data.eval, cfg.data)
+    if isinstance(cfg, ReportConfig) and not cfg.runs:
+        needed.append(
+            "a run is required: write qlora report RUN, with the output_dir of a finetune"
+        )
     if isinstance(cfg, GenerateConfig) and cfg.prompt is None and cfg.prompts_file is None:
         needed.append("a prompt is required: write prompt='...' or prompts_file=FILE")
     return needed
@@ -141,6 +145,17 @@ def _check_finetune(cfg: FinetuneConfig) -> list[str]:
         problems.append(
             f"training.eval_every={cfg.training.eval_every} needs data.eval, which is null"
         )
+    if cfg.training.samples and (cfg.data.eval is None or cfg.data.format == "text"):
+        problems.append(
+            f"training.samples={cfg.training.samples} needs questions in data.eval, which is "
+            + ("null" if cfg.data.eval is None else "plain text")
+        )
+    problems += [
+        f"loggers[{index}].component is missing: name the class, such as "
+        "qlora_builders.training.loggers.TensorBoardLogger"
+        for index, node in enumerate(cfg.loggers)
+        if not isinstance(node.get("component"), str)
+    ]
     if cfg.training.resume is not None and cfg.overwrite:
         problems.append(
             f"training.resume={cfg.training.resume} goes on with a run and overwrite=true deletes "

@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora_builders.config.compose import compose, to_yaml
 from qlora_builders.config.help import help_text
 from qlora_builders.config.instantiate import allow_prefixes, resolve_component
-from qlora_builders.config.schema import ROOTS, knobs
+from qlora_builders.config.knobs import knobs
+from qlora_builders.config.overrides import quote
+from qlora_builders.config.schema import ROOTS
 from qlora_builders.errors import ConfigError, QLoRAError
 
 USER_ERROR = 2
@@ -59,6 +62,8 @@ def _run(main: Callable[[Any], object], verb: str, argv: Sequence[str]) -> int:
     if options.help:
         print(help_text(verb, str(ROOTS[verb].__doc__)))
         return 0
+    if "runs" in knobs(ROOTS[verb]):
+        overrides = _name_runs(overrides)
     cfg = compose(verb, overrides, config_dir=options.config_dir)
     if options.print_config:
         print(to_yaml(cfg), end="")
@@ -76,9 +81,13 @@ def check_components(cfg: Any) -> None:
         ConfigError: see `instantiate`.
     """
     for key in knobs(type(cfg)):
-        node = getattr(cfg, key, None)
-        if isinstance(node, dict) and "component" in node:
-            resolve_component(node, key=key)
+        value = getattr(cfg, key, None)
+        nodes = {key: value}
+        if isinstance(value, list):
+            nodes = {f"{key}[{index}]": node for index, node in enumerate(value)}
+        for node_key, node in nodes.items():
+            if isinstance(node, dict) and "component" in node:
+                resolve_component(node, key=node_key)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -95,6 +104,13 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             hint = f"; write {key}, without dashes" if "=" in key else "; see --help"
             raise ConfigError(f"unknown option {override!r}{hint}")
     return options, overrides
+
+
+def _name_runs(words: Sequence[str]) -> list[str]:
+    """`RUN1 RUN2 output=F` -> `runs=[RUN1,RUN2] output=F`; a folder may have a = in its name."""
+    runs = [word for word in words if "=" not in word or Path(word).is_dir()]
+    named = [f"runs=[{','.join(map(quote, runs))}]"] if runs else []
+    return [word for word in words if word not in runs] + named
 
 
 def _is_missing_extra(error: ImportError) -> bool:

@@ -8,8 +8,9 @@ from typing import Any, get_origin
 from omegaconf import OmegaConf
 
 from qlora_builders.config.compose import compose_tree, config_folders
+from qlora_builders.config.knobs import Knob, knobs
 from qlora_builders.config.overrides import group_options, groups
-from qlora_builders.config.schema import ROOTS, Knob, knobs
+from qlora_builders.config.schema import ROOTS
 
 OPTIONS = """\
   --help              this text
@@ -28,6 +29,10 @@ EXAMPLES = {
     "inspect": (
         "qlora inspect model.arch=llama3_1_8b method.rank=64",
         "qlora inspect 'components=[{match: \"layers.*.mlp.*\", kind: linear}]'",
+    ),
+    "report": (
+        "qlora report runs/NAME",
+        "qlora report runs/ONE runs/TWO output=comparison.html",
     ),
     "generate": (
         "qlora generate adapter.path=runs/NAME/adapter prompt='Hello, who are you?'",
@@ -50,7 +55,15 @@ EXAMPLES = {
 
 def help_text(verb: str, summary: str) -> str:
     """The whole help page of a verb, made from the schema and the shipped configs."""
-    lines = [f"usage: qlora {verb} [OPTION ...] [KEY=VALUE ...]", "", summary, "", OPTIONS, ""]
+    runs = " RUN [RUN ...]" if "runs" in knobs(ROOTS[verb]) else ""
+    lines = [
+        f"usage: qlora {verb}{runs} [OPTION ...] [KEY=VALUE ...]",
+        "",
+        summary,
+        "",
+        OPTIONS,
+        "",
+    ]
     folders = config_folders()
     defaults = compose_tree(verb)
     choices = {group: group_options(group, folders) for group in groups(verb)}

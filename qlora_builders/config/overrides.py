@@ -14,7 +14,8 @@ from typing import get_origin
 
 from omegaconf import OmegaConf
 
-from qlora_builders.config.schema import ROOTS, knobs
+from qlora_builders.config.knobs import knobs
+from qlora_builders.config.schema import ROOTS
 from qlora_builders.config.shipped import shipped_dir
 from qlora_builders.errors import ConfigError, did_you_mean
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from qlora_builders.config.schema import knobs
+from qlora_builders.config.knobs import knobs
 from qlora_builders.errors import ConfigError
 
 

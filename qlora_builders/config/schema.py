@@ -10,40 +10,15 @@ is written beside it (`knob`); what several fields may hold together is in `chec
 
 from __future__ import annotations
 
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora_builders.config.knobs import knob
 
 # Marks a key that the user has to set. OmegaConf's own mark, ???, cannot replace a default.
 REQUIRED = "<required>"
 DTYPES = ("float32", "bfloat16", "float16")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def knob(
-    default: Any,
-    meaning: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    shapes_curve: bool = True,
-) -> Any:
-    """A config field: default, meaning with unit, allowed values (of each element for a list).
-
-    `shapes_curve=False` says that a run may resume with another value: no loss depends on it.
-    """
-    metadata = {
-        "meaning": meaning,
-        "choices": choices,
-        "shapes_curve": shapes_curve,
-        "bounds": {">=": at_least, ">": above, "<=": at_most, "<": below},
-    }
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 def device_knob() -> Any:
@@ -221,6 +196,12 @@ class TrainingConfig:
         "there is none; or the path of a checkpoints/step_N",
         shapes_curve=False,
     )
+    samples: int = knob(
+        0,
+        "rows of data.eval answered before and after training, for the report; 0: none",
+        at_least=0,
+        shapes_curve=False,
+    )
     clip_grad_norm: float | None = knob(1.0, "largest gradient norm; null: no clipping", above=0)
 
     def __post_init__(self) -> None:
@@ -257,6 +238,12 @@ class FinetuneConfig:
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    loggers: list[dict[str, Any]] = knob(
+        [],
+        "where metrics go beside metrics.jsonl: `component`: a class of training.loggers or your "
+        "own; all other keys: its arguments",
+        shapes_curve=False,
+    )
     device: str = device_knob()
     output_dir: str = knob(
         "runs/${now:%Y-%m-%d_%H-%M-%S}",
@@ -359,6 +346,14 @@ class QuantizeConfig:
     max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
 
 
+@dataclass
+class ReportConfig:
+    """Write one self-contained HTML page on one run, or on several beside each other."""
+
+    runs: list[str] = knob([], "run folders; may be given without `runs=`")
+    output: str | None = knob(None, "HTML file; null: report.html in the first run's folder")
+
+
 ROOTS: dict[str, type] = {
     "finetune": FinetuneConfig,
     "generate": GenerateConfig,
@@ -366,32 +361,5 @@ ROOTS: dict[str, type] = {
     "merge": MergeConfig,
     "quantize": QuantizeConfig,
     "inspect": FinetuneConfig,
+    "report": ReportConfig,
 }
-
-
-@dataclass(frozen=True)
-class Knob:
-    """One leaf of a root: `training.batch_size` with its type and what `knob` said about it."""
-
-    key: str
-    type: Any
-    default: Any
-    meaning: str
-    choices: tuple[str, ...] | None
-    bounds: dict[str, float | None]
-    shapes_curve: bool
-
-
-def knobs(root: type, prefix: str = "") -> dict[str, Knob]:
-    """Every leaf key of a root dataclass, in the order of the schema."""
-    hints = get_type_hints(root)
-    found: dict[str, Knob] = {}
-    for item in fields(root):
-        key = prefix + item.name
-        if is_dataclass(hints[item.name]):
-            found.update(knobs(hints[item.name], key + "."))
-            continue
-        factory = item.default_factory
-        default = item.default if factory is NO_DEFAULT else factory()
-        found[key] = Knob(key, hints[item.name], default, **item.metadata)
-    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ class SummaryRow:
     """One slot, or the same slot of consecutive layers under the same component."""
 
     name: str  # "layers.0-3.mlp.up_proj"
+    slots: tuple[str, ...]  # ("layers.0.mlp.up_proj", ...)
     kind: str  # of the component; for modules outside linear slots the class name
     options: dict[str, Any]
     parameters: int  # of the base: weight and bias
@@ -45,7 +46,7 @@ def summarize(model: CausalLM) -> list[SummaryRow]:
         tied = name == "lm_head" and model.tie_word_embeddings
         layer = re.match(r"layers\.(\d+)\.(.+)", name)
         suffix = name if layer is None else layer[2]
-        row = _row(module, suffix, kind, options, tied)
+        row = replace(_row(module, suffix, kind, options, tied), slots=(name,))
         key = (suffix, kind, tuple(options.items()), row.parameters, row.trainable)
         groups.setdefault(key, []).append((int(layer[1]) if layer else None, row))
     return [row for rows in groups.values() for row in _merged(rows)]
@@ -63,7 +64,7 @@ def _row(
         elif not (tied and parameter_name == "weight"):  # counted with the embedding
             base += parameter.numel()
             base_bytes += parameter.nbytes
-    return SummaryRow(name, kind, options, base, base_bytes, trainable, adapter_bytes)
+    return SummaryRow(name, (), kind, options, base, base_bytes, trainable, adapter_bytes)
 
 
 def _merged(rows: list[tuple[int | None, SummaryRow]]) -> Iterator[SummaryRow]:
@@ -82,6 +83,7 @@ def _merged(rows: list[tuple[int | None, SummaryRow]]) -> Iterator[SummaryRow]:
         span = str(first) if count == 1 else f"{first}-{last}"
         yield SummaryRow(
             name=f"layers.{span}.{row.name}",
+            slots=tuple(slot for _, one in rows[start:end] for slot in one.slots),
             kind=row.kind,
             options=row.options,
             parameters=count * row.parameters,

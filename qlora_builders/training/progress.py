@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import time
@@ -14,9 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_builders.errors import TrainingError, optional_import
+from qlora_builders.training.loggers import Loggers
 from qlora_builders.training.loop import StepResult
 
 METRICS_FILE = "metrics.jsonl"
+CSV_FILE = "metrics.csv"
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -44,16 +47,24 @@ class MetricsLog:
         step: the step that the run goes on from; rows up to it are kept, so that each step is there
             once.
         source: directory of the run that made these rows; None: the same one.
+        loggers: told everything that is written, after the file.
         writes: off on ranks that only read what was evaluated.
     """
 
     def __init__(
-        self, directory: Path, *, step: int = 0, source: Path | None = None, writes: bool = True
+        self,
+        directory: Path,
+        *,
+        step: int = 0,
+        source: Path | None = None,
+        loggers: Loggers | None = None,
+        writes: bool = True,
     ) -> None:
+        self._loggers = loggers or Loggers([])
         self.path = directory / METRICS_FILE
         self.writes = writes
         earlier = (source or directory) / METRICS_FILE
-        rows = _read_rows(earlier) if step and earlier.is_file() else []
+        rows = read_rows(earlier) if step and earlier.is_file() else []
         kept = [row for row in rows if row["step"] <= step]
         self._evaluated = {row["step"] for row in kept if "eval_loss" in row}
         if writes:
@@ -64,7 +75,7 @@ class MetricsLog:
                 os.fsync(file.fileno())
             partial.replace(self.path)
 
-    def write(self, **values: Any) -> None:
+    def write(self, *, step: int, **values: Any) -> None:
         """
         Raises:
             TrainingError: if the file cannot be written.
@@ -73,9 +84,10 @@ class MetricsLog:
             return
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json.dumps({"step": step, **values}) + "\n")
         except OSError as error:
             raise TrainingError(f"{self.path}: cannot be written: {error}") from error
+        self._loggers.log(step, values)
 
     def has_eval(self, step: int) -> bool:
         """Whether `step` was evaluated before the run was resumed."""
@@ -87,15 +99,36 @@ class MetricsLog:
             os.fsync(file.fileno())
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[Any]:
     """The rows up to the first one that a kill or a power cut left in pieces."""
     rows = []
     for line in file.read_text(errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     return rows
+
+
+def write_csv(directory: Path) -> None:
+    """metrics.csv from metrics.jsonl: a row for each step, a column for each metric.
+
+    Raises:
+        TrainingError: if it cannot be written.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    for row in read_rows(directory / METRICS_FILE):
+        steps.setdefault(row["step"], {}).update(row)
+    columns = dict.fromkeys(key for row in steps.values() for key in row)
+    partial = directory / (CSV_FILE + ".partial")
+    try:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["step", *(key for key in columns if key != "step")])
+            writer.writeheader()
+            writer.writerows(steps.values())
+        partial.replace(directory / CSV_FILE)
+    except OSError as error:
+        raise TrainingError(f"{directory / CSV_FILE}: cannot be written: {error}") from error
 
 
 class ProgressReport:
@@ -179,7 +212,7 @@ def plot_losses(directory: Path) -> Path:
     """
     optional_import("matplotlib", "plot")
     figure_module = optional_import("matplotlib.figure", "plot")
-    rows = _read_rows(directory / METRICS_FILE)
+    rows = read_rows(directory / METRICS_FILE)
     figure = figure_module.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss per token (nats)")
     for key, style in (("loss", "-"), ("eval_loss", "o-")):

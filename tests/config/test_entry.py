@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.instantiate import resolve_component
-from qlora_builders.config.schema import ROOTS, FinetuneConfig, knobs
+from qlora_builders.config.knobs import knobs
+from qlora_builders.config.schema import ROOTS, FinetuneConfig
 from qlora_builders.errors import DataError, optional_import
 
 

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from qlora_builders.config.compose import compose
+from qlora_builders.config.knobs import knobs
 from qlora_builders.config.resume import check_same_curve, curve_config
-from qlora_builders.config.schema import FinetuneConfig, knobs
+from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.errors import ConfigError
 
 FREE = {
@@ -21,6 +22,8 @@ FREE = {
     "training.keep_last",
     "training.resume",
     "distributed.shard",
+    "training.samples",
+    "loggers",
     "output_dir",
     "overwrite",
 }

@@ -9,6 +9,7 @@ import pytest
 from qlora_builders.checkpoint.merge import MERGE_FORMATS
 from qlora_builders.checkpoint.merge_report import MAX_ERROR
 from qlora_builders.config.checks import check, required, size_in_bytes
+from qlora_builders.config.knobs import knobs
 from qlora_builders.config.schema import (
     ROOTS,
     EvaluateConfig,
@@ -16,7 +17,6 @@ from qlora_builders.config.schema import (
     GenerateConfig,
     MergeConfig,
     QuantizeConfig,
-    knobs,
 )
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError

@@ -161,9 +161,9 @@ def test_a_merge_that_is_not_the_adapted_model_is_refused(
         ),
         (
             ["components=[{match: 'layers.1.*.q_proj', kind: qlora, rank: 3, alpha: 6}]"],
-            ["layers.0.self_attn.q_proj qlora rank=16", "layers.1.self_attn.q_proj qlora rank=3"],
+            ["layers.0.self_attn.q_proj qlora 16", "layers.1.self_attn.q_proj qlora 3"],
         ),
-        (["method=full"], ["lm_head linear trainable=True"]),
+        (["method=full"], ["lm_head linear - trainable=True"]),
     ],
 )
 def test_inspect_shows_the_plan(

@@ -1,0 +1,80 @@
+"""Answers of the model to rows of its data: to look at, and to count."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from qlora_builders.models import generate
+from qlora_builders.modules import CausalLM
+
+SAMPLES_FILE = "samples.jsonl"
+
+
+_MAX_NEW_TOKENS = 128
+
+
+class Answerable(Protocol):
+    """What is needed of a dataset."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Any: ...
+    def prompt_and_answer(self, index: int) -> tuple[Sequence[int], str]: ...
+
+
+def answer_rows(
+    model: CausalLM, data: Answerable, count: int, *, max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Greedy answers to the first rows, compared with the reference without outer white space.
+
+    Dropout is off meanwhile, and no random number is drawn.
+    """
+    training = model.training
+    model.eval()
+    try:
+        yield from _answers(model, data, count, max_new_tokens)
+    finally:
+        model.train(training)
+
+
+def _answers(
+    model: CausalLM, data: Answerable, count: int, max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    for index in range(min(count, len(data))):
+        prompt_ids, reference = data.prompt_and_answer(index)
+        tokens = generate(
+            model,
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=data.tokenizer.stop_token_ids,
+        )
+        # layers compiled for training would be compiled again for each length of a sequence
+        with torch.compiler.set_stance("force_eager"):
+            answer = data.tokenizer.decode(list(tokens)).strip()
+        yield {
+            "row": data[index].row,
+            "prompt": data.tokenizer.decode(prompt_ids),
+            "reference": reference.strip(),
+            "answer": answer,
+            "right": answer == reference.strip(),
+        }
+
+
+def add_samples(
+    run_dir: Path | None, step: int, model: CausalLM, data: Answerable, count: int
+) -> None:
+    """Append the model's answers after `step` to the run's samples.jsonl.
+
+    Args:
+        run_dir: None on ranks that only take part in the forward passes.
+    """
+    rows = list(answer_rows(model, data, count, max_new_tokens=_MAX_NEW_TOKENS))
+    if run_dir is not None:
+        with (run_dir / SAMPLES_FILE).open("a") as file:
+            file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)

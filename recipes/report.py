@@ -1,0 +1,27 @@
+"""One self-contained HTML page of a run, or of several beside each other.
+
+    qlora report RUN [RUN ...] [output=FILE]
+
+Works on a run that is finished, still going, or was stopped. Loss, learning rate, gradient norm,
+throughput and memory come from metrics.jsonl; what each layer's adapter learned and what
+quantization costs there is measured on the adapter and the base checkpoint, a tensor at a time.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from qlora_builders.config.entry import run_recipe
+from qlora_builders.config.schema import ReportConfig
+from qlora_builders.report import read_run, write_report
+
+
+def main(cfg: ReportConfig) -> None:
+    runs = [read_run(path) for path in dict.fromkeys(cfg.runs)]
+    output = Path(cfg.output) if cfg.output else runs[0].path / "report.html"
+    print(f"wrote {write_report(runs, output)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(main, "report"))

@@ -1,0 +1,173 @@
+"""What a run leaves to look at, and `qlora report` on it, through the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from qlora_builders import cli
+
+TINY = ["training.max_steps=6", "training.batch_size=4", "training.compute_dtype=float32"]
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "lr=1e-2"
+    argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}", f"output_dir={path}"]
+    options = [f"data.eval={rows}", "optimizer.lr=1e-2", "training.samples=2"]
+    assert cli.main([*argv, *TINY, *options, "training.eval_every=3"]) == 0
+    return path
+
+
+def test_a_finished_run_has_its_page(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert "finished, step 6 of 6" in page
+    for heading in ("Loss", "Adapter update", "Quantization error", "Samples", "Environment"):
+        assert f"{heading}<" in page
+    assert re.search(r'data-name="training" data-x="1 2 3 4 5 6"', page)
+    assert re.search(r'data-name="evaluation" data-x="0 3 6"', page)
+
+
+def test_a_run_says_where_it_ran(run: Path) -> None:
+    (about,) = map(json.loads, (run / "environment.jsonl").read_text().splitlines())
+    assert (about["first_step"], about["total_steps"]) == (0, 6)
+    assert about["device"].startswith(("cpu (", "cuda:"))
+    assert {"torch", "python", "qlora_builders", "command", "started"} <= about.keys()
+
+
+def test_samples_are_answered_before_and_after(run: Path) -> None:
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [(sample["step"], sample["row"]) for sample in samples] == [
+        (0, 0),
+        (0, 1),
+        (6, 0),
+        (6, 1),
+    ]
+    assert "what comes after one" in samples[0]["prompt"]
+    assert samples[0]["reference"] == "two"
+
+
+def test_samples_change_no_loss(checkpoint: Path, rows: Path, run: Path, tmp_path: Path) -> None:
+    argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}"]
+    options = [f"data.eval={rows}", "optimizer.lr=1e-2", "training.eval_every=3"]
+    assert cli.main([*argv, *TINY, *options, f"output_dir={tmp_path / 'run'}"]) == 0
+
+    def losses(path: Path) -> list[float | None]:
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line).get("loss") for line in lines]
+
+    assert losses(tmp_path / "run") == losses(run)
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
+
+
+def test_the_csv_has_every_step(run: Path) -> None:
+    with (run / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["step"] for row in table] == ["0", "1", "2", "3", "4", "5", "6"]
+    assert all(row["eval_loss"] for row in table if row["step"] in ("0", "3", "6"))
+
+
+def test_the_command_takes_folders_and_keys(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "report.html").unlink()
+    assert cli.main(["report", str(run)]) == 0  # a folder with a = in its name
+    assert capsys.readouterr().out == f"wrote {run / 'report.html'}\n"
+    other = tmp_path / "a 'quoted', {odd} name"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    output = tmp_path / "new" / "both.html"
+    assert cli.main(["report", str(run), str(other), f"output={output}"]) == 0
+    page = output.read_text()
+    assert "2 runs" in page
+    assert "{odd} name: stopped after step 1" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "a run is required: write qlora report RUN"),
+        (
+            ["missing"],
+            "'missing' is no run directory: it has neither metrics.jsonl nor config.yaml",
+        ),
+        (["missing", "outptu=x"], "unknown key 'outptu'; did you mean 'output'?"),
+        (["--html"], "unknown option '--html'"),
+    ],
+)
+def test_mistakes_are_one_message(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", *words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+
+
+def test_help_shows_that_runs_come_without_a_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "--help"]) == 0
+    assert "usage: qlora report RUN [RUN ...] [OPTION ...]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loggers=[{project: p}]", "loggers[0].component is missing"),
+        (
+            "loggers=[{component: os.system}]",
+            "loggers[0].component='os.system' is outside the allowed",
+        ),
+        (
+            "loggers=[{component: qlora_builders.training.loggers.TensorBordLogger}]",
+            "did you mean 'TensorBoardLogger'?",
+        ),
+        (
+            "loggers=[{component: qlora_builders.training.loggers.WandbLogger, projct: p}]",
+            "loggers[0].projct is not an argument of",
+        ),
+        (
+            "loggers=[{component: qlora_builders.checkpoint.run_dir.step_folders}]",
+            "loggers[0]: qlora_builders.checkpoint.run_dir.step_folders refuses its arguments",
+        ),
+        ("training.samples=2 data.eval=null", "training.samples=2 needs questions in data.eval"),
+    ],
+)
+def test_wrong_loggers_and_samples_stop_before_anything_is_written(
+    checkpoint: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    message: str,
+) -> None:
+    run = tmp_path / "run"
+    argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}", f"output_dir={run}"]
+    words = override.split(" ") if override.startswith("training") else [override]
+    assert cli.main([*argv, *TINY, *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_inspect_shows_what_quantization_costs(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lines(*overrides: str) -> list[str]:
+        assert cli.main(["inspect", *overrides]) == 0
+        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    here = f"checkpoint.dir={checkpoint}"
+    exception = "components=[{match: layers.1.mlp.up_proj, kind: linear}]"
+    shown = lines(here, exception)
+    (up,) = (line for line in shown if line.startswith("layers.0.mlp.up_proj qlora 16"))
+    (plain,) = (line for line in shown if line.startswith("layers.1.mlp.up_proj linear - "))
+    (down,) = (line for line in shown if line.startswith("layers.0-1.mlp.down_proj"))
+    assert 8 < float(up.split()[-1].rstrip("%")) < 11
+    assert plain.endswith(" -")
+    whole, worst = re.fullmatch(r".* ([\d.]+)% \(([\d.]+)%\)", down).groups()  # type: ignore[union-attr]
+    assert 8 < float(whole) <= float(worst) < 11
+    for overrides in (("method=lora", here), ("model.arch=llama3_2_1b", here)):
+        assert not any("error" in line for line in lines(*overrides))

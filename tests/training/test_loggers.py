@@ -1,0 +1,115 @@
+"""Loggers: the real packages where they are installed, and what holds for all of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_builders.config.instantiate import instantiate
+from qlora_builders.training.loggers import Loggers
+from qlora_builders.training.progress import MetricsLog, write_csv
+
+PREFIX = "qlora_builders.training.loggers."
+
+
+def make(name: str, run: Path, *, first_step: int = 0, **options: Any) -> Any:
+    run.mkdir(exist_ok=True)
+    node = {"component": PREFIX + name, **options}
+    about = {"run_dir": run, "first_step": first_step, "config": {"training": {"seed": 3}}}
+    return instantiate(node, key="loggers[0]", **about)
+
+
+class Recorder:
+    def __init__(self, fails: bool = False) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.closed = False
+        self.fails = fails
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.rows.append((step, dict(values)))
+
+    def close(self) -> None:
+        self.closed = True
+        if self.fails:
+            raise OSError("no network")
+
+
+def test_all_loggers_hear_what_is_written(tmp_path: Path) -> None:
+    first, second = Recorder(), Recorder()
+    log = MetricsLog(tmp_path, loggers=Loggers([first, second]))
+    log.write(step=3, loss=1.5)
+    assert first.rows == second.rows == [(3, {"loss": 1.5})]
+    assert json.loads(log.path.read_text()) == {"step": 3, "loss": 1.5}
+
+
+def test_all_loggers_are_closed_whatever_one_does() -> None:
+    first, second = Recorder(fails=True), Recorder()
+    with pytest.raises(OSError, match="no network"):
+        Loggers([first, second]).close()
+    assert second.closed
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("TensorBoardLogger", "tensorboard"), ("WandbLogger", "wandb")]
+)
+def test_a_missing_package_names_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"pip install 'qlora-builders\[{package}\]'"):
+        make(name, tmp_path)
+
+
+def test_tensorboard_events_can_be_read_back(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = make("TensorBoardLogger", tmp_path)
+    logger.close()  # nothing logged, nothing written
+    assert list(tmp_path.iterdir()) == []
+    for first_step, last_step in ((0, 4), (2, 5)):  # killed after step 4, resumed after step 2
+        logger = make("TensorBoardLogger", tmp_path, first_step=first_step)
+        for step in range(first_step + 1, last_step + 1):
+            logger.log(step, {"loss": 10.0 * first_step + step, "lr": 0.5})
+        logger.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "lr"}
+    points = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert points == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
+
+
+def test_wandb_writes_a_run_offline_and_keeps_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = tmp_path / "run"
+    ids = []
+    for first_step in (0, 1, 0):
+        logger = make("WandbLogger", run, first_step=first_step, mode="offline", project="p")
+        logger.log(first_step + 1, {"loss": 1.5})
+        logger.close()
+        ids.append((run / "wandb_run_id").read_text())
+    assert ids[0] == ids[1] != ids[2]  # resumed, then a new run
+    names = [path.name for path in (run / "wandb").glob("offline-run-*")]
+    assert all(any(name.endswith(id) for name in names) for id in ids)
+
+
+def test_csv_has_a_row_per_step_and_a_column_per_metric(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.write(step=1, loss=2.0, lr=0.5)
+    log.write(step=2, loss=1.0, lr=0.25)
+    log.write(step=2, eval_loss=1.5)
+    write_csv(tmp_path)
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "step,loss,lr,eval_loss",
+        "1,2.0,0.5,",
+        "2,1.0,0.25,1.5",
+    ]
+    assert not list(tmp_path.glob("*.partial"))
