@@ -14,7 +14,7 @@ def curve_config(cfg: Any) -> dict[str, Any]:
     """Every key whose value shapes the loss curve, flat: `{"training.seed": 0, ...}`."""
     tree = asdict(cfg)
     free = {key for key, knob in knobs(type(cfg)).items() if not knob.shapes_curve}
-    return {key: value for key, value in _flat(tree) if key not in free}
+    return {key: value for key, value in flatten(tree).items() if key not in free}
 
 
 def check_same_curve(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str) -> None:
@@ -35,13 +35,15 @@ def check_same_curve(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
         )
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"training": {"seed": 0}}` -> `{"training.seed": 0}`"""
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        pairs += (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-        )
-    return pairs
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _spell(value: Any) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # a dependency of omegaconf
 
 from qlora_builders.checkpoint.run_dir import CONFIG_FILE, step_folders
+from qlora_builders.config.resume import flatten
 from qlora_builders.errors import ConfigError
 from qlora_builders.training.environment import ENVIRONMENT_FILE
 from qlora_builders.training.progress import METRICS_FILE, read_rows
@@ -106,17 +107,6 @@ def read_run(path: str | Path, *, is_going: bool | None = None) -> Run:
         result=results[0] if results else None,
         notes=notes,
     )
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"training": {"seed": 0}}` -> `{"training.seed": 0}`"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

@@ -10,8 +10,9 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 from qlora_builders.config.compose import compose
+from qlora_builders.config.resume import flatten
 from qlora_builders.report.html import element, fold, table
-from qlora_builders.report.run import Run, flatten, spell_value
+from qlora_builders.report.run import Run, spell_value
 from qlora_builders.report.series import spell
 
 _LAST = 10  # values averaged for the final loss

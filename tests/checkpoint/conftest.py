@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from merge_plan import QLORA
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from qlora_builders.modules import LoRALinear
+from qlora_builders.checkpoint import load_checkpoint
+from qlora_builders.modules import CausalLM, LoRALinear
 
 disable_progress_bar()
 
@@ -141,3 +143,15 @@ def randomize_adapters() -> Callable[[nn.Module], None]:
                     nn.init.normal_(parameter, std=0.15)
 
     return randomize
+
+
+@pytest.fixture
+def adapted(
+    checkpoints: Callable[..., Path], randomize_adapters: Callable[[nn.Module], None]
+) -> Callable[..., CausalLM]:
+    def build(variant: str = "gqa", plan: list = QLORA, **options: object) -> CausalLM:
+        model = load_checkpoint(checkpoints(variant), plan, **{"dtype": torch.float32} | options)
+        randomize_adapters(model)
+        return model.eval()
+
+    return build

@@ -14,6 +14,7 @@ import torch
 from nf4_weights import DTYPES, FORMATS, adversarial, bits
 from torch import Tensor
 
+from qlora_builders import kernels as kernels_package
 from qlora_builders import linear_nf4, to_nf4
 from qlora_builders.kernels import nf4_reference, tiles
 
@@ -222,9 +223,26 @@ def test_products_by_tiles(
         torch.testing.assert_close(have.cpu().double(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_without_triton_the_reference_serves_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "qlora_builders.kernels.nf4_triton", None)
+    select = kernels_package._backend
+    kernels_package._triton_backend.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Triton is not installed.*pip install triton"):
+            backend = select(torch.device("cuda"), "geometric", torch.float32)
+        assert backend is nf4_reference
+        assert select(torch.device("cuda"), "geometric", torch.float32) is nf4_reference  # no more
+    finally:
+        kernels_package._triton_backend.cache_clear()
+
+
 COMPILE = """
-import sys
+import subprocess, sys, tempfile
+from pathlib import Path
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from qlora_builders.kernels import nf4_triton_kernels as kernels
@@ -234,6 +252,7 @@ POINTERS = {
 }
 SIZES = ("numel", "num_blocks", "first_block", "count", "num_bytes", "rows_in", "in_features",
          "out_features")
+ALIGNED = ("numel", "num_blocks", "count", "num_bytes", "in_features")
 CONSTANTS = {
     "BLOCK_SIZE": 64, "SCALE_BLOCK_SIZE": 256, "LANES": 256, "ROWS": 64, "DTYPE": 1,
     "OUT_DTYPE": 1, "FORMAT": 0, "SMALLEST_NORMAL": torch.finfo(torch.bfloat16).tiny,
@@ -246,18 +265,28 @@ for name in sys.argv[1].split(","):
         constants["ROWS"] = 8
     signature = {
         argument: "constexpr" if argument in constants
-        else "i64" if argument in SIZES
+        else "i32" if argument in SIZES
         else POINTERS.get(argument, "*fp32")
         for argument in kernel.arg_names
     }
     at = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
+    # as launched: pointers aligned, sizes of ordinary weights multiples of 16
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, argument in enumerate(kernel.arg_names)
+        if signature[argument][0] == "*" or argument in ALIGNED
+    }
     for arch in (80, 90):
-        source = ASTSource(kernel, signature, constexprs=at)
+        source = ASTSource(kernel, signature, constexprs=at, attrs=aligned)
         compiled = compile(
             source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": False}
         )
         ptx = compiled.asm["ptx"]
-        assert ".local" not in ptx, f"{name} spills"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(compiled.asm["cubin"])
+            tool = Path(triton.__file__).with_name("backends") / "nvidia/bin/cuobjdump"
+            usage = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+        assert "STACK:0 " in usage and "LOCAL:0 " in usage, f"{name} spills: {usage}"
         assert name == "matvec_kernel" or "fma.rn.f32" not in ptx, f"{name} contracts"
         print(name, arch, len(compiled.asm["cubin"]) > 0)
 """
