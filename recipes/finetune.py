@@ -196,7 +196,7 @@ def prepare_model(
         format=cfg.checkpoint.format,
         arch=get_arch(cfg.model.arch) if cfg.model.arch else None,
         train=train_patterns(cfg),
-        device=device,
+        device="cpu" if cfg.distributed.cpu_offload else device,
         dtype=resolve_dtype(cfg.training.dtype),
         compute_dtype=compute_dtype,
         shard=sharding(ranks, device.type, **asdict(cfg.distributed)),
@@ -213,15 +213,11 @@ def prepare_layers(
     """
     model.model.activation_checkpointing = cfg.training.activation_checkpointing
     mode = cfg.training.compile
-    if ranks.launched:
-        if mode == "on":
-            raise ConfigError("training.compile=on takes one process; set off for several")
-        mode = "off"
+    if mode == "auto" and before is not None:
+        mode = before
     rows = total_steps * cfg.training.batch_size * cfg.training.grad_accumulation
-    num_tokens = rows * cfg.data.max_seq_len  # at most
-    compiled = compile_layers(
-        model, before if before and mode == "auto" else mode, num_tokens=num_tokens
-    )
+    num_tokens = rows * cfg.data.max_seq_len // ranks.size  # at most
+    compiled = compile_layers(model, mode, num_tokens=num_tokens, gather=ranks.gather)
     return "on" if compiled else "off"
 
 

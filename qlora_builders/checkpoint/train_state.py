@@ -29,7 +29,11 @@ from qlora_builders.checkpoint.peft_export import save_adapter
 from qlora_builders.checkpoint.safetensors_io import atomic_directory, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.modules import CausalLM, LoRALinear
-from qlora_builders.tensor.sharded import copy_whole_, shard_optimizer_state_
+from qlora_builders.tensor.sharded import (
+    compute_device,
+    copy_whole_,
+    shard_optimizer_state_,
+)
 
 STATE_FILE = "train_state.pt"
 INFO_FILE = "train_state.json"
@@ -64,7 +68,7 @@ def save_step(
             save_adapter(model, directory, base_model=base_model)
         else:
             save_checkpoint(model, directory, companions=base_model)
-        device = next(model.parameters()).device
+        device = compute_device(model)
         state = {"optimizer": optimizer.state_dict(), "random": random_state(device)}
         _save_state(state, directory / STATE_FILE)
         text = json.dumps({"step": step, **about}, indent=2) + "\n"
@@ -99,7 +103,7 @@ def load_step(folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer) -
     else:
         _load_trained(model, folder)
     file = folder / STATE_FILE
-    device = next(model.parameters()).device
+    device = compute_device(model)
     state = torch.load(file, map_location="cpu", weights_only=True)
     try:
         optimizer.load_state_dict(state["optimizer"])

@@ -219,6 +219,9 @@ class DistributedConfig:
     shard: int | None = knob(
         None, "ranks that share one copy; null: all; 1: one each", at_least=1, shapes_curve=False
     )
+    cpu_offload: bool = knob(
+        False, "keep a rank's share and the optimizer in host memory", shapes_curve=False
+    )
 
 
 @dataclass

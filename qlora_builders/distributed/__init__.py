@@ -2,10 +2,11 @@
 
 from qlora_builders.distributed.gathering import whole_parameters, whole_state
 from qlora_builders.distributed.ranks import Ranks, join_ranks, with_ranks
-from qlora_builders.distributed.sharding import make_mesh, shard_model, sharding
+from qlora_builders.distributed.sharding import group_bytes, make_mesh, shard_model, sharding
 
 __all__ = [
     "Ranks",
+    "group_bytes",
     "join_ranks",
     "make_mesh",
     "shard_model",

@@ -180,6 +180,13 @@ def held_elements(parameter: DTensor) -> tuple[int, int]:
     return min(start, numel), min(start + shard.num_groups * per_group, numel)
 
 
+def shard_nbytes(weight: NF4Tensor, num_ranks: int) -> int:
+    """Bytes that each of `num_ranks` ranks holds of a weight, padding included."""
+    rows = -(-weight.shape[0] // num_ranks)
+    on_meta = weight.map_fields(lambda field: field.to("meta"))
+    return _zero_shard(on_meta, rows, weight.shape, weight.shape).nbytes
+
+
 def shard_nf4(parameter: DTensor, weight: NF4Tensor) -> DTensor:
     """What takes the place of `parameter`: this rank's share of `weight`, bit for bit.
 

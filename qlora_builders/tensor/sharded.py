@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qlora_builders.tensor.nf4_fsdp import gather_nf4, is_nf4_shard
+from qlora_builders.tensor.nf4_fsdp import gather_nf4, is_nf4_shard, shard_nbytes
+from qlora_builders.tensor.nf4_tensor import NF4Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -23,6 +24,13 @@ def local_part(tensor: Tensor) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def compute_device(model: nn.Module) -> torch.device:
+    """Where it computes: parameters that are offloaded, or whole for a while, are elsewhere."""
+    parameters = list(model.parameters())
+    meshes = [parameter.device_mesh for parameter in parameters if is_sharded(parameter)]
+    return torch.device(meshes[0].device_type) if meshes else parameters[0].device
+
+
 def held_rows(parameter: DTensor) -> tuple[int, int]:
     """(start, stop): the rows of a plain parameter that FSDP2 gives this rank."""
     axis = next(i for i, placement in enumerate(parameter.placements) if placement.is_shard())
@@ -30,6 +38,17 @@ def held_rows(parameter: DTensor) -> tuple[int, int]:
     size = -(-rows // mesh.size(axis))  # as torch.chunk cuts
     start = min(mesh.get_local_rank(axis) * size, rows)
     return start, min(start + size, rows)
+
+
+def held_bytes(parameter: Tensor, num_ranks: int) -> int:
+    """Bytes that each of `num_ranks` ranks holds of a whole parameter once FSDP2 has sharded it.
+
+    They are the same on every rank: the last ones are filled up. On meta nothing is allocated.
+    """
+    if isinstance(parameter, NF4Tensor):
+        return shard_nbytes(parameter, num_ranks)
+    rows = -(-parameter.shape[0] // num_ranks)
+    return rows * parameter.shape[1:].numel() * parameter.dtype.itemsize
 
 
 def shard_like(parameter: DTensor, rows: Tensor) -> DTensor:

@@ -22,6 +22,7 @@ FREE = {
     "training.keep_last",
     "training.resume",
     "distributed.shard",
+    "distributed.cpu_offload",
     "training.samples",
     "loggers",
     "output_dir",

@@ -99,6 +99,16 @@ VARIANTS = {
     "recomputed": (2, ["training.activation_checkpointing=full"]),
     "selective": (2, ["training.activation_checkpointing=selective"]),
     "replicated shards": (4, ["distributed.shard=2"]),
+    "offloaded": (2, ["distributed.cpu_offload=true"]),
+    "all at once": (
+        4,
+        [
+            "distributed.shard=2",
+            "distributed.cpu_offload=true",
+            "training.activation_checkpointing=full",
+            "training.compile=on",
+        ],
+    ),
     "norms train too": (2, ["train=[norm, embed_tokens]"]),
 }
 
@@ -107,7 +117,8 @@ VARIANTS = {
 def test_so_it_is_with_every_option(name: str, overrides: list[str], tmp_path: Path) -> None:
     world_size, options = VARIANTS[name]
     short = [*overrides, *options, "training.max_steps=8"]
-    finetune(short, tmp_path / "alone")
+    plain = [word for word in short if word not in options or word.startswith(("data.", "train="))]
+    finetune(plain, tmp_path / "alone")
     run_ranks(world_size, finetune, short, tmp_path / "run", join=False)
     assert_same_run(tmp_path / "run", tmp_path / "alone")
 
