@@ -29,6 +29,8 @@ def launch(arguments: Sequence[str], *, nproc_per_node: int, max_restarts: int =
 
     threads = max(1, (os.cpu_count() or 1) // nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # seconds that ranks have, after Ctrl-C or SIGTERM, to finish a step and save
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
