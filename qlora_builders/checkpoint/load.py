@@ -14,6 +14,7 @@ from qlora_builders.checkpoint.base_record import ContentHash
 from qlora_builders.checkpoint.formats import AUTO, detect_format, read_arch, read_tensors
 from qlora_builders.checkpoint.hf_llama import base_parameters
 from qlora_builders.checkpoint.load_sharded import place_rows, read_rows
+from qlora_builders.checkpoint.meta_llama import PARAMS_FILE
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.checkpoint.streaming import stream
 from qlora_builders.errors import CheckpointError
@@ -71,7 +72,8 @@ def load_checkpoint(
     path = Path(path)
     tensors = read_tensors(path, format=format)
     arch = read_arch(path, format=format) if arch is None else arch
-    _check_sizes(arch, tensors, path)
+    where = _describing_files(path, tensors)
+    _check_sizes(arch, tensors, where)
     model = llama(
         arch, components, train=train, device="meta", dtype=dtype, compute_dtype=compute_dtype
     )
@@ -86,13 +88,21 @@ def load_checkpoint(
             module.reset_lora_parameters()
     if shard is not None:
         shard(model)
-    content = _load_weights(model, tensors, path, device)
+    content = _load_weights(model, tensors, where, device)
     found = detect_format(path) if format == AUTO else format
     model.spec = replace(model.spec, base=BaseCheckpoint(found, content))
     return model
 
 
-def _check_sizes(arch: LlamaArch, tensors: Mapping[str, LazyTensor], path: Path) -> None:
+def _describing_files(path: Path, tensors: Mapping[str, LazyTensor]) -> str:
+    """For errors: the files that say which tensors there are, and which there should be."""
+    described = ["config.json", PARAMS_FILE, *(f.name for f in path.glob("*.index.json"))]
+    weights = sorted({tensor.source.name for tensor in tensors.values() if tensor.source})
+    found = [name for name in described if (path / name).is_file()]
+    return f"{path} ({listed(found + weights)})"
+
+
+def _check_sizes(arch: LlamaArch, tensors: Mapping[str, LazyTensor], where: str) -> None:
     """Before anything is built by them: absurd sizes would take forever, or all memory."""
     layer = "model.layers.0"
     shapes = {
@@ -103,20 +113,20 @@ def _check_sizes(arch: LlamaArch, tensors: Mapping[str, LazyTensor], path: Path)
     }
     missing = [name for name in shapes if name not in tensors]
     if missing:
-        raise CheckpointError(f"{path}: tensors missing: {listed(missing)}; is it a Llama?")
+        raise CheckpointError(f"{where}: tensors missing: {listed(missing)}; is it a Llama?")
     for name, shape in shapes.items():
-        _check_shape(tensors[name], shape)
+        _check_shape(tensors[name], shape, where)
     if arch.num_layers > len(tensors):
         raise CheckpointError(
-            f"{path}: {arch.num_layers} layers are announced, but there are {len(tensors)} tensors"
+            f"{where}: {arch.num_layers} layers are announced, but there are {len(tensors)} tensors"
         )
 
 
-def _check_shape(tensor: LazyTensor, shape: Sequence[int]) -> None:
+def _check_shape(tensor: LazyTensor, shape: Sequence[int], where: str) -> None:
     if tuple(tensor.shape) != tuple(shape):
         raise CheckpointError(
             f"{tensor.source}: {tensor.name} has shape {list(tensor.shape)}; "
-            f"the model needs {list(shape)}"
+            f"the model needs {list(shape)}: compare the files in {where}"
         )
     if not tensor.dtype.is_floating_point:
         raise CheckpointError(
@@ -125,7 +135,7 @@ def _check_shape(tensor: LazyTensor, shape: Sequence[int]) -> None:
 
 
 def _load_weights(
-    model: CausalLM, tensors: Mapping[str, LazyTensor], path: Path, device: torch.device
+    model: CausalLM, tensors: Mapping[str, LazyTensor], where: str, device: torch.device
 ) -> str:
     """Gives the content hash of what was read."""
     parameters = base_parameters(model)
@@ -134,10 +144,10 @@ def _load_weights(
     missing, unexpected = sorted(required - set(tensors)), sorted(set(tensors) - set(parameters))
     if missing or unexpected:
         raise CheckpointError(
-            f"{path}: tensors missing: {listed(missing)}; not expected: {listed(unexpected)}"
+            f"{where}: tensors missing: {listed(missing)}; not expected: {listed(unexpected)}"
         )
     for name, tensor in tensors.items():
-        _check_shape(tensor, parameters[name].shape)
+        _check_shape(tensor, parameters[name].shape, where)
     rules = resolve(model.spec.components, linear_slots(model.spec.arch))
     content = ContentHash()
 
@@ -153,8 +163,13 @@ def _load_weights(
     def transient(tensor: LazyTensor) -> bool:
         """Quantized, cast or moved; a weight that stays as it is keeps what it was read into."""
         parameter = parameters[tensor.name]
-        as_it_is = device.type == "cpu" and tensor.dtype == parameter.dtype
-        return isinstance(parameter, NF4Tensor) or is_nf4_shard(parameter) or not as_it_is
+        if is_sharded(parameter):
+            return True
+        if isinstance(parameter, NF4Tensor) or tensor.quantized:
+            as_it_is = isinstance(parameter, NF4Tensor) and tensor.quantized
+        else:
+            as_it_is = tensor.dtype == parameter.dtype
+        return not (as_it_is and device.type == "cpu")
 
     wanted = [tensor for name, tensor in tensors.items() if not (tied and name == HEAD)]
     parts = [read_rows(tensor, parameters[tensor.name]) for tensor in wanted]

@@ -39,7 +39,8 @@ def read_rows(tensor: LazyTensor, parameter: Tensor) -> LazyTensor:
         return tensor
     start, stop = needed_rows(tensor, parameter)
     shape = torch.Size((stop - start, *tensor.shape[1:]))
-    return replace(tensor, shape=shape, load=partial(tensor.load_rows, start, stop), load_into=None)
+    load = partial(tensor.load_rows, start, stop)
+    return replace(tensor, shape=shape, load=load, load_into=None, map=None)
 
 
 def place_rows(

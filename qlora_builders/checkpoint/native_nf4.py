@@ -39,9 +39,8 @@ def read_native(directory: Path) -> dict[str, LazyTensor]:
     Raises:
         CheckpointError: for a file that cannot be read, or a weight that is not as documented.
     """
-    return collect_weights(
-        open_tensors(directory, stem=STEM), NATIVE_JSON, native_metadata, unpack_native
-    )
+    stored = open_tensors(directory, stem=STEM, mappable=True)
+    return collect_weights(stored, NATIVE_JSON, native_metadata, unpack_native)
 
 
 def native_parts(name: str, weight: NF4Tensor) -> Iterator[LazyTensor]:
@@ -77,7 +76,15 @@ def collect_weights(
         except ValueError as error:
             raise CheckpointError(f"{text.source}: {text.name}: {error}") from error
         load = partial(_load, key, parts, unpack)
-        found[key] = LazyTensor(key, head["shape"], head["dtype"], load, text.source, True)
+        found[key] = LazyTensor(
+            key,
+            head["shape"],
+            head["dtype"],
+            load,
+            text.source,
+            quantized=True,
+            map=partial(load, mapped=True),
+        )
     return found
 
 
@@ -91,8 +98,13 @@ def _load(
     key: str,
     parts: Mapping[str, LazyTensor],
     unpack: Callable[[Mapping[str, Tensor]], NF4Tensor],
+    *,
+    mapped: bool = False,
 ) -> NF4Tensor:
-    tensors = {suffix: part.load() for suffix, part in parts.items()}
+    """`mapped`: those parts that can be."""
+    tensors = {
+        suffix: part.map() if mapped and part.map else part.load() for suffix, part in parts.items()
+    }
     try:
         return unpack(tensors)
     except ValueError as error:

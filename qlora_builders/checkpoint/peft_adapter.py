@@ -147,7 +147,8 @@ def _plain_tensors(
         )
     if stray:
         raise CheckpointError(
-            f"{file}: neither lora_A, lora_B nor in modules_to_save: {listed(stray)}"
+            f"{file}: neither lora_A, lora_B nor in modules_to_save of {CONFIG_FILE}: "
+            f"{listed(stray)}"
         )
     return saved, copies
 

@@ -1,7 +1,7 @@
 """Safetensors directories: read one tensor at a time, write one tensor at a time, never half.
 
-A tensor is read straight into the memory that it will occupy. No file is mapped: one that shrinks
-under a mapping kills the process.
+A tensor is read straight into the memory that it will occupy. Files are mapped only where the
+caller knows that nobody changes them in place (see `mapped_file.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qlora_builders.checkpoint.json_files import read_json_object
+from qlora_builders.checkpoint.mapped_file import MappedFile
 from qlora_builders.checkpoint.safetensors_header import Entry, read_header, write_header
 from qlora_builders.errors import CheckpointError
 from qlora_builders.tensor.nf4_layouts import tensor_bytes
@@ -36,8 +37,8 @@ class LazyTensor:
 
     `load` may give an `NF4Tensor` where `quantized`; `shape` and `dtype` are those of the weight it
     stands for. `load_into`, where there is one, loads into memory of the caller's, uint8 [nbytes].
-    `load_rows(start, stop)`, where the file allows it, reads a part. `source` is the file it comes
-    from, for error messages.
+    `load_rows(start, stop)`, where the file allows it, reads a part; `map` gives it as pages of the
+    file. `source` is the file it comes from, for error messages.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LazyTensor:
     quantized: bool = False
     load_into: Callable[[Tensor], Tensor] | None = None
     load_rows: Callable[[int, int], Tensor] | None = None
+    map: Callable[[], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -81,14 +83,19 @@ def find_tensors(directory: Path, *, stem: str = STEM) -> dict[str, Path]:
     single = directory / f"{stem}.safetensors"
     if not single.is_file():
         raise CheckpointError(
-            f"{directory}: neither {single.name} nor {index.name} there; "
-            "expected a directory with safetensors weights"
+            f"{directory}: neither {single.name} nor {index.name} there; expected a directory "
+            f"with safetensors weights, got {listed(sorted(f.name for f in directory.iterdir()))}"
         )
     return dict.fromkeys(tensor_names(single), single)
 
 
-def open_tensors(directory: Path, *, stem: str = STEM) -> dict[str, LazyTensor]:
+def open_tensors(
+    directory: Path, *, stem: str = STEM, mappable: bool = False
+) -> dict[str, LazyTensor]:
     """Every tensor of such a directory; headers are read and checked, tensors are not.
+
+    Args:
+        mappable: nobody changes these files in place; the tensors can be mapped.
 
     Raises:
         CheckpointError: as `find_tensors` and `read_header`, or for a shard without a tensor that
@@ -96,13 +103,25 @@ def open_tensors(directory: Path, *, stem: str = STEM) -> dict[str, LazyTensor]:
     """
     files = find_tensors(directory, stem=stem)
     headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
+    mapped = {file: MappedFile(file) for file in headers}
     found = {}
     for name, file in files.items():
-        entry = _entry(headers[file], file, name)
+        if name not in headers[file]:
+            index = directory / f"{stem}.safetensors.index.json"
+            raise CheckpointError(f"{file}: no tensor {name!r}, though {index} names it here")
+        entry = headers[file][name]
         load = partial(_read, file, name, entry)
         rows = partial(_read_rows, file, name, entry) if entry.shape else None
+        is_mapped = mappable and entry.nbytes > 0 and entry.start % entry.dtype.itemsize == 0
         found[name] = LazyTensor(
-            name, entry.shape, entry.dtype, load, source=file, load_into=load, load_rows=rows
+            name,
+            entry.shape,
+            entry.dtype,
+            load,
+            source=file,
+            load_into=load,
+            load_rows=rows,
+            map=partial(_map, mapped[file], name, entry) if is_mapped else None,
         )
     return found
 
@@ -117,13 +136,10 @@ def read_tensor(file: Path, name: str) -> Tensor:
     Raises:
         CheckpointError: if the file cannot be read or has no such tensor.
     """
-    return _read(file, name, _entry(read_header(file), file, name))
-
-
-def _entry(header: Mapping[str, Entry], file: Path, name: str) -> Entry:
+    header = read_header(file)
     if name not in header:
-        raise CheckpointError(f"{file}: no tensor {name!r}, though the index names it here")
-    return header[name]
+        raise CheckpointError(f"{file}: no tensor {name!r}; it holds {listed(sorted(header))}")
+    return _read(file, name, header[name])
 
 
 def _read(file: Path, name: str, entry: Entry, buffer: Tensor | None = None) -> Tensor:
@@ -147,6 +163,13 @@ def _read_rows(file: Path, name: str, entry: Entry, start: int, stop: int) -> Te
     row = Entry(entry.dtype, entry.shape[1:], 0).nbytes
     shape = torch.Size((stop - start, *entry.shape[1:]))
     return _read(file, name, Entry(entry.dtype, shape, entry.start + start * row))
+
+
+def _map(mapped: MappedFile, name: str, entry: Entry) -> Tensor:
+    try:
+        return mapped.bytes(entry.start, entry.nbytes).view(entry.dtype).view(entry.shape)
+    except OSError as error:
+        raise CheckpointError(f"{mapped.file}: {name} cannot be read: {error}") from error
 
 
 # ---- out ----------------------------------------------------------------------------------------

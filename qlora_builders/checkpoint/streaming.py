@@ -43,7 +43,8 @@ def stream(
 
     def start(pool: ThreadPoolExecutor, tensor: LazyTensor) -> None:
         if tensor.name not in reused:
-            loading.append((tensor, pool.submit(tensor.load), None))
+            keep = None if transient(tensor) else tensor.map
+            loading.append((tensor, pool.submit(keep or tensor.load), None))
             return
         assert tensor.load_into is not None
         buffer = buffers.pop() if buffers else _scratch(size)

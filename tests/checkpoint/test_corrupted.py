@@ -249,7 +249,7 @@ def test_damage(
     directory = Path(shutil.copytree(originals / folder, tmp_path / folder))
     file = directory / name
     data = file.read_bytes()
-    expected = read(directory)
+    expected = read(originals / folder)
     limit = 2 * sum(f.stat().st_size for f in directory.iterdir())
     errors = 0
     for case in range(chunk * CASES_PER_TEST, (chunk + 1) * CASES_PER_TEST):
@@ -263,6 +263,7 @@ def test_damage(
         if isinstance(got, CheckpointError):
             errors += 1
             assert str(directory) in str(got), (case, got)
+            assert file.name in str(got), (case, got)
         else:
             equal = same(got, expected) or only_the_offset_differs(data, damaged)
             assert equal, f"case {case} loads to something else"

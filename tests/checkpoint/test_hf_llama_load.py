@@ -273,7 +273,7 @@ def test_index_that_names_the_wrong_shard(own_copy: Callable[..., Path]) -> None
     index = json.loads(file.read_text())
     index["weight_map"][UP] = index["weight_map"]["model.embed_tokens.weight"]
     file.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=f"no tensor '{UP}', though the index names it here"):
+    with pytest.raises(CheckpointError, match=f"no tensor '{UP}', though .* names it here"):
         load_checkpoint(path)
 
 

@@ -142,14 +142,17 @@ def test_inits_that_leave_the_base_alone(adapter: Path, init: Any) -> None:
         ),
         (
             {f"{PREFIX}{UP}.lora_A.bias": torch.ones(4)},
-            f"neither lora_A, lora_B nor in modules_to_save: {UP}.lora_A.bias",
+            f"modules_to_save of adapter_config.json: {UP}.lora_A.bias",
         ),
         (
             {UP_A: torch.ones(4, 64, dtype=torch.int8)},
             r"has dtype torch\.int8; allowed: float32, b",
         ),
         ({UP_B: torch.ones(96, 4, dtype=torch.float64)}, r"has dtype torch\.float64; allowed: fl"),
-        ({f"{PREFIX}{UP}.weight": torch.ones(96, 64)}, f"modules_to_save: {UP}.weight"),
+        (
+            {f"{PREFIX}{UP}.weight": torch.ones(96, 64)},
+            f"modules_to_save of adapter_config.json: {UP}.weight",
+        ),
     ],
 )
 def test_tensors(adapter: Path, changes: dict[str, Tensor | None], message: str) -> None:

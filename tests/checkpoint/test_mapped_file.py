@@ -1,0 +1,120 @@
+"""Weights in our own files are pages of the file: shared, never written back, safe to replace."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_native_nf4 import PLAN, assert_same_bits
+
+from qlora_builders.checkpoint import load_checkpoint, mapped_file, save_checkpoint, stored_plan
+from qlora_builders.checkpoint.mapped_file import MappedFile
+from qlora_builders.checkpoint.safetensors_io import open_tensors, write_tensors
+from qlora_builders.errors import CheckpointError
+from qlora_builders.modules import CausalLM
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, or uses MADV")
+
+
+@pytest.fixture
+def native(checkpoints: Callable[..., Path], tmp_path: Path) -> Path:
+    model = load_checkpoint(checkpoints("biased"), PLAN, dtype=torch.float32)
+    save_checkpoint(model, tmp_path / "nf4", format="nf4")
+    return tmp_path / "nf4"
+
+
+def load(native: Path, **options: object) -> CausalLM:
+    return load_checkpoint(native, stored_plan(native), dtype=torch.float32, **options)
+
+
+def mapped_here(file: Path) -> int:
+    return Path("/proc/self/maps").read_text().count(str(file))
+
+
+@on_linux
+def test_mapped_as_long_as_a_weight_lives(native: Path) -> None:
+    model = load(native)
+    assert mapped_here(native / "nf4.safetensors") == 1
+    del model
+    assert mapped_here(native / "nf4.safetensors") == 0
+
+
+@on_linux
+def test_what_is_cast_or_dequantized_is_not_mapped(native: Path) -> None:
+    model = load_checkpoint(native, dtype=torch.bfloat16)
+    assert mapped_here(native / "nf4.safetensors") == 0
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_training_a_mapped_weight_leaves_the_file(native: Path) -> None:
+    before = (native / "nf4.safetensors").read_bytes()
+    model = load(native, train=["embed_tokens"])
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(1)
+        for parameter in model.parameters():
+            if not parameter.requires_grad and type(parameter) is torch.nn.Parameter:
+                parameter.mul_(2)
+    assert (native / "nf4.safetensors").read_bytes() == before
+    assert_same_bits(load(native), load(native))
+
+
+def test_saving_over_the_directory_in_use(native: Path) -> None:
+    """The name goes to new files; the model keeps the ones that it maps."""
+    model, again = load(native), load(native)
+    with torch.no_grad():
+        again.model.norm.weight.add_(1)
+    save_checkpoint(again, native, format="nf4")
+    torch.testing.assert_close(
+        load(native).model.norm.weight, model.model.norm.weight + 1, rtol=0, atol=0
+    )
+
+
+def test_bytes_anywhere_in_the_file(tmp_path: Path) -> None:
+    content = os.urandom(3 * 4096 + 5)
+    (tmp_path / "file").write_bytes(content)
+    mapped = MappedFile(tmp_path / "file")
+    for start, count in ((0, 1), (4095, 2), (5, 4096), (8191, 4102), (0, len(content))):
+        assert mapped.bytes(start, count).numpy().tobytes() == content[start : start + count]
+
+
+@on_linux
+def test_a_file_that_shrank_before_it_is_read(tmp_path: Path) -> None:
+    """The kernel says so, where touching the page would have killed the process."""
+    tensor = torch.arange(100_000)
+    write_tensors({"a": tensor}, tmp_path / "model.safetensors")
+    (stored,) = open_tensors(tmp_path, mappable=True).values()
+    assert stored.map is not None
+    assert torch.equal(stored.map(), tensor)
+    os.truncate(tmp_path / "model.safetensors", 4096)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: a cannot be read: it has shrunk"
+    ):
+        stored.map()
+
+
+@on_linux
+def test_a_kernel_without_populate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped_file, "_MADV_POPULATE_READ", 12345)
+    (tmp_path / "file").write_bytes(b"abc")
+    assert MappedFile(tmp_path / "file").bytes(1, 2).tolist() == [98, 99]
+
+
+def test_empty_and_crooked_tensors_are_read(tmp_path: Path) -> None:
+    """Nothing to map, or elements across the alignment of their type."""
+    header = (
+        b'{"e":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
+        b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+        b'"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}}'
+    )
+    header += b" " * (-len(header) % 8)
+    data = b"\7" + torch.tensor([2.5]).numpy().tobytes()
+    content = len(header).to_bytes(8, "little") + header + data
+    (tmp_path / "model.safetensors").write_bytes(content)
+    tensors = open_tensors(tmp_path, mappable=True)
+    assert {name for name, tensor in tensors.items() if tensor.map} == {"a"}
+    assert tensors["b"].load().tolist() == [2.5]
+    assert tensors["e"].load().tolist() == []
