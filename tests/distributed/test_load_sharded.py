@@ -65,11 +65,20 @@ def load_both(ranks: Ranks, path: Path, plan: list[dict], shard: int | None) -> 
         if ranks.is_main:
             for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
                 assert all(map(torch.equal, fields(ours), fields(theirs)))
+            state, expected = model.state_dict(), whole.state_dict()  # plain, both of them
+            assert list(state) == list(expected)
+            assert all(torch.equal(state[name], expected[name]) for name in expected)
     return read[0], held
 
 
 @pytest.mark.parametrize(
-    ("world_size", "shard"), [(2, 2), pytest.param(3, 3, marks=pytest.mark.slow), (4, 2), (2, 1)]
+    ("world_size", "shard"),
+    [
+        (2, 2),
+        pytest.param(3, 3, marks=pytest.mark.slow),
+        (4, 2),
+        pytest.param(2, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_sharded_model_has_the_bits_of_the_whole(base: Path, world_size: int, shard: int) -> None:
     found = run_ranks(world_size, load_both, base, PLAN, shard)
