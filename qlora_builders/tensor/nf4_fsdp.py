@@ -126,13 +126,24 @@ class NF4Shard(Tensor):
         *,
         out: Tensor | None = None,
     ) -> tuple[NF4Tensor, tuple[Tensor, ...]] | None:
-        """The whole weight as views of what was gathered; nothing is copied or decoded."""
+        """The whole weight as views of what was gathered; nothing is copied or decoded.
+
+        `complete` is a copy where the shard is offloaded: its memory, which FSDP2 is told of, frees
+        and allocates again, is then filled again.
+        """
         if out is None:
             gathered = all_gather_outputs if complete is None else complete.fields
-            return self.whole(gathered), ()
-        if complete is not None:  # else its fields are views of what FSDP2 has filled again
-            for name, field in zip(self.tensor_fields, self.trimmed(complete.fields), strict=True):
+            copied = complete is not None and complete is not self
+            return self.whole(gathered), tuple(gathered) if copied else ()
+        if complete is None:
+            return None  # its fields are views of what FSDP2 has filled again
+        for name, field in zip(self.tensor_fields, self.trimmed(complete.fields), strict=True):
+            if complete is self:
                 setattr(out, name, field)
+            else:
+                filled = getattr(out, name)
+                with torch.autograd._unsafe_preserve_version_counter(filled):
+                    filled.copy_(field)
         return None
 
     def whole(self, gathered: Sequence[Tensor]) -> NF4Tensor:

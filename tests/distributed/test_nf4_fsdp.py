@@ -18,6 +18,7 @@ from qlora_builders import FrozenNF4Linear, LoRALinear, to_nf4
 from qlora_builders.distributed import Ranks, make_mesh
 from qlora_builders.kernels import SCALE_FORMATS
 from qlora_builders.tensor import gather_nf4, held_elements, is_nf4_shard, shard_nf4
+from qlora_builders.tensor.nf4_fsdp import NF4Shard
 
 # odd widths begin rows inside a byte; few rows leave ranks without any; scale groups straddle rows
 SHAPES = [(7, 33), (3, 1000), (1, 5), (129, 64)]
@@ -156,6 +157,31 @@ def test_a_rank_holds_and_sends_its_share_of_the_4_bit_bytes() -> None:
             assert whole == 1024 * 512 * bits / 8
             assert held * 4 == whole
             assert sent == [held]
+
+
+def gather_alone(ranks: Ranks, offloaded: bool) -> tuple[bool, int]:
+    """(Whether the whole weight is this rank's own shard, bytes of its codes after it is freed.)"""
+    if offloaded:  # FSDP2 takes a copy to its device and asks that
+        original = NF4Shard.fsdp_pre_all_gather
+        NF4Shard.fsdp_pre_all_gather = lambda self, mesh: original(self.clone(), mesh)
+    layer, x = FrozenNF4Linear(512, 96), torch.randn(3, 512, requires_grad=True)
+    output = layer(x)
+    (expected,) = torch.autograd.grad(output.square().sum(), x)
+    fully_shard(layer, mesh=make_mesh(ranks, "cpu"))
+    for _ in range(2):
+        again = layer(x)
+        assert torch.equal(again, output)
+        assert torch.equal(torch.autograd.grad(again.square().sum(), x)[0], expected)
+        layer.unshard()
+        codes = layer.weight.codes
+        layer.reshard()
+    shared = codes.data_ptr() == layer.weight._local_tensor.codes.data_ptr()
+    return shared, codes.untyped_storage().nbytes()
+
+
+def test_one_rank_copies_only_what_is_offloaded_and_frees_it() -> None:
+    assert run_ranks(1, gather_alone, False) == [(True, 512 * 96 // 2)]
+    assert run_ranks(1, gather_alone, True) == [(False, 0)]
 
 
 def refuse(ranks: Ranks) -> list[str]:
