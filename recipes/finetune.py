@@ -126,10 +126,11 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
                 return
             batches = until_stopped(eval_data.of_epoch(0, device), stop)
             loss, tokens = evaluate_loss(model, batches, gather=gather)
-            if not stop:
-                metrics.write(step=step, eval_loss=loss, eval_tokens=tokens)
-                progress.say(f"step {step}: eval loss {loss:.4f}")
-            if cfg.training.samples and step in (0, total_steps) and not stop:
+            if stop.agreed():
+                return
+            metrics.write(step=step, eval_loss=loss, eval_tokens=tokens)
+            progress.say(f"step {step}: eval loss {loss:.4f}")
+            if cfg.training.samples and step in (0, total_steps):
                 folder = run_dir if ranks.is_main else None
                 add_samples(folder, step, model, eval_data.dataset, cfg.training.samples)
 
