@@ -145,11 +145,8 @@ def predict_phases(
         forward["gradients"], backward["gradients"] = gradients, gradients
     temporary = optimizer.temporary_of_all * elements + optimizer.temporary_of_one * largest
     step = {"gradients": gradients, "optimizer temporaries": round(temporary)}
-    load = {**_load_terms(model, device_type), **weights}
-    if device_type == "cpu":
-        load["runtime"] = CPU_LOAD_BYTES
     return [
-        Phase("load", load),
+        Phase("load", {**_load_terms(model, device_type), **weights}),
         Phase("forward", {**fixed, **forward}),
         Phase("backward", {**fixed, **backward}),
         Phase("optimizer step", {**fixed, **step}),
@@ -241,7 +238,8 @@ def _load_terms(model: CausalLM, device_type: str) -> dict[str, int]:
         waiting = size * min(_WAITING, budget // size) if size else 0
     else:
         waiting = max(packed, default=0)
-    return {**weight_terms(model), "weights being read": waiting}
+    runtime = CPU_LOAD_BYTES if device_type == "cpu" else 0
+    return {**weight_terms(model), "weights being read": waiting, "runtime": runtime}
 
 
 def _one_layer_of_each_kind(model: CausalLM) -> tuple[CausalLM, list[int]]:
