@@ -74,9 +74,6 @@ def load_checkpoint(
         arch, components, train=train, device="meta", dtype=dtype, compute_dtype=compute_dtype
     )
     device = torch.device(device)
-    content = _load_weights(model, tensors, where, device)
-    found = detect_format(path) if format == AUTO else format
-    model.spec = replace(model.spec, base=BaseCheckpoint(found, content))
     for module in model.modules():
         if isinstance(module, LoRALinear):
             for part in (module.lora_A, module.lora_B):
@@ -85,6 +82,12 @@ def load_checkpoint(
                     empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                     setattr(part, name, nn.Parameter(empty))
             module.reset_lora_parameters()
+    content = _load_weights(model, tensors, where, device)
+    found = detect_format(path) if format == AUTO else format
+    model.spec = replace(model.spec, base=BaseCheckpoint(found, content))
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.reset_magnitudes()
     return model
 
 

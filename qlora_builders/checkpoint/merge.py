@@ -192,7 +192,7 @@ class _MergePlan:
             weight = source.load()
             if adapter is None:
                 return self._stored(weight, slot, dtype)
-            delta = adapter.lora_delta()
+            delta = adapter.lora_delta(weight)
             written = self._stored(weight.float() + delta, slot, dtype)
             trained = lazy_parameter(source.name, parameter, None).load()
             self._check_relation(source.name, weight, trained)

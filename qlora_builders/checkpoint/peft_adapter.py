@@ -29,6 +29,7 @@ from qlora_builders.checkpoint.peft_config import (
     read_peft_config,
 )
 from qlora_builders.checkpoint.peft_export import (
+    MAGNITUDE,
     PREFIX,
     WEIGHTS_FILE,
     adapters_of,
@@ -78,7 +79,11 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     config = read_peft_config(path)
     file = path / WEIGHTS_FILE
     read_header(file)  # says what is wrong with the file, if anything
-    header = open_tensors(path, stem=WEIGHTS_FILE.partition(".")[0])
+    header = {
+        # as files have it that were made from a state_dict of PEFT's
+        re.sub(rf"(?<=\.{MAGNITUDE})\.weight$", "", key): tensor
+        for key, tensor in open_tensors(path, stem=WEIGHTS_FILE.partition(".")[0]).items()
+    }
     foreign = sorted(name for name in header if not name.startswith(PREFIX))
     if foreign:
         raise CheckpointError(
@@ -91,7 +96,7 @@ def read_adapter(path: str | Path) -> AdapterInfo:
         if tensor.dtype not in _DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise CheckpointError(f"{file}: {name} has dtype {tensor.dtype}; allowed: {allowed}")
-        match = re.fullmatch(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias)", name)
+        match = re.fullmatch(rf"(.+)\.(lora_[AB]\.weight|lora_B\.bias|{MAGNITUDE})", name)
         if match is None:
             plain.append(name)
         else:
@@ -107,23 +112,26 @@ def read_adapter(path: str | Path) -> AdapterInfo:
 def _adapter_module(
     file: Path, config: PeftConfig, name: str, shapes: dict[str, list[int]]
 ) -> AdapterModule:
-    """lora_A is [rank, in], lora_B [out, rank], the bias of lora_B [out]."""
+    """lora_A is [rank, in], lora_B [out, rank], the bias of lora_B and the magnitudes [out]."""
     a, b = shapes.get("lora_A.weight", []), shapes.get("lora_B.weight", [])
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise CheckpointError(
             f"{file}: {name} needs lora_A [rank, in] and lora_B [out, rank], got "
             f"lora_A {a or 'none'} and lora_B {b or 'none'}"
         )
-    bias = shapes.get("lora_B.bias")
-    if bias != ([b[0]] if config.lora_bias else None):
-        raise CheckpointError(
-            f"{file}: {name}.lora_B.bias is {bias or 'missing'}, but {CONFIG_FILE} says "
-            f"lora_bias={config.lora_bias}" + (f", so [{b[0]}]" if config.lora_bias else "")
-        )
+    for leaf, option in (("lora_B.bias", "lora_bias"), (MAGNITUDE, "use_dora")):
+        shape, wanted = shapes.get(leaf), getattr(config, option)
+        if shape != ([b[0]] if wanted else None):
+            raise CheckpointError(
+                f"{file}: {name}.{leaf} is {shape or 'missing'}, but {CONFIG_FILE} says "
+                f"{option}={wanted}" + (f", so [{b[0]}]" if wanted else "")
+            )
     rank = config.rank_of(name)
     if a[0] != rank:
         raise CheckpointError(f"{file}: {name} has rank {a[0]}, but {CONFIG_FILE} says {rank}")
-    return AdapterModule(rank, config.alpha_of(name), config.use_rslora, config.lora_bias)
+    return AdapterModule(
+        rank, config.alpha_of(name), config.use_rslora, config.lora_bias, config.use_dora
+    )
 
 
 def _plain_tensors(
@@ -140,10 +148,6 @@ def _plain_tensors(
             copies[name] = possible[name]
         else:
             stray.append(name)
-    if any(name.endswith(".lora_magnitude_vector") for name in stray):
-        raise CheckpointError(
-            f"{file}: DoRA is not supported yet (lora_magnitude_vector): {listed(stray)}"
-        )
     if stray:
         raise CheckpointError(
             f"{file}: neither lora_A, lora_B nor in modules_to_save of {CONFIG_FILE}: "
@@ -182,9 +186,11 @@ def load_adapter_info(model: CausalLM, info: AdapterInfo, aspects: Collection[st
     ]
     if differing:
         raise CheckpointError(f"{info.path}: rank or alpha differ: {listed(differing)}")
+    dora = {name for name, module in adapters.items() if module.lora_magnitude_vector is not None}
+    _compare_names(info, "DoRA magnitudes", {n for n in info.modules if info.config.use_dora}, dora)
     _check_copies(model, info)
     names = [f"{m}.{part}.weight" for m in info.modules for part in ("lora_A", "lora_B")]
-    names += _lora_biases(info, adapters)
+    names += [f"{name}.{MAGNITUDE}" for name in sorted(dora)] + _lora_biases(info, adapters)
     tensors = {name: _read_fitting(model, info, name) for name in (*names, *info.saved)}
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     tied = model.tie_word_embeddings and head in tensors

@@ -54,6 +54,7 @@ class AdapterModule:
     alpha: float
     use_rslora: bool = False
     lora_bias: bool = False
+    use_dora: bool = False
 
     @property
     def scaling(self) -> float:
@@ -69,6 +70,7 @@ class PeftConfig:
     alpha: float
     use_rslora: bool
     lora_bias: bool
+    use_dora: bool
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     target_modules: str | list[str]
@@ -187,8 +189,6 @@ def read_peft_config(directory: Path) -> PeftConfig:
     config = read_json_object(file, expected="a PEFT adapter directory")
     if config.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"{file}: peft_type is {config['peft_type']!r}; only LORA is read")
-    if config.get("use_dora") not in (False, None):
-        raise CheckpointError(f"{file}: use_dora={config['use_dora']!r}: DoRA is not supported yet")
     for key, allowed in _UNSUPPORTED.items():
         value = config.get(key)
         if not any(type(value) is type(ok) and value == ok for ok in allowed):
@@ -200,6 +200,7 @@ def read_peft_config(directory: Path) -> PeftConfig:
         alpha=field("lora_alpha", _is_alpha, "a finite number > 0"),
         use_rslora=field("use_rslora", _is_switch, "true or false", default=False),
         lora_bias=field("lora_bias", _is_switch, "true or false", default=False),
+        use_dora=field("use_dora", _is_switch, "true or false", default=False),
         rank_pattern=field("rank_pattern", _map_of(_is_rank), "names to integers >= 1", {}),
         alpha_pattern=field("alpha_pattern", _map_of(_is_alpha), "names to numbers > 0", {}),
         target_modules=field("target_modules", _is_names, "a string or a list of names"),
@@ -216,6 +217,8 @@ def read_peft_config(directory: Path) -> PeftConfig:
         entries = getattr(parsed, key)
         for entry in [entries] if isinstance(entries, str) else entries:
             _check_regex(file, key, entry)
+    if parsed.use_dora and parsed.lora_bias:
+        raise CheckpointError(f"{file}: use_dora and lora_bias exclude each other, as in PEFT")
     return parsed
 
 

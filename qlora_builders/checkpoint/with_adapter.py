@@ -49,7 +49,8 @@ def adapter_plan(
         kind = "qlora" if nf4 and slot.startswith("layers.") else "lora"
         rule = {"match": slot, "kind": kind, "rank": adapter.rank, "alpha": adapter.alpha}
         rule |= {"use_rslora": adapter.use_rslora}
-        components.append(rule | {"lora_bias": True} if adapter.lora_bias else rule)
+        switches = {"lora_bias": adapter.lora_bias, "use_dora": adapter.use_dora}
+        components.append(rule | {name: True for name, on in switches.items() if on})
     train = []
     for name in sorted({saved.rpartition(".")[0].removeprefix("model.") for saved in info.saved}):
         if name.endswith("_proj") or name == "lm_head":
@@ -118,13 +119,17 @@ def load_with_adapter(
 
 def _check_plan(info: AdapterInfo, plan: dict[str, ComponentRule]) -> None:
     """A record whose plan is not that of the weights beside it, before anything is allocated."""
-    planned = {hf_name(slot): rule.rank for slot, rule in plan.items() if rule.rank is not None}
-    stored = {name: module.rank for name, module in info.modules.items()}
+    planned = {
+        hf_name(slot): (rule.rank, bool(rule.use_dora))
+        for slot, rule in plan.items()
+        if rule.rank is not None
+    }
+    stored = {name: (module.rank, module.use_dora) for name, module in info.modules.items()}
     differing = sorted(
         name for name in planned.keys() | stored if planned.get(name) != stored.get(name)
     )
     if differing:
         raise CheckpointError(
-            f"{info.path}: {BASE_FILE} plans other adapters or ranks than {WEIGHTS_FILE} holds: "
-            f"{listed(differing)}"
+            f"{info.path}: {BASE_FILE} plans other adapters, ranks or use_dora than "
+            f"{WEIGHTS_FILE} holds: {listed(differing)}"
         )

@@ -25,8 +25,8 @@ from qlora_builders.errors import ConfigError, nearest
 SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 METHOD_OPTIONS = {
     "full": (),
-    "lora": ("rank", "alpha", "dropout", "use_rslora", "targets"),
-    "qlora": ("rank", "alpha", "dropout", "use_rslora", "targets", "block_size"),
+    "lora": ("rank", "alpha", "dropout", "use_rslora", "use_dora", "targets"),
+    "qlora": ("rank", "alpha", "dropout", "use_rslora", "use_dora", "targets", "block_size"),
 }
 
 

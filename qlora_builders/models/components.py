@@ -21,7 +21,7 @@ from qlora_builders.tensor import check_nf4_options
 
 _NF4_OPTIONS = ("block_size", "scale_block_size", "scale_format", "scale_search")
 _NF4_DEFAULTS = {"block_size": 64, "scale_block_size": 256, "scale_format": "geometric"}
-_LORA_OPTIONS = ("rank", "alpha", "dropout", "use_rslora", "lora_bias")
+_LORA_OPTIONS = ("rank", "alpha", "dropout", "use_rslora", "lora_bias", "use_dora")
 KINDS: dict[str, tuple[str, ...]] = {
     "linear": ("trainable",),
     "frozen_nf4": _NF4_OPTIONS,
@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 _INTEGERS = ("rank", "block_size", "scale_block_size")
 _NUMBERS = ("alpha", "dropout")
-_SWITCHES = ("use_rslora", "lora_bias", "trainable", "scale_search")
+_SWITCHES = ("use_rslora", "lora_bias", "use_dora", "trainable", "scale_search")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class ComponentRule:
         match: pattern of slot names without the leading `model.`; see `slot_patterns`.
         kind: `linear`, `frozen_nf4`, `lora` (plain base) or `qlora` (NF4 base).
         rank, alpha: of the adapter; both needed by `lora` and `qlora`.
-        dropout, use_rslora, lora_bias: of the adapter; see `LoRALinear`.
+        dropout, use_rslora, lora_bias, use_dora: of the adapter; see `LoRALinear`.
         block_size, scale_block_size, scale_format, scale_search: of the NF4 base; see `to_nf4`.
         trainable: train the weight itself, in float32; `linear` only.
 
@@ -56,6 +56,7 @@ class ComponentRule:
     dropout: float | None = None
     use_rslora: bool | None = None
     lora_bias: bool | None = None
+    use_dora: bool | None = None
     block_size: int | None = None
     scale_block_size: int | None = None
     scale_format: str | None = None
@@ -88,7 +89,13 @@ class ComponentRule:
             if "rank" in allowed:
                 if self.rank is None or self.alpha is None:
                     raise PlanError(f"kind {self.kind!r} needs rank and alpha")
-                check_lora_options(rank=self.rank, alpha=self.alpha, dropout=self.dropout or 0.0)
+                check_lora_options(
+                    rank=self.rank,
+                    alpha=self.alpha,
+                    dropout=self.dropout or 0.0,
+                    lora_bias=bool(self.lora_bias),
+                    use_dora=bool(self.use_dora),
+                )
             nf4 = {name: value for name, value in self.options.items() if name in _NF4_OPTIONS}
             check_nf4_options(**{**_NF4_DEFAULTS, **nf4})
         except ValueError as error:
@@ -134,7 +141,8 @@ def resolve(
     """Decide every slot: slot name -> the rule that fills it.
 
     Raises:
-        PlanError: for a bad rule, or one with an alternative that matches no slot.
+        PlanError: for a bad rule, one with an alternative that matches no slot, or a plan with DoRA
+            in some adapters only.
     """
     plan = {slot: ComponentRule(match=slot, kind="linear") for slot in slots}
     for index, raw in enumerate(rules):
@@ -144,7 +152,18 @@ def resolve(
         except PlanError as error:
             raise PlanError(f"components[{index}] (kind {rule.kind!r}): {error}") from error
         plan.update(dict.fromkeys(matched, rule))
+    _check_dora(plan.values())
     return plan
+
+
+def _check_dora(rules: Iterable[ComponentRule]) -> None:
+    """PEFT's files have one switch for all adapters."""
+    dora = {bool(rule.use_dora): rule for rule in rules if rule.kind in ("lora", "qlora")}
+    if len(dora) > 1:
+        raise PlanError(
+            f"rule {dora[True].match!r} has use_dora and rule {dora[False].match!r} has not; an "
+            "adapter file is DoRA as a whole, so set it in all of the plan's adapters or in none"
+        )
 
 
 def build_linear(

@@ -68,7 +68,12 @@ def test_intact(build: Callable[..., CausalLM], adapter: Path) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA is read"),
-        ({"use_dora": True}, "use_dora=True: DoRA is not supported yet"),
+        ({"use_dora": "yes"}, "use_dora is 'yes'; it must be true or false"),
+        (
+            {"use_dora": True},
+            "lora_magnitude_vector is missing, but .* says use_dora=True, so .96.",
+        ),
+        ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias exclude each other"),
         ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
         ({"lora_bias": True}, "lora_B.bias is missing, but adapter_config.json says .*so .96."),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True is not supported"),
@@ -134,7 +139,7 @@ def test_inits_that_leave_the_base_alone(adapter: Path, init: Any) -> None:
         ({UP_A: torch.ones(4)}, "got lora_A \\[4\\] and lora_B \\[96, 4\\]"),
         (
             {f"{PREFIX}{UP}.lora_magnitude_vector": torch.ones(96)},
-            f"DoRA is not supported yet .lora_magnitude_vector.: {UP}.lora_magnitude_vector",
+            f"{UP}.lora_magnitude_vector is .96., but adapter_config.json says use_dora=False",
         ),
         (
             {f"{PREFIX}{UP}.lora_B.bias": torch.ones(96)},

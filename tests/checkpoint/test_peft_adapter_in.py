@@ -63,6 +63,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "saved_slot": {"target_modules": ["q_proj"], "modules_to_save": ["down_proj"]},
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "lora_bias": {"target_modules": ["q_proj", "up_proj"], "lora_bias": True},
+    "dora": {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
+    "dora_patterns": {
+        "target_modules": ["q_proj", "up_proj", "lm_head"],
+        "use_dora": True,
+        "use_rslora": True,
+        "rank_pattern": {"up_proj": 9},
+        "modules_to_save": ["norm"],
+    },
     "excluded": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["0.self_attn.k_proj"]},
     "dropout": {"target_modules": ["q_proj"], "lora_dropout": 0.5},
 }

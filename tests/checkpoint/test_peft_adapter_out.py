@@ -52,6 +52,17 @@ PLANS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     ),
     "rslora_in_some": ("gqa", [ALL, ATTENTION | {"rank": 3, "use_rslora": True}], []),
     "lora_bias": ("biased", [ALL | {"lora_bias": True}], []),
+    "dora": ("biased", [ALL | {"use_dora": True}], []),
+    "dora_plain_base": ("gqa", [ALL | {"kind": "lora", "use_dora": True}], []),
+    "dora_rslora_mixed_ranks": (
+        "gqa",
+        [
+            ALL | {"use_dora": True},
+            ATTENTION | {"rank": 3, "use_rslora": True, "use_dora": True, "kind": "lora"},
+        ],
+        ["norm"],
+    ),
+    "dora_tied_head": ("tied", [ALL | {"use_dora": True}, HEAD | {"use_dora": True}], []),
     "lora_bias_in_some": ("biased", [ALL, ATTENTION | {"lora_bias": True}], []),
     "one_layer": ("gqa", [ALL | {"match": "layers.1.**"}], []),
     "one_projection_of_one_layer": ("gqa", [ALL | {"match": "layers.1.self_attn.q_proj"}], []),
@@ -143,8 +154,9 @@ def test_read_back(
 
     (tmp_path / "adapter/qlora_base.json").unlink()
     info = read_adapter(tmp_path / "adapter")
-    quantize = "none" if name == "plain_base" else "nf4"
-    if name != "mixed_bases":  # which slots were plain is only in the plan
+    quantize = "none" if name.endswith("plain_base") else "nf4"
+    # which slots were plain is only in the plan
+    if name not in ("mixed_bases", "dora_rslora_mixed_ranks"):
         rules, patterns = adapter_plan(info, quantize=quantize)
         derived = load_checkpoint(
             checkpoints(variant), [*rules, *_plain_slots(name)], train=patterns, dtype=torch.float32
@@ -186,6 +198,15 @@ def test_layout(build: Callable[[str], CausalLM], tmp_path: Path) -> None:
     a, b = (tensors[f"base_model.model.{q_proj}.lora_{part}.weight"] for part in "AB")
     assert (a.shape, b.shape) == ((3, 64), (64, 3))
     assert a.dtype == b.dtype == torch.float32
+
+
+def test_dora_layout(build: Callable[[str], CausalLM], tmp_path: Path) -> None:
+    save_adapter(build("dora"), tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["use_dora"] is True
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert len(tensors) == 3 * 14
+    magnitudes = tensors["base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"]
+    assert (magnitudes.dtype, list(magnitudes.shape)) == (torch.float32, [96])
 
 
 def test_alphas_are_written_as_given(checkpoints: Callable[..., Path], tmp_path: Path) -> None:

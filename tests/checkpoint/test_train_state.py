@@ -35,6 +35,7 @@ QLORA = [{"match": "layers.**", "kind": "qlora", "rank": 2, "alpha": 4, "dropout
 FULL = [{"match": "**", "kind": "linear", "trainable": True}]
 PLANS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "adapters": (QLORA, []),
+    "dora": ([QLORA[0] | {"use_dora": True}], []),
     "adapters and whole parameters": (QLORA, ["norm", "embed_tokens"]),
     "whole weights": (FULL, ["norm", "embed_tokens"]),
     "a part of them": ([{"match": "**", "kind": "frozen_nf4"}, FULL[0] | {"match": "lm_head"}], []),

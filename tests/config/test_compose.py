@@ -110,6 +110,7 @@ def test_method_qlora() -> None:
             "alpha": 32.0,
             "dropout": 0.0,
             "use_rslora": False,
+            "use_dora": False,
             "block_size": 64,
         },
     ]
@@ -125,6 +126,7 @@ def test_method_lora() -> None:
             "alpha": 32.0,
             "dropout": 0.1,
             "use_rslora": False,
+            "use_dora": False,
         }
     ]
     assert train_patterns(cfg) == []

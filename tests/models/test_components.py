@@ -52,6 +52,9 @@ def build(component: ComponentRule, bias: bool = True) -> Any:
         ({"dropout": -0.1}, r"dropout is -0.1; it must be in \[0, 1\)"),
         ({"use_rslora": "false"}, "use_rslora is 'false'; it must be true or false"),
         ({"use_rslora": 1}, "use_rslora is 1; it must be true or false"),
+        ({"use_dora": "on"}, "use_dora is 'on'; it must be true or false"),
+        ({"use_dora": True, "lora_bias": True}, "lora_bias and use_dora exclude each other"),
+        ({"kind": "frozen_nf4", "use_dora": True}, "kind 'frozen_nf4' does not take"),
         ({"lora_bias": "all"}, "lora_bias is 'all'; it must be true or false"),
         ({"block_size": 48}, "block_size is 48; allowed: 32, 64"),
         ({"block_size": 0}, "block_size is 0; allowed: 32, 64"),
@@ -71,7 +74,7 @@ def test_a_bad_rule_names_itself(options: dict[str, Any], message: str) -> None:
     ("mapping", "message"),
     [
         ({"match": "x", "kind": "qlora", "rnak": 8}, "unknown option 'rnak'; did you mean 'rank'"),
-        ({"match": "x", "kind": "lora", "use_dora": True}, "unknown option 'use_dora'"),
+        ({"match": "x", "kind": "lora", "use_doora": True}, "unknown option 'use_doora'; did you"),
         ({"match": "x"}, "rule 'x': kind missing"),
         ({"kind": "linear"}, "match missing"),
         ({}, "match and kind missing"),
