@@ -26,6 +26,7 @@ from qlora_builders.models import (
     resolve,
 )
 from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.modules.lora_init import LOFTQ
 from qlora_builders.tensor import NF4Tensor
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -85,9 +86,6 @@ def load_checkpoint(
     content = _load_weights(model, tensors, where, device)
     found = detect_format(path) if format == AUTO else format
     model.spec = replace(model.spec, base=BaseCheckpoint(found, content))
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.reset_magnitudes()
     return model
 
 
@@ -152,6 +150,7 @@ def _load_weights(
         content.add(tensor.name, value)
         slot = tensor.name.removesuffix(".weight").removeprefix("model.")
         _place(model, tensor, value, parameters[tensor.name], rules.get(slot), device)
+        _init_adapter(model.get_submodule(tensor.name.rpartition(".")[0]), tensor, value)
 
     def transient(tensor: LazyTensor) -> bool:
         """Quantized, cast or moved; a weight that stays as it is keeps what it was read into."""
@@ -167,6 +166,8 @@ def _load_weights(
     if tied and HEAD in tensors:
         _check_tied(tensors[HEAD], model.get_parameter(EMBEDDING))
     model.tie_weights()
+    if tied and isinstance(model.lm_head, LoRALinear):
+        model.lm_head.init_from_base()
     return content.hexdigest()
 
 
@@ -195,6 +196,18 @@ def _place(
     except RuntimeError as error:
         reason = str(error).partition("\n")[2].strip() or str(error)
         raise CheckpointError(f"{tensor.source}: {tensor.name}: {reason}") from error
+
+
+def _init_adapter(module: nn.Module, tensor: LazyTensor, value: Tensor) -> None:
+    """What of an adapter starts from the base weight, where that was just placed."""
+    if not isinstance(module, LoRALinear) or not tensor.name.endswith(".weight"):
+        return
+    if isinstance(value, NF4Tensor) and module.init_lora_weights == LOFTQ:
+        raise CheckpointError(
+            f"{tensor.source}: {tensor.name} is stored in 4 bits, and init_lora_weights='loftq' "
+            "starts from what quantization changed; start from 16-bit weights"
+        )
+    module.init_from_base(value)
 
 
 def _check_options(tensor: LazyTensor, stored: NF4Tensor, rule: ComponentRule | None) -> None:

@@ -37,6 +37,7 @@ from qlora_builders.checkpoint.safetensors_io import (
 from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.models import LlamaArch, linear_slots, llama
 from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.modules.lora_init import LOFTQ
 from qlora_builders.tensor import NF4Tensor, to_nf4
 
 DEQUANTIZED = "dequantized"
@@ -142,6 +143,12 @@ class _MergePlan:
         if not self.adapters:
             raise CheckpointError("the model has no LoRA adapter to merge; load one first")
         self.arch = _merged_arch(self.model, self.adapters)
+        loftq = sorted(n for n, m in self.adapters.items() if m.init_lora_weights == LOFTQ)
+        if self.base != DEQUANTIZED and loftq:
+            raise CheckpointError(
+                f"adapters that started as LoftQ correct their quantized base ({listed(loftq)}); "
+                f"{self.base} needs no correction, so merge with base={DEQUANTIZED}"
+            )
         self.originals = None if self.base == DEQUANTIZED else self._find_originals()
 
     def build(self) -> CausalLM:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,18 +180,20 @@ def load_adapter_info(model: CausalLM, info: AdapterInfo, aspects: Collection[st
     _compare_names(info, "parameters", set(info.saved), set(trained_parameters(model)))
     differing = [
         f"{name} (file: rank {own.rank}, scaling {own.scaling:g}; "
-        f"model: rank {adapters[name].rank}, scaling {adapters[name].scaling:g})"
+        f"model: rank {adapters[name].stored_rank}, scaling {adapters[name].scaling:g})"
         for name, own in info.modules.items()
-        if own.rank != adapters[name].rank or not math.isclose(own.scaling, adapters[name].scaling)
+        if own.rank != adapters[name].stored_rank
+        or not math.isclose(own.scaling, adapters[name].scaling)
     ]
     if differing:
         raise CheckpointError(f"{info.path}: rank or alpha differ: {listed(differing)}")
     dora = {name for name, module in adapters.items() if module.lora_magnitude_vector is not None}
     _compare_names(info, "DoRA magnitudes", {n for n in info.modules if info.config.use_dora}, dora)
     _check_copies(model, info)
-    names = [f"{m}.{part}.weight" for m in info.modules for part in ("lora_A", "lora_B")]
-    names += [f"{name}.{MAGNITUDE}" for name in sorted(dora)] + _lora_biases(info, adapters)
-    tensors = {name: _read_fitting(model, info, name) for name in (*names, *info.saved)}
+    names = [f"{name}.{MAGNITUDE}" for name in sorted(dora)] + _lora_biases(info, adapters)
+    tensors = _read_factors(info, adapters)
+    for name in (*names, *info.saved):
+        tensors[name] = _read_fitting(info, name, model.get_parameter(name).shape)
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     tied = model.tie_word_embeddings and head in tensors
     if tied and not torch.equal(tensors[head], tensors[embedding]):
@@ -237,13 +239,26 @@ def _lora_biases(info: AdapterInfo, adapters: dict[str, LoRALinear]) -> list[str
     return names
 
 
-def _read_fitting(model: nn.Module, info: AdapterInfo, name: str) -> Tensor:
-    parameter = model.get_parameter(name)
+def _read_factors(info: AdapterInfo, adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
+    """A and B by parameter name, in two where the second half is the frozen start of PiSSA."""
+    tensors = {}
+    for name, module in adapters.items():
+        a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        tensors[a] = _read_fitting(info, a, (module.stored_rank, module.in_features))
+        tensors[b] = _read_fitting(info, b, (module.out_features, module.stored_rank))
+        if module.lora_A_init is not None:
+            tensors[a], tensors[f"{name}.lora_A_init"] = tensors[a].chunk(2)
+            tensors[b], negative = tensors[b].chunk(2, dim=1)
+            tensors[f"{name}.lora_B_init"] = -negative
+    return tensors
+
+
+def _read_fitting(info: AdapterInfo, name: str, shape: Sequence[int]) -> Tensor:
     tensor = info.tensors[PREFIX + name].load()
-    if tensor.shape != parameter.shape:
+    if list(tensor.shape) != list(shape):
         raise CheckpointError(
             f"{info.path / WEIGHTS_FILE}: {name} has shape {list(tensor.shape)}; "
-            f"the model needs {list(parameter.shape)}"
+            f"the model needs {list(shape)}"
         )
     if not torch.stack(tensor.aminmax()).isfinite().all():  # one pass, where isfinite takes three
         raise CheckpointError(f"{info.path / WEIGHTS_FILE}: {name} holds NaN or infinity")

@@ -35,6 +35,10 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # other values (pissa, olora, corda, loftq ...) also change the base weights
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
+_INIT_HINT = (
+    ": such an adapter needs a base that PEFT changed. Let PEFT make it one for the original base: "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+)
 # keys whose entries PEFT compiles
 _REGEXES = (
     "target_modules",
@@ -192,7 +196,8 @@ def read_peft_config(directory: Path) -> PeftConfig:
     for key, allowed in _UNSUPPORTED.items():
         value = config.get(key)
         if not any(type(value) is type(ok) and value == ok for ok in allowed):
-            raise CheckpointError(f"{file}: {key}={value!r} is not supported")
+            hint = _INIT_HINT if key == "init_lora_weights" else ""
+            raise CheckpointError(f"{file}: {key}={value!r} is not supported{hint}")
     field = _Fields(file, config)
     parsed = PeftConfig(
         file,

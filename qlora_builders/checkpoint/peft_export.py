@@ -45,9 +45,9 @@ def save_adapter(model: CausalLM, path: str | Path, *, base_model: str = "") -> 
     saved = trained_parameters(model)
     config = _peft_config(model, adapters, saved, base_model)
     tensors = {
-        f"{PREFIX}{name}.{part}.weight": getattr(module, part).weight
+        f"{PREFIX}{name}.{part}.weight": factor
         for name, module in adapters.items()
-        for part in ("lora_A", "lora_B")
+        for part, factor in zip(("lora_A", "lora_B"), module.stored_factors(), strict=True)
     }
     if config.get("lora_bias"):
         for name, module in adapters.items():
@@ -75,12 +75,12 @@ def _peft_config(
     # gives the same scaling
     rslora = all(module.use_rslora for module in adapters.values())
     alphas = {
-        name: module.alpha * math.sqrt(module.rank)
+        name: module.stored_alpha * math.sqrt(module.stored_rank)
         if module.use_rslora and not rslora
-        else module.alpha
+        else module.stored_alpha
         for name, module in adapters.items()
     }
-    ranks = {name: module.rank for name, module in adapters.items()}
+    ranks = {name: module.stored_rank for name, module in adapters.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     dropouts = [getattr(module.dropout, "p", 0.0) for module in adapters.values()]

@@ -17,6 +17,7 @@ from qlora_builders.checkpoint.safetensors_io import listed
 from qlora_builders.errors import CheckpointError, PlanError, did_you_mean
 from qlora_builders.models import ComponentRule, linear_slots, resolve
 from qlora_builders.modules import CausalLM
+from qlora_builders.modules.lora_init import LOFTQ
 
 QUANTIZE = ("auto", "nf4", "none")
 NF4_BASE = {"match": "layers.**", "kind": "frozen_nf4"}
@@ -111,7 +112,10 @@ def load_with_adapter(
     except PlanError as error:  # the caller wrote no plan; the adapter did
         raise CheckpointError(f"{adapter}: the adapter does not fit {path}: {error}") from error
     if info is not None:
-        chosen = {"quantization": quantize != "auto", "dtype": dtype is not None}
+        # a LoftQ adapter is half a correction of one quantization, whatever the caller names
+        rules = () if info.base is None else info.base.components
+        bound = any(rule.init_lora_weights == LOFTQ for rule in rules)
+        chosen = {"quantization": quantize != "auto" and not bound, "dtype": dtype is not None}
         aspects = [a for a in ASPECTS if not (allow_base_mismatch or chosen.get(a))]
         load_adapter_info(model, info, aspects)
     return model.eval()
@@ -120,7 +124,7 @@ def load_with_adapter(
 def _check_plan(info: AdapterInfo, plan: dict[str, ComponentRule]) -> None:
     """A record whose plan is not that of the weights beside it, before anything is allocated."""
     planned = {
-        hf_name(slot): (rule.rank, bool(rule.use_dora))
+        hf_name(slot): (rule.stored_rank, bool(rule.use_dora))
         for slot, rule in plan.items()
         if rule.rank is not None
     }

@@ -23,11 +23,8 @@ from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError, nearest
 
 SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-METHOD_OPTIONS = {
-    "full": (),
-    "lora": ("rank", "alpha", "dropout", "use_rslora", "use_dora", "targets"),
-    "qlora": ("rank", "alpha", "dropout", "use_rslora", "use_dora", "targets", "block_size"),
-}
+_ADAPTER = ("rank", "alpha", "dropout", "use_rslora", "use_dora", "init_lora_weights", "targets")
+METHOD_OPTIONS = {"full": (), "lora": _ADAPTER, "qlora": (*_ADAPTER, "block_size")}
 
 
 def check(cfg: Any) -> list[str]:

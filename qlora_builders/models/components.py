@@ -17,11 +17,14 @@ from torch import nn
 from qlora_builders.errors import PlanError, did_you_mean
 from qlora_builders.models.slot_patterns import match_names
 from qlora_builders.modules import FrozenNF4Linear, Linear, LoRALinear, check_lora_options
+from qlora_builders.modules.lora_init import DEFAULT, stored_rank
 from qlora_builders.tensor import check_nf4_options
 
 _NF4_OPTIONS = ("block_size", "scale_block_size", "scale_format", "scale_search")
 _NF4_DEFAULTS = {"block_size": 64, "scale_block_size": 256, "scale_format": "geometric"}
-_LORA_OPTIONS = ("rank", "alpha", "dropout", "use_rslora", "lora_bias", "use_dora")
+_LORA_OPTIONS = (
+    "rank", "alpha", "dropout", "use_rslora", "lora_bias", "use_dora", "init_lora_weights"
+)  # fmt: skip
 KINDS: dict[str, tuple[str, ...]] = {
     "linear": ("trainable",),
     "frozen_nf4": _NF4_OPTIONS,
@@ -41,7 +44,8 @@ class ComponentRule:
         match: pattern of slot names without the leading `model.`; see `slot_patterns`.
         kind: `linear`, `frozen_nf4`, `lora` (plain base) or `qlora` (NF4 base).
         rank, alpha: of the adapter; both needed by `lora` and `qlora`.
-        dropout, use_rslora, lora_bias, use_dora: of the adapter; see `LoRALinear`.
+        dropout, use_rslora, lora_bias, use_dora, init_lora_weights: of the adapter; see
+            `LoRALinear`.
         block_size, scale_block_size, scale_format, scale_search: of the NF4 base; see `to_nf4`.
         trainable: train the weight itself, in float32; `linear` only.
 
@@ -57,6 +61,7 @@ class ComponentRule:
     use_rslora: bool | None = None
     lora_bias: bool | None = None
     use_dora: bool | None = None
+    init_lora_weights: str | None = None
     block_size: int | None = None
     scale_block_size: int | None = None
     scale_format: str | None = None
@@ -95,6 +100,10 @@ class ComponentRule:
                     dropout=self.dropout or 0.0,
                     lora_bias=bool(self.lora_bias),
                     use_dora=bool(self.use_dora),
+                    init_lora_weights=DEFAULT
+                    if self.init_lora_weights is None
+                    else self.init_lora_weights,
+                    quantize_base=self.kind == "qlora",
                 )
             nf4 = {name: value for name, value in self.options.items() if name in _NF4_OPTIONS}
             check_nf4_options(**{**_NF4_DEFAULTS, **nf4})
@@ -110,6 +119,11 @@ class ComponentRule:
     @property
     def trains(self) -> bool:
         return self.kind in ("lora", "qlora") or bool(self.trainable)
+
+    @property
+    def stored_rank(self) -> int | None:
+        """The rank in an adapter file; None without an adapter."""
+        return None if self.rank is None else stored_rank(self.rank, self.init_lora_weights)
 
     @classmethod
     def parse(cls, rule: ComponentRule | Mapping[str, Any]) -> ComponentRule:
@@ -185,12 +199,15 @@ def build_linear(
         return FrozenNF4Linear(
             in_features, out_features, bias, device=device, dtype=dtype, **options
         )
-    return LoRALinear(
-        in_features,
-        out_features,
-        bias=bias,
-        quantize_base=rule.kind == "qlora",
-        device=device,
-        dtype=dtype,
-        **options,
-    )
+    try:
+        return LoRALinear(
+            in_features,
+            out_features,
+            bias=bias,
+            quantize_base=rule.kind == "qlora",
+            device=device,
+            dtype=dtype,
+            **options,
+        )
+    except ValueError as error:
+        raise PlanError(f"rule {rule.match!r}: {error}") from error

@@ -140,7 +140,7 @@ class CausalLM(nn.Module):
         if tie_word_embeddings:
             self.tie_weights()
             if isinstance(lm_head, LoRALinear):
-                lm_head.reset_magnitudes()
+                lm_head.init_from_base()
             self.register_load_state_dict_pre_hook(_tie_state_dict)
             self.register_load_state_dict_post_hook(_tie_after_load)
 

@@ -85,7 +85,7 @@ def test_intact(build: Callable[..., CausalLM], adapter: Path) -> None:
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=.* is not supported"),
         ({"arrow_config": {"top_k": 1}}, "arrow_config=.* is not supported"),
         ({"kasa_config": {"beta": 1}}, "kasa_config=.* is not supported"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+        ({"init_lora_weights": "pissa"}, "='pissa' is not supported: .* path_initial_model"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' is not supported"),
         ({"r": None}, "r is missing; it must be an integer >= 1"),
         ({"lora_alpha": None}, "lora_alpha is missing; it must be a finite number > 0"),

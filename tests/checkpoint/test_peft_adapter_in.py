@@ -135,6 +135,34 @@ def test_nf4_base(
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights of the model")
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_pissa_that_peft_converted(
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], LlamaForCausalLM],
+    logits: Callable[[nn.Module], Tensor],
+    tmp_path: Path,
+    use_rslora: bool,
+) -> None:
+    """Its adapter belongs to a base that PEFT changed; what PEFT makes of it, to the original."""
+    base = reference(checkpoints())
+    pissa = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": "pissa"}
+    start = get_peft_model(
+        copy.deepcopy(base),
+        LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", use_rslora=use_rslora, **pissa),
+    )
+    start.peft_config["default"].init_lora_weights = True  # as PEFT's documentation has it
+    start.save_pretrained(tmp_path / "start")
+    theirs = train(base, use_rslora=use_rslora, **pissa)
+    theirs.save_pretrained(
+        tmp_path / "trained", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    ours = load_with_adapter(checkpoints(), tmp_path / "trained", dtype=torch.float32)
+    assert ours.model.layers[0].self_attn.q_proj.rank == 8
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-3, atol=1e-3)
+    assert (logits(theirs) - logits(base)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_adapter_is_widened(
     checkpoints: Callable[..., Path],

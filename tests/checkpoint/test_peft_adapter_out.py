@@ -64,6 +64,16 @@ PLANS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     ),
     "dora_tied_head": ("tied", [ALL | {"use_dora": True}, HEAD | {"use_dora": True}], []),
     "lora_bias_in_some": ("biased", [ALL, ATTENTION | {"lora_bias": True}], []),
+    "pissa": ("gqa", [ALL | {"init_lora_weights": "pissa"}], []),
+    "pissa_plain_base": ("gqa", [ALL | {"kind": "lora", "init_lora_weights": "pissa"}], []),
+    "pissa_dora_rslora": (
+        "biased",
+        [ALL | {"init_lora_weights": "pissa_niter_2", "use_dora": True, "use_rslora": True}],
+        [],
+    ),
+    "pissa_in_some": ("gqa", [ALL, ATTENTION | {"rank": 2, "init_lora_weights": "pissa"}], []),
+    "pissa_tied_head": ("tied", [ALL, HEAD | {"init_lora_weights": "pissa"}], []),
+    "loftq": ("gqa", [ALL | {"init_lora_weights": "loftq"}], []),
     "one_layer": ("gqa", [ALL | {"match": "layers.1.**"}], []),
     "one_projection_of_one_layer": ("gqa", [ALL | {"match": "layers.1.self_attn.q_proj"}], []),
     "plain_base": ("gqa", [ALL | {"kind": "lora"}], []),
@@ -207,6 +217,27 @@ def test_dora_layout(build: Callable[[str], CausalLM], tmp_path: Path) -> None:
     assert len(tensors) == 3 * 14
     magnitudes = tensors["base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"]
     assert (magnitudes.dtype, list(magnitudes.shape)) == (torch.float32, [96])
+
+
+def test_pissa_is_written_as_a_lora_of_twice_the_rank(
+    build: Callable[[str], CausalLM], tmp_path: Path
+) -> None:
+    model = build("pissa_in_some")
+    save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["init_lora_weights"] is True
+    assert (config["r"], config["lora_alpha"]) == (4, 16)
+    mlp = {f"model.layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("gate", "up", "down")}
+    assert config["rank_pattern"] == {}  # 2 * 2 is 4
+    assert config["alpha_pattern"] == dict.fromkeys(mlp, 8)
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    q_proj = model.model.layers[0].self_attn.q_proj
+    a, b = (
+        tensors[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight"]
+        for part in "AB"
+    )
+    assert torch.equal(a, torch.cat([q_proj.lora_A.weight, q_proj.lora_A_init]))
+    assert torch.equal(b, torch.cat([q_proj.lora_B.weight, -q_proj.lora_B_init], dim=1))
 
 
 def test_alphas_are_written_as_given(checkpoints: Callable[..., Path], tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def test_method_qlora() -> None:
             "dropout": 0.0,
             "use_rslora": False,
             "use_dora": False,
+            "init_lora_weights": "default",
             "block_size": 64,
         },
     ]
@@ -127,6 +128,7 @@ def test_method_lora() -> None:
             "dropout": 0.1,
             "use_rslora": False,
             "use_dora": False,
+            "init_lora_weights": "default",
         }
     ]
     assert train_patterns(cfg) == []

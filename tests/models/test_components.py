@@ -52,6 +52,13 @@ def build(component: ComponentRule, bias: bool = True) -> Any:
         ({"dropout": -0.1}, r"dropout is -0.1; it must be in \[0, 1\)"),
         ({"use_rslora": "false"}, "use_rslora is 'false'; it must be true or false"),
         ({"use_rslora": 1}, "use_rslora is 1; it must be true or false"),
+        (
+            {"init_lora_weights": "pisa"},
+            "init_lora_weights is 'pisa'; allowed: default, pissa, loftq",
+        ),
+        ({"init_lora_weights": "pissa_niter_0"}, "init_lora_weights is 'pissa_niter_0'; allowed: "),
+        ({"init_lora_weights": True}, "init_lora_weights is True; allowed: "),
+        ({"kind": "lora", "init_lora_weights": "loftq"}, "corrects a quantized base, and this one"),
         ({"use_dora": "on"}, "use_dora is 'on'; it must be true or false"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias and use_dora exclude each other"),
         ({"kind": "frozen_nf4", "use_dora": True}, "kind 'frozen_nf4' does not take"),

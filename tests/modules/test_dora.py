@@ -171,7 +171,7 @@ def test_a_row_of_zeros_stays_one() -> None:
     state = layer.state_dict()
     state["weight"][3] = 0
     layer.load_state_dict(state)
-    layer.reset_magnitudes()
+    layer.init_from_base()
     x = randn(2, IN).requires_grad_()
     output = layer(x)
     output.sum().backward()
