@@ -22,6 +22,7 @@ VERBS = {
     "merge": "add an adapter to the weights and write a Hugging Face folder",
     "quantize": "write a checkpoint with its linear layers in NF4",
     "inspect": "show which component fills each linear, and what trains",
+    "estimate": "predict the peak memory of a finetune, and what fits into a given one",
     "report": "one HTML page of a run, or of several beside each other",
     "configs": "list, show, copy and validate the shipped configs",
 }

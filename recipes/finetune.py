@@ -45,6 +45,7 @@ from qlora_builders.modules import CausalLM
 from qlora_builders.report import read_run, write_report
 from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
+    bound_heap,
     peak_memory_mib,
     resolve_compute_dtype,
     resolve_device,
@@ -63,6 +64,7 @@ from qlora_builders.training.loop import (
     until_stopped,
 )
 from qlora_builders.training.lr_schedule import check_same_past, lr_factor
+from qlora_builders.training.param_groups import lora_plus_groups
 from qlora_builders.training.progress import (
     MetricsLog,
     ProgressReport,
@@ -95,7 +97,7 @@ def main(cfg: FinetuneConfig) -> None:
     for data in filter(None, (train_data, eval_data)):
         check_token_range(data.dataset, model.spec.arch.vocab_size)
     parameters = trainable_parameters(model)
-    optimizer = instantiate(cfg.optimizer, parameters, key="optimizer")
+    optimizer = instantiate(cfg.optimizer, optimizer_groups(model, cfg), key="optimizer")
     if start.folder is not None:
         load_step(start.folder, model, optimizer)
     factor = lr_factor(total_steps=total_steps, **asdict(cfg.lr_schedule))
@@ -200,6 +202,7 @@ def prepare_layers(
         before: what a resumed run had, for the same losses to the last bit.
     """
     model.model.activation_checkpointing = cfg.training.activation_checkpointing
+    bound_heap(model)
     mode = cfg.training.compile
     rows = total_steps * cfg.training.batch_size * cfg.training.grad_accumulation
     num_tokens = rows * cfg.data.max_seq_len  # at most
@@ -235,6 +238,13 @@ def count_steps(cfg: FinetuneConfig, data: Batches) -> int:
     if cfg.training.max_steps is not None:
         return cfg.training.max_steps
     return ceil(data.per_epoch * cfg.training.epochs / cfg.training.grad_accumulation)
+
+
+def optimizer_groups(model: CausalLM, cfg: FinetuneConfig) -> list[Any]:
+    ratio = cfg.training.lora_plus_ratio
+    if ratio is None:
+        return trainable_parameters(model)
+    return lora_plus_groups(model, lr=cfg.optimizer["lr"], ratio=ratio)
 
 
 def describe_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -11,6 +12,7 @@ from qlora_builders.config.knobs import Knob, knobs
 from qlora_builders.config.schema import (
     REQUIRED,
     DataConfig,
+    EstimateConfig,
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
@@ -23,6 +25,7 @@ from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError, nearest
 
 SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+MEMORY_UNITS = {"MiB": 2**20, "GiB": 2**30}
 _ADAPTER = ("rank", "alpha", "dropout", "use_rslora", "use_dora", "init_lora_weights", "targets")
 METHOD_OPTIONS = {"full": (), "lora": _ADAPTER, "qlora": (*_ADAPTER, "block_size")}
 
@@ -40,8 +43,10 @@ def check(cfg: Any) -> list[str]:
         problems += _check_method(cfg.method) + _check_finetune(cfg)
     if isinstance(cfg, GenerateConfig):
         problems += _check_generate(cfg)
+    if isinstance(cfg, EstimateConfig) and cfg.memory is not None:
+        problems += _check_size(memory_in_bytes, cfg.memory)
     if isinstance(cfg, MergeConfig | QuantizeConfig):
-        problems += _check_shard_size(cfg.max_shard_size)
+        problems += _check_size(size_in_bytes, cfg.max_shard_size)
     return problems
 
 
@@ -75,12 +80,29 @@ def value_of(cfg: Any, key: str) -> Any:
 
 def size_in_bytes(size: str) -> int:
     """`"5GB"` -> 5000000000; powers of 1000, as Hugging Face counts them."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", size.strip().upper())
-    if match is None or float(match[1]) == 0:
+    found = _parse_size(size, SHARD_UNITS)
+    if not found:
         raise ConfigError(
             f"max_shard_size={size!r} is not a size: write a number with KB, MB or GB, such as 5GB"
         )
-    return int(float(match[1]) * SHARD_UNITS[match[2]])
+    return found
+
+
+def memory_in_bytes(memory: str) -> int:
+    """`"24GiB"` -> 24 * 2**30."""
+    found = _parse_size(memory, MEMORY_UNITS)
+    if not found:
+        raise ConfigError(
+            f"memory={memory!r} is not a size: write a number with MiB or GiB, such as 24GiB"
+        )
+    return found
+
+
+def _parse_size(size: str, units: dict[str, int]) -> int:
+    """Bytes; 0 for what is not a size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", size.strip())
+    factors = {name.upper(): factor for name, factor in units.items()}
+    return int(float(match[1]) * factors.get(match[2].upper(), 0)) if match else 0
 
 
 def _check_value(knob: Knob, value: Any) -> list[str]:
@@ -138,6 +160,8 @@ def _check_finetune(cfg: FinetuneConfig) -> list[str]:
     lr = cfg.optimizer.get("lr")
     if lr is not None and not (_is_number(lr) and 0 < lr < math.inf):
         problems.append(f"optimizer.lr={lr!r} must be a number > 0")
+    if cfg.training.lora_plus_ratio is not None and lr is None:
+        problems.append("training.lora_plus_ratio multiplies optimizer.lr, which is missing")
     if cfg.training.eval_every is not None and cfg.data.eval is None:
         problems.append(
             f"training.eval_every={cfg.training.eval_every} needs data.eval, which is null"
@@ -179,9 +203,9 @@ def _check_generate(cfg: GenerateConfig) -> list[str]:
     return problems
 
 
-def _check_shard_size(size: str) -> list[str]:
+def _check_size(parse: Callable[[str], int], size: str) -> list[str]:
     try:
-        size_in_bytes(size)
+        parse(size)
     except ConfigError as error:
         return [str(error)]
     return []

@@ -207,6 +207,7 @@ class TrainingConfig:
         shapes_curve=False,
     )
     clip_grad_norm: float | None = knob(1.0, "largest gradient norm; null: no clipping", above=0)
+    lora_plus_ratio: float | None = knob(None, "LoRA+: lr of lora_B / optimizer.lr", above=0)
 
     def __post_init__(self) -> None:
         """`compile: off` is a boolean in YAML; checkpointing was one before it had modes."""
@@ -248,6 +249,13 @@ class FinetuneConfig:
 
 
 @dataclass
+class EstimateConfig(FinetuneConfig):
+    """Peak memory of such a finetune, if every row has data.max_seq_len tokens and all train."""
+
+    memory: str | None = knob(None, "also show what fits into this much, such as 24GiB")
+
+
+@dataclass
 class GenerateConfig:
     """Answer prompts with a base, or a base and an adapter."""
 
@@ -266,7 +274,9 @@ class GenerateConfig:
         None, "sample from the likeliest tokens of this total probability", above=0, at_most=1
     )
     seed: int = knob(0, "fixes sampling", at_least=0)
-    stream: bool = knob(True, "print tokens as they come")
+    stream: bool = knob(True, "print tokens as they come (batch_size=1)")
+    batch_size: int = knob(1, "prompts answered at once", at_least=1)
+    compile: bool = knob(False, "compile the decoding step; on GPUs it becomes a CUDA graph")
     dtype: str = base_dtype_knob()
     compute_dtype: str = compute_dtype_knob()
     device: str = device_knob()
@@ -355,5 +365,6 @@ ROOTS: dict[str, type] = {
     "merge": MergeConfig,
     "quantize": QuantizeConfig,
     "inspect": FinetuneConfig,
+    "estimate": EstimateConfig,
     "report": ReportConfig,
 }

@@ -14,10 +14,12 @@ Scales (`scale_format`)
                    bits(lo) + round((k - 1) * (bits(hi) - bits(lo)) / 254).
                Bit patterns of positive floats are ordered and piecewise linear in the logarithm,
                so the grid is nearly geometric: an outlier costs its neighbours next to nothing,
-               and integer arithmetic gives the same bits on every backend.
+               and integer arithmetic gives the same bits on every backend. round(x) is
+               floor(x + 1/2): ((k - 1) * span + 127) // 254.
     bnb        8 bits each, as bitsandbytes' nested ("double") quantization stores them: the mean of
                all scales is the offset; what is left is divided by its largest magnitude in the
-               group and coded with the 256 values of `dynamic_codebook`.
+               group and coded with the 256 values of `dynamic_codebook` (in `nf4_scales`). Codes
+               of scales may differ between CPU and GPU, as bitsandbytes' own do.
 
 Round trip
     The decoded scale is rounded to the weight's dtype before it multiplies, and the quantizer
@@ -25,8 +27,14 @@ Round trip
     are divided by that scale, but the block's largest always gets code 0 or 15, so it decodes to
     the rounded scale exactly; quantizing a dequantized weight then finds the same `lo`, `hi`,
     scale codes and element codes again. Where products leave the normal range of the dtype
-    two codes may decode alike; `_canonical` then picks the one that a second pass would pick.
+    two codes may decode alike, so a block whose rounded scale is below 16 times the smallest normal
+    number is decoded and coded a second time, with that scale for its maximum (`_canonical`).
     `bnb` promises none of this: its scales move when it quantizes its own output.
+
+Limits
+    Weights are float32, bfloat16 or float16; NaN and infinity raise ValueError. A midpoint is the
+    float32 (c[k] + c[k + 1]) / 2. A zero block has code 7 (0.0) throughout, a group of zero blocks
+    lo = hi = 0. `search_scales` describes the scale search.
 
 Shapes: n elements, B = ceil(n / block_size) blocks, G = ceil(B / scale_block_size) groups.
     codes        uint8   [ceil(n / 2)]

@@ -1,5 +1,7 @@
 """Block scales in 8 bits: the `geometric` and `bnb` formats that `nf4_reference` describes.
 
+`dynamic_codebook` defines the 256 values of `bnb`.
+
 Shapes: B blocks, S = scale_block_size, G = ceil(B / S) groups.
 """
 

@@ -16,33 +16,44 @@ Layout (n elements, blocks of BLOCK_SIZE, groups of SCALE_BLOCK_SIZE blocks)
        block  | hi lo | hi lo | ... | hi lo |
               +-------+-------+-----+-------+
 
+Kernels
+    quantizing is absmax, search (optional), encode_scales and codes; then dequantize and matvec.
+    Groups of more than 4096 scales, and the scales of bnb, are encoded by the PyTorch reference.
+    Arguments: `codebook` float32 [31], 16 values and 15 midpoints; `scale_codebook` float32 [256]
+    for bnb; `factors` float32 [16] for search; `absmax` and `wanted` float32, one per block.
+
 Formula
     quantize    a = max |w| of the block, s = the decoded scale nearest to a;
                 code = number of midpoints below w / s, but 0 or 15 where |w| = a
                 (bnb: midpoints below w * (1 / a))
-    dequantize  w = round(codebook[code] * s)
-    matvec      y = sum over blocks of s * (sum over the block of codebook[code] * x)
+                a block with a tiny s is coded twice, as in the reference
+    dequantize  w = round(codebook[code] * s), s rounded to the weight's dtype except for bnb,
+                and then rounded to the output's dtype
+    matvec      y = sum over blocks of s * (sum over the block of codebook[code] * x) + bias,
+                rounded to the dtype of x
 
 How
-    Memory bounds all of it, so bytes are read once. Quantizing takes three passes: block maxima,
-    scales (1/64 of the data), codes. Dequantizing decodes the 8-bit scales in the same pass as the
-    codes. The codebook is 64 bytes that stay in L1: one load an element, where a tree of selects
-    would cost fifteen operations.
+    Memory bounds all of it. Decoding reads every byte once. Quantizing reads the weight twice, for
+    block maxima and for codes (search: three times), and the scales, 1/64 of the data, in between.
+    Dequantizing decodes the 8-bit scales in the same pass as the codes. The codebook is 64 bytes
+    that stay in L1: one load an element, where a tree of selects would cost fifteen operations.
     The matrix-vector product multiplies by the scale after the sum over a block, so an element
     costs a lookup and a multiply-add. Its weights are therefore not rounded to their dtype; the
     result is within the rounding of the product with the dequantized weight.
     Bits: division is `div_rn`, because Triton's `/` is approximate. Products are not contracted
-    with the sums after them, but in matvec. bfloat16 travels as int16 and is rounded with integers,
-    since the interpreter that tests these kernels cuts it off.
+    with the sums after them (enable_fp_fusion=False) but in matvec. bfloat16 travels as int16 and
+    is rounded with integers, since the interpreter that tests these kernels cuts it off.
 
 Limits
-    BLOCK_SIZE a power of two, as `to_nf4` demands. Block numbers are 32-bit, element and byte
-    offsets 64-bit. matvec needs rows of whole blocks (in_features a multiple of BLOCK_SIZE).
+    float32, bfloat16, float16. BLOCK_SIZE a power of two, as `to_nf4` demands. Block numbers are
+    32-bit, element and byte offsets in the weight 64-bit. matvec needs rows of whole blocks
+    (in_features a multiple of BLOCK_SIZE) and BATCH a power of two, of which the launcher sends at
+    most 8; its offsets into x and y are 32-bit.
 
 Measured: not yet, no GPU was at hand. The tests run every kernel under Triton's interpreter, bit
 for bit against `nf4_reference`, and compile it for sm_80 and sm_90; there, at the default sizes in
-bfloat16 (sm_90, Triton 3.7), dequantize takes 48 registers and 16 instructions an element. With
-aligned 32-bit sizes nothing spills; search and matvec can with others.
+bfloat16 (sm_90, Triton 3.7), dequantize takes 48 registers and 16 instructions an element. Nothing
+spills while sizes are multiples of 16 below 2^31; with others search and matvec can.
 `scripts/bench_nf4.py --device cuda` measures.
 """
 
