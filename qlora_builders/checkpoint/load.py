@@ -25,7 +25,7 @@ from qlora_builders.models import (
     llama,
     resolve,
 )
-from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.modules.lora_init import LOFTQ
 from qlora_builders.tensor import NF4Tensor
 
@@ -200,6 +200,8 @@ def _place(
 
 def _init_adapter(module: nn.Module, tensor: LazyTensor, value: Tensor) -> None:
     """What of an adapter starts from the base weight, where that was just placed."""
+    if isinstance(module, TokenEmbedding):
+        module.token_adapter.init_from(module.weight)
     if not isinstance(module, LoRALinear) or not tensor.name.endswith(".weight"):
         return
     if isinstance(value, NF4Tensor) and module.init_lora_weights == LOFTQ:

@@ -31,6 +31,7 @@ from qlora_builders.checkpoint.peft_config import (
 from qlora_builders.checkpoint.peft_export import (
     MAGNITUDE,
     PREFIX,
+    TOKEN_ROWS,
     WEIGHTS_FILE,
     adapters_of,
     hf_name,
@@ -40,7 +41,7 @@ from qlora_builders.checkpoint.safetensors_header import read_header
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import linear_slots
-from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -101,6 +102,12 @@ def read_adapter(path: str | Path) -> AdapterInfo:
             plain.append(name)
         else:
             parts.setdefault(match[1], {})[match[2]] = list(tensor.shape)
+    if (TOKEN_ROWS in plain) != bool(config.tokens):
+        raise CheckpointError(
+            f"{file}: {TOKEN_ROWS} is {'there' if TOKEN_ROWS in plain else 'missing'}, but "
+            f"trainable_token_indices of {CONFIG_FILE} is {config.tokens}"
+        )
+    plain = [name for name in plain if name != TOKEN_ROWS]
     if not parts:
         raise CheckpointError(f"{file}: holds no lora_A and lora_B ({len(header)} tensors)")
     modules = {name: _adapter_module(file, config, name, p) for name, p in sorted(parts.items())}
@@ -190,9 +197,16 @@ def load_adapter_info(model: CausalLM, info: AdapterInfo, aspects: Collection[st
     dora = {name for name, module in adapters.items() if module.lora_magnitude_vector is not None}
     _compare_names(info, "DoRA magnitudes", {n for n in info.modules if info.config.use_dora}, dora)
     _check_copies(model, info)
+    table = model.model.embed_tokens
+    rows = table.token_adapter.tokens if isinstance(table, TokenEmbedding) else ()
+    if info.config.tokens != list(rows):
+        raise CheckpointError(
+            f"{info.path}: trains the rows of tokens {info.config.tokens}, the model those of "
+            f"{list(rows)}"
+        )
     names = [f"{name}.{MAGNITUDE}" for name in sorted(dora)] + _lora_biases(info, adapters)
     tensors = _read_factors(info, adapters)
-    for name in (*names, *info.saved):
+    for name in (*names, *info.saved, *([TOKEN_ROWS] if rows else [])):
         tensors[name] = _read_fitting(info, name, model.get_parameter(name).shape)
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     tied = model.tie_word_embeddings and head in tensors

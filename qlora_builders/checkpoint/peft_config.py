@@ -25,7 +25,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
@@ -82,6 +81,7 @@ class PeftConfig:
     layers_to_transform: list[int]
     layers_pattern: list[str]
     modules_to_save: list[str]
+    tokens: list[int]  # whose rows of the embedding were trained
 
     def rank_of(self, name: str) -> int:
         return _pattern_value(self.rank_pattern, name, self.rank)
@@ -217,6 +217,7 @@ def read_peft_config(directory: Path) -> PeftConfig:
             field("layers_pattern", _is_names, "a string or a list of names", [])
         ),
         modules_to_save=field("modules_to_save", _list_of(_is_name), "a list of names", []),
+        tokens=_tokens(file, config.get("trainable_token_indices")),
     )
     for key in _REGEXES:
         entries = getattr(parsed, key)
@@ -225,6 +226,25 @@ def read_peft_config(directory: Path) -> PeftConfig:
     if parsed.use_dora and parsed.lora_bias:
         raise CheckpointError(f"{file}: use_dora and lora_bias exclude each other, as in PEFT")
     return parsed
+
+
+def _tokens(file: Path, value: Any) -> list[int]:
+    """A list, or one for the embedding alone: a head that is not tied could have another."""
+    tokens = value or []
+    if isinstance(tokens, dict):
+        strays = sorted(str(name) for name in tokens if str(name).split(".")[-1] != "embed_tokens")
+        if strays:
+            raise CheckpointError(
+                f"{file}: trainable_token_indices of {listed(strays)} is not supported; of "
+                "embed_tokens, and with it of a tied head, it is"
+            )
+        (tokens,) = tokens.values()
+    if not _list_of(_is_token)(tokens) or len(set(tokens)) < len(tokens):
+        raise CheckpointError(
+            f"{file}: trainable_token_indices is {value!r:.200}; it must be token "
+            "ids >= 0, none twice"
+        )
+    return tokens
 
 
 class _Fields:
@@ -256,6 +276,10 @@ def _is_alpha(value: Any) -> bool:
 
 def _is_switch(value: Any) -> bool:
     return type(value) is bool
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _is_name(value: Any) -> bool:

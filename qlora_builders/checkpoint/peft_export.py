@@ -23,10 +23,12 @@ from qlora_builders.checkpoint.base_record import BASE_FILE, base_record
 from qlora_builders.checkpoint.peft_config import CONFIG_FILE
 from qlora_builders.checkpoint.safetensors_io import atomic_directory, write_tensors
 from qlora_builders.errors import CheckpointError
-from qlora_builders.modules import CausalLM, LoRALinear, is_adapter
+from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding, is_adapter
 
 PREFIX = "base_model.model."
 WEIGHTS_FILE = "adapter_model.safetensors"
+# whole rows, [tokens, hidden]; a tied head has no tensor of its own
+TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, [out]; without `.weight` in every version of PEFT
 
 
@@ -58,6 +60,10 @@ def save_adapter(model: CausalLM, path: str | Path, *, base_model: str = "") -> 
     for name, module in adapters.items():
         if module.lora_magnitude_vector is not None:
             tensors[f"{PREFIX}{name}.{MAGNITUDE}"] = module.lora_magnitude_vector
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, TokenEmbedding):
+        tensors[PREFIX + TOKEN_ROWS] = embedding.token_adapter.trainable_tokens_delta
+        config["trainable_token_indices"] = list(embedding.token_adapter.tokens)
     # cloned, because a tied head is the embedding and safetensors refuses to write memory twice
     tensors |= {PREFIX + name: parameter.detach().clone() for name, parameter in saved.items()}
     with atomic_directory(path, marker=CONFIG_FILE) as directory:

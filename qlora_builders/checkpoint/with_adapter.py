@@ -58,6 +58,8 @@ def adapter_plan(
             components.append({"match": name, "kind": "linear", "trainable": True})
         else:
             train.append(name)
+    if info.config.tokens:
+        train.append(f"embed_tokens[{','.join(map(str, info.config.tokens))}]")
     return components, train
 
 

@@ -20,6 +20,7 @@ from qlora_builders.modules.rope import (
     llama3_scaled,
     rope_frequencies,
 )
+from qlora_builders.modules.token_rows import TokenEmbedding, TokenHead
 
 __all__ = [
     "ACTIVATIONS",
@@ -36,6 +37,8 @@ __all__ = [
     "LoRALinear",
     "RMSNorm",
     "RotaryEmbedding",
+    "TokenEmbedding",
+    "TokenHead",
     "check_lora_options",
     "chunked_next_token_loss",
     "is_adapter",

@@ -16,6 +16,7 @@ from qlora_builders.modules.documents import Documents, find_documents
 from qlora_builders.modules.kv_cache import KVCache
 from qlora_builders.modules.lora import LoRALinear
 from qlora_builders.modules.loss import chunked_next_token_loss
+from qlora_builders.modules.token_rows import TokenEmbedding, TokenHead
 
 
 class DecoderLayer(nn.Module):
@@ -154,6 +155,9 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
             if isinstance(self.lm_head, LoRALinear):
                 self.lm_head.base_changed()
+            embedding = self.model.embed_tokens
+            if isinstance(self.lm_head, TokenHead) and isinstance(embedding, TokenEmbedding):
+                self.lm_head.token_adapter = embedding.token_adapter
 
     def forward(
         self,

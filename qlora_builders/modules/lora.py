@@ -280,7 +280,7 @@ def _after_load(module: LoRALinear, incompatible_keys: Any) -> None:
 
 def is_adapter(parameter_name: str) -> bool:
     """Whether a parameter of a model belongs to an adapter, by its name."""
-    return ".lora_" in parameter_name
+    return ".lora_" in parameter_name or ".token_adapter." in parameter_name
 
 
 def check_lora_options(

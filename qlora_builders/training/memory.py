@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qlora_builders.modules import CausalLM, Decoder, DecoderLayer
+from qlora_builders.modules import CausalLM, Decoder, DecoderLayer, is_adapter
 from qlora_builders.training.memory_trace import (
     MemoryTracer,
     Segment,
@@ -160,10 +160,6 @@ def weight_terms(model: CausalLM) -> dict[str, int]:
 def gradient_bytes(*modules: nn.Module) -> int:
     """Bytes of the gradients of what trains."""
     return sum(p.nbytes for module in modules for p in module.parameters() if p.requires_grad)
-
-
-def is_adapter(name: str) -> bool:
-    return ".lora_" in name
 
 
 def is_packed(parameter: nn.Parameter) -> bool:
