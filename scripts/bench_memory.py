@@ -2,10 +2,10 @@
 
 usage: python scripts/bench_memory.py [--checkpoint DIR] [--only NAME]
 
-Every setting runs in a process of its own: two optimizer steps on random tokens, and the peak of
-resident memory (Linux) over what the process had after its imports. Large tensors are mapped
-(MALLOC_MMAP_THRESHOLD_), as glibc's heap keeps what is freed. Checkpoints of random weights
-are written to a temporary folder; --checkpoint adds settings on one of your own.
+Every setting runs in a process of its own: three optimizer steps on random tokens, and the peak of
+resident memory (Linux) over what the process had after its imports, in the environment that
+`qlora finetune` has. Checkpoints of random weights are written to a temporary folder; --checkpoint
+adds settings on one of your own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from qlora_builders import LlamaArch, llama, load_checkpoint, save_checkpoint
 from qlora_builders.checkpoint import read_arch
 from qlora_builders.data import Batch
 from qlora_builders.training.compile import compile_layers
+from qlora_builders.training.device import bound_heap
 from qlora_builders.training.loop import train_step, trainable_parameters
 from qlora_builders.training.memory import predict_phases, probe_optimizer
 
@@ -172,10 +172,7 @@ def predict(path: str, setting: Setting) -> dict[str, Any]:
 def run_alone(path: str, setting: Setting) -> dict[str, float]:
     command = [sys.executable, __file__, "--checkpoint", path]
     command += ["--measure", json.dumps(asdict(setting))]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)}
-    output = subprocess.run(
-        command, check=True, capture_output=True, text=True, env=environment
-    ).stdout
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result: dict[str, float] = json.loads(output.splitlines()[-1])
     return result
 
@@ -192,6 +189,7 @@ def measure(path: str, setting: Setting) -> dict[str, float]:
     )
     load = memory_mib("VmHWM") - before
     model.model.activation_checkpointing = setting.checkpointing
+    bound_heap(model)
     compile_layers(model, "on" if setting.compiled else "off", num_tokens=0)
     optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-4, fused=True)
     ids = torch.randint(model.spec.arch.vocab_size, (setting.batch, setting.seq))
@@ -199,7 +197,7 @@ def measure(path: str, setting: Setting) -> dict[str, float]:
     if setting.documents:
         documents = (torch.arange(setting.seq) * setting.documents // setting.seq).expand_as(ids)
     model.train()
-    for _ in range(2):
+    for _ in range(3):
         batch = Batch(ids, ids, rows=list(range(setting.batch)), document_ids=documents)
         train_step(model, [batch], optimizer, clip_grad_norm=1.0)
     return {"load_mib": load, "peak_mib": memory_mib("VmHWM") - before}

@@ -158,7 +158,7 @@ class LRScheduleConfig:
 class TrainingConfig:
     """The loop. A step is one optimizer step: batch_size * grad_accumulation rows."""
 
-    batch_size: int = knob(8, "rows per forward pass", at_least=1)
+    batch_size: int = knob(8, "rows per forward pass, over all processes", at_least=1)
     grad_accumulation: int = knob(1, "forward passes per step", at_least=1)
     max_steps: int | None = knob(
         None,
@@ -218,6 +218,18 @@ class TrainingConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Several processes (--nproc-per-node, or torchrun). Losses do not depend on their number."""
+
+    shard: int | None = knob(
+        None, "ranks that share one copy; null: all; 1: one each", at_least=1, shapes_curve=False
+    )
+    cpu_offload: bool = knob(
+        False, "keep a rank's share and the optimizer in host memory", shapes_curve=False
+    )
+
+
+@dataclass
 class FinetuneConfig:
     """Train adapters or weights. `inspect` takes the same keys and shows what would be built."""
 
@@ -236,6 +248,7 @@ class FinetuneConfig:
     optimizer: dict[str, Any] = knob({}, "`component`: its class; all other keys: its arguments")
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     loggers: list[dict[str, Any]] = knob(
         [],
         "where metrics go beside metrics.jsonl: `component`: a class of training.loggers or your "

@@ -18,15 +18,17 @@ from qlora_builders.modules import CausalLM
 _M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 
 
-def resolve_device(name: str) -> torch.device:
-    """A torch device; "auto" is the GPU if there is one.
+def resolve_device(name: str, *, local_rank: int = 0) -> torch.device:
+    """A torch device; "auto" is the GPU if there is one, of several on a machine this rank's.
 
     Raises:
         ConfigError: for a device that this machine or this build of torch does not have.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and device.index is None and local_rank:
+        device = torch.device("cuda", local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device={name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "

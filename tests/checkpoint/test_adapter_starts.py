@@ -131,3 +131,18 @@ def test_loftq_is_not_merged_onto_the_originals(checkpoints: Checkpoints) -> Non
 def test_a_rank_that_a_slot_does_not_have(checkpoints: Checkpoints) -> None:
     with pytest.raises(PlanError, match=r"rule 'layers\.\*\*': rank is 33; .* allows 32 at most"):
         load(checkpoints(), PISSA | {"rank": 33})
+
+
+@pytest.mark.parametrize(
+    ("rule", "train", "named"),
+    [
+        (ALL | {"use_dora": True}, [], "use_dora"),
+        (PISSA, [], "init_lora_weights"),
+        (ALL, ["embed_tokens[3]"], "train_tokens"),
+    ],
+)
+def test_sharded_weights_are_no_start(
+    checkpoints: Checkpoints, rule: dict, train: list[str], named: str
+) -> None:
+    with pytest.raises(PlanError, match=f"^{named} cannot be used with sharded weights"):
+        load_checkpoint(checkpoints(), [rule], train=train, shard=lambda model: None)
