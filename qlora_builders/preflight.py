@@ -16,7 +16,7 @@ from torch import nn
 from qlora_builders.data import TokenizedDataset
 from qlora_builders.errors import DataError
 from qlora_builders.models import llama
-from qlora_builders.modules import CausalLM
+from qlora_builders.modules import CausalLM, TokenEmbedding
 from qlora_builders.training.memory import predict_phases, probe_optimizer
 
 # Adam's steps are about as large as the learning rate, whatever the gradient
@@ -93,6 +93,10 @@ def token_warnings(dataset: TokenizedDataset, model: CausalLM) -> Iterator[str]:
     if weight.requires_grad:
         return
     ids, counts = np.unique(dataset.input_ids, return_counts=True)
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, TokenEmbedding):
+        rest = ~np.isin(ids, embedding.token_adapter.tokens)
+        ids, counts = ids[rest], counts[rest]
     rows = weight.detach()[torch.from_numpy(ids).to(weight.device)]
     norms = torch.linalg.vector_norm(rows.float(), dim=1).cpu().numpy()
     short = norms < _TRAINED_NORM * np.median(norms)
@@ -104,7 +108,8 @@ def token_warnings(dataset: TokenizedDataset, model: CausalLM) -> Iterator[str]:
         )
         yield (
             f"{dataset.report.source}: {int(short.sum())} tokens have an embedding that was never "
-            f"trained: {names}; train embed_tokens, or use a chat template of other tokens"
+            f"trained: {names}; train them by train_tokens=[{','.join(map(str, ids[short]))}], or "
+            "use a chat template of other tokens"
         )
 
 
