@@ -213,6 +213,16 @@ def rule(match: str, **options: Any) -> dict[str, Any]:
     return {"match": match, "kind": "lora", "rank": 4, "alpha": 8} | options
 
 
+def test_dora_into_lora_and_back(build: Callable[..., CausalLM], tmp_path: Path) -> None:
+    dora = [PLAN[0] | {"use_dora": True}]
+    save_adapter(build(dora), tmp_path / "dora")
+    save_adapter(build(), tmp_path / "lora")
+    with pytest.raises(CheckpointError, match=f"in the file but not in the model: {UP}, {Q}"):
+        load_adapter(build(), tmp_path / "dora")
+    with pytest.raises(CheckpointError, match=f"DoRA magnitudes .* not in the file: {UP}, {Q}"):
+        load_adapter(build(dora), tmp_path / "lora")
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [

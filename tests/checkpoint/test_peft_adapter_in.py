@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -132,6 +133,25 @@ def test_nf4_base(
             assert isinstance(module.weight, NF4Tensor) == (slot != "lm_head")
     if name == "saved_slot":  # it was trained from the dequantized weight, and is plain here
         assert not isinstance(ours.model.layers[0].mlp.down_proj.weight, NF4Tensor)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_magnitudes_as_a_state_dict_names_them(
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], LlamaForCausalLM],
+    logits: Callable[[nn.Module], Tensor],
+    tmp_path: Path,
+) -> None:
+    """In memory PEFT keeps them in a module; save_pretrained drops its `.weight`, others do not."""
+    theirs = train(reference(checkpoints()), target_modules=["q_proj"], use_dora=True)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    names = [name for name in tensors if name.endswith(".lora_magnitude_vector")]
+    assert len(names) == 2
+    save_file(tensors | {f"{n}.weight": tensors.pop(n) for n in names}, file)
+    assert not any(name.endswith("vector") for name in load_file(file))
+    ours = load_with_adapter(checkpoints(), tmp_path, dtype=torch.float32)
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
 
 
