@@ -2,10 +2,9 @@
 
     qlora estimate [model.arch=llama3_1_8b] [device=cuda] [memory=24GiB] [key=value ...]
 
-On a CPU the figures are resident memory over that of the interpreter with torch, without holes in
-glibc's heap; on a GPU those of torch's allocator, to which the driver adds its own. Packed rows
-cost what others do; layers are taken to be compiled with training.compile=on only, as auto depends
-on the number of steps.
+On a CPU the figures are resident memory over that of the interpreter with torch; on a GPU those of
+torch's allocator, to which the driver adds its own. Packed rows cost what others do; layers are
+taken to be compiled with training.compile=on only, as auto depends on the number of steps.
 """
 
 from __future__ import annotations
@@ -34,10 +33,6 @@ from qlora_builders.training.memory import (
     probe_optimizer,
 )
 
-HEAP_NOTE = (
-    "without activation checkpointing glibc's heap keeps some freed memory beside this; "
-    "MALLOC_MMAP_THRESHOLD_=1048576 in the environment gives it back, for about a tenth of the time"
-)
 SEQ_STEP = 64  # tokens; the longest sequence is found to this
 
 
@@ -74,8 +69,6 @@ def main(cfg: EstimateConfig) -> None:
         f"{batch_size} x {seq_len} tokens on {device.type}, "
         f"computed in {str(model.model.compute_dtype).removeprefix('torch.')}"
     )
-    if device.type == "cpu" and cfg.training.activation_checkpointing == "none":
-        console.print(HEAP_NOTE)
     if cfg.memory is None:
         return
 

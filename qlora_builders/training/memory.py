@@ -28,7 +28,8 @@ from qlora_builders.training.memory_trace import (
 # with torch 2.13: modules that torch imports at the first step (torch._dynamo and what it needs),
 # and the code and buffers of its kernels.
 CPU_LOAD_BYTES = 2 << 20
-CPU_STEP_BYTES = 196 << 20
+CPU_STEP_BYTES = 167 << 20
+CPU_FLOAT32_BYTES = 29 << 20  # more of them where products are float32
 CPU_COMPILE_BYTES = 100 << 20  # the compiler, and what it keeps of one kind of layer
 _WAITING = 3  # weights; see checkpoint/streaming.py
 CPU_TILE_BYTES = 8 << 20  # decoded rows of a weight, kept for all products; see kernels/
@@ -122,7 +123,7 @@ def predict_phases(
     gradients = gradient_bytes(model) // num_shards
     gathered = _gathered_bytes(model) if num_shards > 1 else 0
     state = {"gathered weights": gathered, "optimizer state": round(optimizer.state * elements)}
-    fixed = {**weights, **state, **_runtime(device_type, compiled)}
+    fixed = {**weights, **state, **_runtime(model, device_type, compiled)}
     small, kinds = _one_layer_of_each_kind(model)
     offload = small.model.activation_checkpointing == "offload"
     if offload:
@@ -139,25 +140,35 @@ def predict_phases(
     left_by = [0 if accumulate else gradient_bytes(layer) for layer in small.model.layers]
     left_by_head = 0 if accumulate else gradient_bytes(small.model.norm, small.lm_head)
     forward, backward = _replay(trace, kinds, left_by, left_by_head)
-    if "gradients" in backward:
-        backward["gradients"] //= num_shards
+    backward["gradients"] = backward.get("gradients", 0) // num_shards
     if accumulate:
         forward["gradients"], backward["gradients"] = gradients, gradients
     temporary = optimizer.temporary_of_all * elements + optimizer.temporary_of_one * largest
     step = {"gradients": gradients, "optimizer temporaries": round(temporary)}
     return [
         Phase("load", {**_load_terms(model, device_type), **weights}),
-        Phase("forward", {**fixed, **forward}),
-        Phase("backward", {**fixed, **backward}),
+        Phase("forward", {**fixed, **forward, **_heap_holes(model, device_type, forward)}),
+        Phase("backward", {**fixed, **backward, **_heap_holes(model, device_type, backward)}),
         Phase("optimizer step", {**fixed, **step}),
     ]
 
 
-def _runtime(device_type: str, compiled: bool) -> dict[str, int]:
+def _runtime(model: CausalLM, device_type: str, compiled: bool) -> dict[str, int]:
     if device_type != "cpu":
         return {}
     runtime = CPU_STEP_BYTES + compiled * CPU_COMPILE_BYTES
+    if model.model.compute_dtype in (None, torch.float32):
+        runtime += CPU_FLOAT32_BYTES
     return {"tile scratch": CPU_TILE_BYTES, "runtime": runtime}
+
+
+def _heap_holes(model: CausalLM, device_type: str, terms: dict[str, int]) -> dict[str, int]:
+    """What glibc keeps of freed tensors, after `bound_heap`: shares fitted to 18 measured peaks."""
+    if device_type != "cpu":
+        return {}
+    if model.model.activation_checkpointing == "none":
+        return {"heap holes": round(0.29 * terms.get("activations", 0))}
+    return {"heap holes": round(0.5 * terms.get("temporaries", 0))}
 
 
 def weight_terms(model: CausalLM, num_shards: int = 1) -> dict[str, int]:
