@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from functools import reduce
+from collections.abc import Callable
+from functools import partial, reduce
+from pathlib import Path
 from typing import Any
 
 from qlora_builders.config.knobs import Knob, knobs
@@ -16,6 +18,7 @@ from qlora_builders.config.schema import (
     GenerateConfig,
     MergeConfig,
     MethodConfig,
+    PlanConfig,
     QuantizeConfig,
     ReportConfig,
 )
@@ -23,6 +26,7 @@ from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError, nearest
 
 SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+MEMORY_UNITS = {"MiB": 2**20, "GiB": 2**30}
 METHOD_OPTIONS = {
     "full": (),
     "lora": ("rank", "alpha", "dropout", "use_rslora", "targets"),
@@ -44,7 +48,9 @@ def check(cfg: Any) -> list[str]:
     if isinstance(cfg, GenerateConfig):
         problems += _check_generate(cfg)
     if isinstance(cfg, MergeConfig | QuantizeConfig):
-        problems += _check_shard_size(cfg.max_shard_size)
+        problems += _check_size(size_in_bytes, cfg.max_shard_size)
+    if isinstance(cfg, PlanConfig):
+        problems += _check_plan(cfg)
     return problems
 
 
@@ -57,7 +63,11 @@ def required(cfg: Any) -> list[str]:
     ]
     if isinstance(cfg, FinetuneConfig):
         needed += _demo_rows("data.train", cfg.data.train, cfg.data)
-    if isinstance(cfg, EvaluateConfig):
+    if isinstance(cfg, PlanConfig):
+        if cfg.budget is None and cfg.bits is None:
+            needed.append("a budget is required: write budget=6GiB or bits=4.6")
+        needed += _demo_rows("data.train", cfg.data.train, cfg.data)
+    if isinstance(cfg, EvaluateConfig | PlanConfig):
         if cfg.data.eval is None:
             needed.append("data.eval is required: write data.eval=FILE")
         else:
@@ -78,12 +88,29 @@ def value_of(cfg: Any, key: str) -> Any:
 
 def size_in_bytes(size: str) -> int:
     """`"5GB"` -> 5000000000; powers of 1000, as Hugging Face counts them."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", size.strip().upper())
-    if match is None or float(match[1]) == 0:
+    found = _parse_size(size, SHARD_UNITS)
+    if not found:
         raise ConfigError(
             f"max_shard_size={size!r} is not a size: write a number with KB, MB or GB, such as 5GB"
         )
-    return int(float(match[1]) * SHARD_UNITS[match[2]])
+    return found
+
+
+def memory_in_bytes(memory: str, key: str = "memory") -> int:
+    """`"24GiB"` -> 24 * 2**30; `key` is for the message."""
+    found = _parse_size(memory, MEMORY_UNITS)
+    if not found:
+        raise ConfigError(
+            f"{key}={memory!r} is not a size: write a number with MiB or GiB, such as 24GiB"
+        )
+    return found
+
+
+def _parse_size(size: str, units: dict[str, int]) -> int:
+    """Bytes; 0 for what is not a size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", size.strip())
+    factors = {name.upper(): factor for name, factor in units.items()}
+    return int(float(match[1]) * factors.get(match[2].upper(), 0)) if match else 0
 
 
 def _check_value(knob: Knob, value: Any) -> list[str]:
@@ -182,9 +209,22 @@ def _check_generate(cfg: GenerateConfig) -> list[str]:
     return problems
 
 
-def _check_shard_size(size: str) -> list[str]:
+def _check_plan(cfg: PlanConfig) -> list[str]:
+    problems = []
+    if cfg.budget is not None:
+        problems += _check_size(partial(memory_in_bytes, key="budget"), cfg.budget)
+        if cfg.bits is not None:
+            problems.append(f"budget={cfg.budget} and bits={cfg.bits}: give one of them")
+    if cfg.alpha is not None and cfg.rank is None:
+        problems.append(f"alpha={cfg.alpha} has no effect without rank")
+    if Path(cfg.output).suffix != ".yaml":
+        problems.append(f"output={cfg.output} must end in .yaml")
+    return problems
+
+
+def _check_size(parse: Callable[[str], int], size: str) -> list[str]:
     try:
-        size_in_bytes(size)
+        parse(size)
     except ConfigError as error:
         return [str(error)]
     return []

@@ -46,6 +46,13 @@ EXAMPLES = {
         "qlora merge adapter.path=runs/NAME/adapter output_dir=merged",
         "qlora merge adapter.path=runs/NAME/adapter base=Llama-3.2-1B output_dir=merged",
     ),
+    "plan": (
+        "qlora plan bits=4.6",
+        "qlora plan checkpoint.dir=Llama-3.1-8B data.train=rows.jsonl data.eval=held_out.jsonl "
+        "budget=6GiB",
+        "qlora quantize components=plan.yaml output_dir=nf4",
+        "qlora plan bits=4.6 rank=16 output=qlora.yaml && qlora finetune components=qlora.yaml",
+    ),
     "quantize": (
         "qlora quantize checkpoint.dir=Llama-3.2-1B output_dir=Llama-3.2-1B-nf4",
         "qlora quantize checkpoint.dir=Llama-3.2-1B output_dir=out format=bnb-4bit",

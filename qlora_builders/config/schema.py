@@ -337,6 +337,30 @@ class QuantizeConfig:
 
 
 @dataclass
+class PlanConfig:
+    """Choose the precision of every linear layer under a memory budget, and measure the result."""
+
+    budget: str | None = knob(None, "memory of the whole base, such as 6GiB; give this or bits")
+    bits: float | None = knob(
+        None, "mean bits per weight of the linear layers (16-bit embeddings not counted)", above=0
+    )
+    output: str = knob("plan.yaml", "file for the rules; figures go beside it, in .json")
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    calibration_tokens: int = knob(32768, "tokens of data.train to measure on", at_least=1)
+    rank: int | None = knob(
+        None, "adapters of this rank in the rules, for finetune; null: none", at_least=1
+    )
+    alpha: float | None = knob(None, "scale of those adapters; null: 2 * rank", above=0)
+    batch_size: int = knob(8, "rows per forward pass", at_least=1)
+    seed: int = knob(0, "fixes which rows of data.train are measured on", at_least=0)
+    dtype: str = knob("bfloat16", "dtype of weights before quantizing", choices=DTYPES)
+    compute_dtype: str = compute_dtype_knob()
+    device: str = device_knob()
+
+
+@dataclass
 class ReportConfig:
     """Write one self-contained HTML page on one run, or on several beside each other."""
 
@@ -350,6 +374,7 @@ ROOTS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "merge": MergeConfig,
     "quantize": QuantizeConfig,
+    "plan": PlanConfig,
     "inspect": FinetuneConfig,
     "report": ReportConfig,
 }
