@@ -4,8 +4,8 @@
 
 One pass over rows of `data.train` measures how much each layer's weight matters, every NF4 setting
 is tried on every layer, and the plan is chosen that should change the model's predictions least.
-Then its loss on `data.eval` is measured, beside that of every uniform setting that fits the budget.
-It is written only if it beats the best of them by more than chance; else that one is.
+Then it is measured on `data.eval`, beside every uniform setting that fits the budget. A uniform one
+is written where it is as good: see `plan_comparison.decide`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import nn
 
-from qlora_builders.checkpoint import load_checkpoint, stored_plan
+from qlora_builders.checkpoint import load_checkpoint, read_arch, stored_plan
 from qlora_builders.config.checks import memory_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import PlanConfig
@@ -36,14 +37,14 @@ from qlora_builders.data import (
     check_token_range,
 )
 from qlora_builders.errors import ConfigError
-from qlora_builders.models import linear_slots, llama, summarize
+from qlora_builders.models import LlamaArch, linear_slots, llama, summarize
 from qlora_builders.models.precision import (
     PLAIN,
+    SETTINGS,
     Choice,
     Options,
     choose,
     measure_options,
-    smallest,
     to_rules,
     total_bytes,
     total_loss,
@@ -51,7 +52,7 @@ from qlora_builders.models.precision import (
 )
 from qlora_builders.modules import CausalLM
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
-from qlora_builders.training.plan_comparison import Losses, Measured, batch_losses, decide
+from qlora_builders.training.plan_comparison import HeldOut, Measured, decide
 from qlora_builders.training.sensitivity import measure_sensitivity
 
 T = TypeVar("T")
@@ -67,23 +68,20 @@ def main(cfg: PlanConfig) -> None:
             f"checkpoint.dir={cfg.checkpoint.dir} is quantized already, and what that cost cannot "
             "be measured; give the 16-bit weights"
         )
+    arch = read_arch(cfg.checkpoint.dir, format=cfg.checkpoint.format)
+    fixed, weights, budget = check_budget(cfg, arch)
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=140)
     calibration, held_out = (dataset(source, cfg) for source in (cfg.data.train, cfg.data.eval))
-    model = load(cfg, [])
-    arch = model.spec.arch
     for data in (calibration, held_out):
         check_token_range(data, arch.vocab_size)
 
+    model = load(cfg, [])
     options = measure(model, calibration, cfg, console)
     plain = {slot: next(o for o in some if o.setting == PLAIN) for slot, some in options.items()}
-    fixed = sum(row.base_bytes for row in summarize(model)) - total_bytes(plain)
-    weights = total_bytes(plain) // resolve_dtype(cfg.dtype).itemsize
-    budget = budget_of_slots(
-        cfg, fixed, weights, total_bytes(smallest(options)), total_bytes(plain)
-    )
-    unquantized = Measured("not quantized", plain, losses(model, held_out, cfg))
+    reference = HeldOut(model, held_out_batches(held_out, cfg), seed=cfg.seed)
+    unquantized = Measured("not quantized", plain, reference.figures(model))
     del model
 
     plans = {name: p for name, p in uniform_plans(options).items() if total_bytes(p) <= budget}
@@ -92,9 +90,9 @@ def main(cfg: PlanConfig) -> None:
     for name, choice in tracked(plans.items(), "comparing", console, len(plans)):
         candidate = load(cfg, to_rules(choice))
         assert sum(row.base_bytes for row in summarize(candidate)) == fixed + total_bytes(choice)
-        measured.append(Measured(name, choice, losses(candidate, held_out, cfg)))
+        measured.append(Measured(name, choice, reference.figures(candidate)))
         del candidate
-    best, verdict = decide(measured[-1], measured[:-1])
+    best, verdict = decide(measured[-1], measured[:-1], unquantized)
 
     rules = to_rules(best.choice, rank=cfg.rank, alpha=cfg.alpha or 2 * (cfg.rank or 1))
     built = llama(arch, rules, device="meta", dtype=resolve_dtype(cfg.dtype))
@@ -128,7 +126,45 @@ def tracked(items: Iterable[T], what: str, console: Console, total: int) -> Iter
     )
 
 
-# ---- measuring ----------------------------------------------------------------------------------
+# ---- budget and measuring ----------------------------------------------------------------------
+
+
+def quantizable(model: CausalLM) -> dict[str, nn.Module]:
+    """The linear slots by name; a head that shares the embedding's weight cannot be quantized."""
+    return {
+        slot: model.get_submodule(slot if slot == "lm_head" else f"model.{slot}")
+        for slot in linear_slots(model.spec.arch)
+        if not (slot == "lm_head" and model.tie_word_embeddings)
+    }
+
+
+def check_budget(cfg: PlanConfig, arch: LlamaArch) -> tuple[int, int, int]:
+    """(bytes of everything that is no slot, weights in slots, bytes that these may take), by a
+    model without memory.
+
+    Raises:
+        ConfigError: if no plan is so small, or everything fits as it is.
+    """
+    model = llama(arch, device="meta", dtype=resolve_dtype(cfg.dtype))
+    slots = [module.get_parameter("weight") for module in quantizable(model).values()]
+    weights, most = sum(w.numel() for w in slots), sum(w.nbytes for w in slots)
+    fixed = sum(row.base_bytes for row in summarize(model)) - most
+    least = sum(min(s.nbytes(w.shape, w.dtype) for s in SETTINGS) for w in slots)
+    if cfg.budget is None:
+        assert cfg.bits is not None
+        key, budget = f"bits={cfg.bits:g}", int(cfg.bits * weights / 8)
+    else:
+        key, budget = f"budget={cfg.budget}", memory_in_bytes(cfg.budget, "budget") - fixed
+
+    def needs(nbytes: int) -> str:
+        bits, mib = 8 * nbytes / weights, (fixed + nbytes) / 2**20
+        return f"bits={math.ceil(1000 * bits) / 1000} or budget={math.ceil(100 * mib) / 100}MiB"
+
+    if budget < least:
+        raise ConfigError(f"{key} is too small: the smallest plan has {needs(least)}")
+    if budget >= most:
+        raise ConfigError(f"{key} is too large: without quantization the base has {needs(most)}")
+    return fixed, weights, budget
 
 
 def dataset(source: str | None, cfg: PlanConfig) -> TokenizedDataset:
@@ -158,11 +194,7 @@ def load(cfg: PlanConfig, rules: list[dict[str, Any]]) -> CausalLM:
 
 def measure(model: CausalLM, data: TokenizedDataset, cfg: PlanConfig, console: Console) -> Options:
     """What every slot can be, with its bytes and the predicted KL divergence."""
-    slots = {
-        slot: model.get_submodule(slot if slot == "lm_head" else f"model.{slot}")
-        for slot in linear_slots(model.spec.arch)
-        if not (slot == "lm_head" and model.tie_word_embeddings)
-    }
+    slots = quantizable(model)
     found = measure_sensitivity(model, slots, calibration_batches(data, cfg), seed=cfg.seed)
     weights = {slot: module.get_parameter("weight") for slot, module in slots.items()}
     options = measure_options(weights, lambda slot, *pair: found[slot].predicted_kl(*pair))
@@ -186,7 +218,7 @@ def calibration_batches(data: TokenizedDataset, cfg: PlanConfig) -> Iterator[Bat
             return
 
 
-def losses(model: CausalLM, data: TokenizedDataset, cfg: PlanConfig) -> Losses:
+def held_out_batches(data: TokenizedDataset, cfg: PlanConfig) -> Iterator[Batch]:
     batches = Batches(
         data,
         batch_size=max(1, min(cfg.batch_size, len(data) // EVAL_BATCHES)),
@@ -194,29 +226,7 @@ def losses(model: CausalLM, data: TokenizedDataset, cfg: PlanConfig) -> Losses:
         max_seq_len=cfg.data.max_seq_len,
         shuffle=False,
     )
-    return batch_losses(model, batches.of_epoch(0, resolve_device(cfg.device)))
-
-
-def budget_of_slots(cfg: PlanConfig, fixed: int, weights: int, least: int, most: int) -> int:
-    """Bytes that the slots may take; `fixed` are those of everything else.
-
-    Raises:
-        ConfigError: if no plan is so small, or everything fits as it is.
-    """
-    if cfg.budget is None:
-        assert cfg.bits is not None
-        key, budget = f"bits={cfg.bits:g}", int(cfg.bits * weights / 8)
-    else:
-        key, budget = f"budget={cfg.budget}", memory_in_bytes(cfg.budget, "budget") - fixed
-
-    def needs(nbytes: int) -> str:
-        return f"bits={8 * nbytes / weights:.3f} or budget={(fixed + nbytes) / 2**20:.2f}MiB"
-
-    if budget < least:
-        raise ConfigError(f"{key} is too small: the smallest plan has {needs(least)}")
-    if budget >= most:
-        raise ConfigError(f"{key} is too large: without quantization the base has {needs(most)}")
-    return budget
+    return batches.of_epoch(0, resolve_device(cfg.device))
 
 
 # ---- what is shown and written ------------------------------------------------------------------
@@ -250,6 +260,7 @@ def comparison(measured: Sequence[Measured], fixed: int, weights: int) -> list[d
             "bits": 8 * total_bytes(one.choice) / weights,
             "bytes": fixed + total_bytes(one.choice),
             "predicted_kl": total_loss(one.choice),
+            "kl": one.kl,
             "loss": one.loss,
             "perplexity": math.exp(one.loss),
         }
@@ -260,7 +271,7 @@ def comparison(measured: Sequence[Measured], fixed: int, weights: int) -> list[d
 def comparison_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("layers in", no_wrap=True)
-    for column in ("bits", "MiB", "predicted KL", "loss", "perplexity"):
+    for column in ("bits", "MiB", "predicted KL", "KL", "loss", "perplexity"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -268,6 +279,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['bits']:.3f}",
             f"{row['bytes'] / 2**20:,.2f}",
             f"{row['predicted_kl']:.2e}",
+            f"{row['kl']:.2e}",
             f"{row['loss']:.5f}",
             f"{row['perplexity']:.4f}",
         )

@@ -83,12 +83,16 @@ def _rules_of(file: Path) -> list[Any]:
     """The `components:` of a YAML file, such as `qlora plan` writes."""
     if not file.is_file():
         raise ConfigError(f"components={file}: no such file")
-    content = OmegaConf.load(file)
-    rules = (
-        OmegaConf.to_container(content).get("components") if OmegaConf.is_dict(content) else None
-    )
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text: {error}") from error
+    rules = content.get("components") if isinstance(content, dict) else None
     if not isinstance(rules, list):
         raise ConfigError(f"{file}: no list of rules under components:")
+    for key in (key for rule in rules if isinstance(rule, dict) for key in rule):
+        if not re.fullmatch(r"\w+", str(key)):  # hydra's grammar has no words for others
+            raise ConfigError(f"{file}: {key!r} is no option of a rule")
     return rules
 
 
@@ -97,7 +101,7 @@ def _spelled(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(_spelled, value)) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{quote(str(k))}:{_spelled(v)}" for k, v in value.items()) + "}"
+        return "{" + ",".join(f"{k}:{_spelled(v)}" for k, v in value.items()) + "}"
     if isinstance(value, str):
         return quote(value)
     return "null" if value is None else str(value).lower()

@@ -7,7 +7,6 @@ and `to_rules` writes either as rules of the component plan.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from qlora_builders.errors import CheckpointError
 from qlora_builders.tensor import to_nf4
 
+_UNITS = 1 << 16
 _ADAPTED = {"frozen_nf4": "qlora", "linear": "lora"}
 
 
@@ -31,11 +31,11 @@ class Setting:
     def name(self) -> str:
         """ "nf4 32 search": block size, then what is not the default."""
         if self.kind == "linear":
-            return "linear"
-        words = [str(self.options.get("block_size", 64))]
-        if self.options.get("scale_format", "geometric") != "geometric":
-            words.append(f"scales {self.options['scale_format']}")
-        return " ".join(["nf4", *words, *(["search"] if self.options.get("scale_search") else [])])
+            return self.kind
+        words = ["nf4", str(self.options["block_size"])]
+        words += ["search"] if self.options.get("scale_search") else []
+        words += [f"{key}={self.options[key]}" for key in ("scale_format",) if key in self.options]
+        return " ".join(words)
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Bytes of a weight as it is stored: codes, scales and groups, or elements."""
@@ -71,7 +71,7 @@ class Option:
     loss: float  # any unit; those of all slots are added up
 
 
-Options = Mapping[str, Sequence[Option]]  # slot -> what it can be
+Options = dict[str, Sequence[Option]]  # slot -> what it can be
 Choice = dict[str, Option]
 
 
@@ -140,40 +140,42 @@ def _with(setting: Setting, options: Sequence[Option]) -> Option:
 def choose(options: Options, budget: int) -> Choice:
     """The plan of least predicted loss in at most `budget` bytes; the same one every time.
 
-    Greedy: from the smallest plan on, always the step that saves most loss per byte, until none
-    fits. Along the lower convex hulls of the slots that is the optimum of the relaxed problem, so
-    what is missed is less than the last step's worth. A uniform plan that is better is taken.
+    Dynamic programming over the bytes that are left beside the smallest plan, counted in units: up
+    to 2^16 bytes that is exact, beyond that a slot's bytes are rounded up to a 2^16th of them. A
+    uniform plan that is better for that is taken.
 
     Raises:
         AssertionError: if the smallest plan is over the budget; callers check that first.
     """
-    choice = smallest(options)
-    left = budget - total_bytes(choice)
+    least = smallest(options)
+    left = budget - total_bytes(least)
     assert left >= 0
-    queue: list[tuple[float, int, str, Option]] = []
-
-    def push(order: int, slot: str) -> None:
-        now = choice[slot]
-        steps = [
-            ((now.loss - new.loss) / (new.nbytes - now.nbytes), new)
-            for new in options[slot]
-            if new.loss < now.loss and 0 < new.nbytes - now.nbytes <= left
-        ]
-        if steps:
-            gain, new = max(steps, key=lambda step: step[0])
-            heapq.heappush(queue, (-gain, order, slot, new))
-
-    for order, slot in enumerate(options):
-        push(order, slot)
-    while queue:
-        _, order, slot, new = heapq.heappop(queue)
-        needed = new.nbytes - choice[slot].nbytes
-        if needed <= left:
-            choice[slot] = new
-            left -= needed
-        push(order, slot)  # the next step, or a smaller one where this did not fit
+    unit = -(-left // _UNITS) or 1
+    units = left // unit
+    losses = torch.zeros(units + 1, dtype=torch.float64)  # [b]: of the slots so far in b units
+    picks = []
+    for slot, some in options.items():
+        longer, pick = torch.full_like(losses, torch.inf), torch.zeros(units + 1, dtype=torch.int8)
+        for index, option in enumerate(some):
+            used = _units(option, least[slot], unit)
+            if used <= units:
+                loss = losses[: units + 1 - used] + option.loss
+                better = loss < longer[used:]
+                longer[used:] = torch.where(better, loss, longer[used:])
+                pick[used:][better] = index
+        losses = longer
+        picks.append(pick)
+    choice: Choice = {}
+    for slot, pick in zip(reversed(options), reversed(picks), strict=True):
+        choice[slot] = options[slot][int(pick[units])]
+        units -= _units(choice[slot], least[slot], unit)
+    choice = {slot: choice[slot] for slot in options}
     fitting = [plan for plan in uniform_plans(options).values() if total_bytes(plan) <= budget]
     return min([choice, *fitting], key=total_loss)
+
+
+def _units(option: Option, least: Option, unit: int) -> int:
+    return -(-(option.nbytes - least.nbytes) // unit)
 
 
 # ---- rules --------------------------------------------------------------------------------------

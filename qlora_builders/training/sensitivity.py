@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from qlora_builders.modules.loss import IGNORE_INDEX
 from qlora_builders.training.loop import Batch
 
 _ROWS_AT_ONCE = 1024
+_LOGITS_AT_ONCE = 1 << 25  # 128 MiB
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def measure_sensitivity(
         seed: fixes the tokens drawn from the model.
 
     Raises:
-        TrainingError: if the batches hold no target token, or a gradient is not finite.
+        TrainingError: if the batches hold no target token, or a prediction or a gradient is not
+            finite.
     """
     sums = {name: _Sums() for name in slots}
     tokens = 0
@@ -137,18 +139,41 @@ def _hooks(
             handle.remove()
 
 
-@torch.no_grad()
 def _drawn_labels(
     head: nn.Module, hidden: Tensor, labels: Tensor, generator: torch.Generator
 ) -> Tensor:
     """`labels` [b, s] with every target replaced by a token drawn from the model's prediction."""
-    targets = labels[:, 1:] != IGNORE_INDEX
-    rows = hidden[:, :-1][targets]  # [n, hidden]
-    drawn = [
-        torch.multinomial(head(chunk).float().softmax(-1), 1, generator=generator)[:, 0]
-        for chunk in rows.split(_ROWS_AT_ONCE)
-    ]
     replaced = labels.clone()
+    predictions = log_probabilities(head, target_rows(hidden, labels))
+    drawn = [draw_tokens(log_probs, generator) for log_probs in predictions]
     if drawn:
-        replaced[:, 1:][targets] = torch.cat(drawn)
+        replaced[:, 1:][labels[:, 1:] != IGNORE_INDEX] = torch.cat(drawn)
     return replaced
+
+
+def target_rows(hidden: Tensor, labels: Tensor) -> Tensor:
+    """[n, hidden]: the final hidden states [b, s, hidden] that predict a target token."""
+    return hidden[:, :-1][labels[:, 1:] != IGNORE_INDEX]
+
+
+@torch.no_grad()
+def log_probabilities(head: nn.Module, rows: Tensor) -> Iterator[Tensor]:
+    """Of the next token, float32 [c, vocab] for a few rows [c, hidden] at a time.
+
+    Raises:
+        TrainingError: if one is not a number.
+    """
+    count = max(1, _LOGITS_AT_ONCE // cast(int, head.out_features))
+    for chunk in rows.split(count) if len(rows) else ():
+        log_probs = head(chunk).float().log_softmax(-1)
+        if log_probs.isnan().any():
+            raise TrainingError(
+                "the model's predictions are not numbers: its weights are damaged, or compute_dtype"
+                " is too narrow for it; try float32"
+            )
+        yield log_probs
+
+
+def draw_tokens(log_probs: Tensor, generator: torch.Generator) -> Tensor:
+    """[c]: one token of each row's distribution [c, vocab]."""
+    return torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0]
