@@ -23,11 +23,13 @@ VERBS = {
     "quantize": "write a checkpoint with its linear layers in NF4",
     "plan": "choose the precision of every linear under a memory budget",
     "inspect": "show which component fills each linear, and what trains",
+    "estimate": "predict the peak memory of a finetune, and what fits into a given one",
     "report": "one HTML page of a run, or of several beside each other",
     "configs": "list, show, copy and validate the shipped configs",
 }
 # `python recipes/inspect.py` would hide the standard library's module from everything it imports.
 RECIPE_FILES = {"inspect": "inspect_plan.py"}
+LAUNCH_OPTIONS = ("--nproc-per-node", "--max-restarts")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if verb == "configs":
         return _browse(rest)
+    if verb == "finetune" and any(word.startswith(LAUNCH_OPTIONS) for word in rest):
+        return _launch(rest)
     from qlora_builders.config.entry import run_recipe
 
     return run_recipe(lambda cfg: load_recipe(recipe_path(verb))(cfg), verb, rest)
@@ -56,6 +60,7 @@ def usage() -> str:
     return (
         "usage: qlora COMMAND [KEY=VALUE ...]\n\n"
         f"{verbs}\n\n"
+        "qlora finetune --nproc-per-node N [--max-restarts M] ... trains in N processes.\n"
         "qlora COMMAND --help lists the keys of a command; qlora --version prints the version.\n"
         "Try: qlora finetune experiment=demo_qlora"
     )
@@ -78,6 +83,41 @@ def load_recipe(path: Path) -> Callable[[Any], object]:
     spec.loader.exec_module(module)
     recipe_main: Callable[[Any], object] = module.main
     return recipe_main
+
+
+def _launch(words: Sequence[str]) -> int:
+    """`qlora finetune` in several processes, once the config is known to be right."""
+    from qlora_builders.config.entry import OptionParser, report, run_recipe
+    from qlora_builders.distributed.launch import launch
+
+    parser = OptionParser(add_help=False, allow_abbrev=False)
+    for option in LAUNCH_OPTIONS:
+        parser.add_argument(option, type=_count)
+    try:
+        options, rest = parser.parse_known_args(words)
+    except QLoRAError as error:
+        report(error)
+        return 2
+
+    def start(cfg: Any) -> None:
+        command = ["-m", "qlora_builders.cli", "finetune", *rest]
+        if not any(word.startswith("output_dir=") for word in rest):
+            command.append(f"output_dir={cfg.output_dir}")  # a restart goes on in the same
+        sys.exit(
+            launch(
+                command,
+                nproc_per_node=options.nproc_per_node or 1,
+                max_restarts=options.max_restarts or 0,
+            )
+        )
+
+    return run_recipe(start, "finetune", rest)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(text)
+    return int(text)
 
 
 def _browse(words: Sequence[str]) -> int:

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from qlora_builders.checkpoint import load_checkpoint, save_adapter, save_checkpoint
 from qlora_builders.checkpoint.run_dir import (
+    AUTO,
     Start,
     add_step,
     find_start,
@@ -39,12 +41,20 @@ from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.resume import check_same_curve, curve_config
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.data import Batches, Tokenizer, build_dataset, check_token_range
+from qlora_builders.distributed import (
+    Ranks,
+    sharding,
+    whole_parameters,
+    whole_state,
+    with_ranks,
+)
 from qlora_builders.errors import ConfigError, TrainingError
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
 from qlora_builders.report import read_run, write_report
 from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
+    bound_heap,
     peak_memory_mib,
     resolve_compute_dtype,
     resolve_device,
@@ -63,6 +73,7 @@ from qlora_builders.training.loop import (
     until_stopped,
 )
 from qlora_builders.training.lr_schedule import check_same_past, lr_factor
+from qlora_builders.training.param_groups import lora_plus_groups
 from qlora_builders.training.progress import (
     MetricsLog,
     ProgressReport,
@@ -72,127 +83,131 @@ from qlora_builders.training.progress import (
 )
 from qlora_builders.training.samples import add_samples
 
+T = TypeVar("T")
 
-def main(cfg: FinetuneConfig) -> None:
-    run_dir = Path(cfg.output_dir)
-    start = find_start(run_dir, resume=cfg.training.resume, overwrite=cfg.overwrite)
-    loggers = make_loggers(cfg, start)
-    device = resolve_device(cfg.device)
+
+@with_ranks
+def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
+    run_dir = Path(ranks.on_main(lambda: cfg.output_dir))  # its default holds the time
+    start = ranks.on_main(lambda: first_step(cfg, run_dir, ranks))
+    loggers = make_loggers(cfg, ranks, run_dir, start)
+    gather = ranks.gather
+    device = resolve_device(cfg.device, local_rank=ranks.local_rank)
     compute_dtype = resolve_compute_dtype(cfg.training.compute_dtype, device)
     set_seed(cfg.training.seed)
 
-    tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
-    train_data = load_batches(cfg.data.train, cfg, tokenizer, shuffle=True)
-    eval_data = (
-        load_batches(cfg.data.eval, cfg, tokenizer, shuffle=False) if cfg.data.eval else None
-    )
+    train_data, eval_data = load_data(cfg, ranks)
     total_steps = count_steps(cfg, train_data)
     about = describe_run(cfg, train_data, total_steps, device, compute_dtype)
     check_resume(start, about, cfg)
 
-    model = prepare_model(cfg, device, compute_dtype)
-    about["compile"] = prepare_layers(model, cfg, total_steps, before=start.about.get("compile"))
+    model = prepare_model(cfg, ranks, device, compute_dtype)
+    about["compile"] = prepare_layers(model, cfg, ranks, total_steps, start.about.get("compile"))
     for data in filter(None, (train_data, eval_data)):
         check_token_range(data.dataset, model.spec.arch.vocab_size)
     parameters = trainable_parameters(model)
-    optimizer = instantiate(cfg.optimizer, parameters, key="optimizer")
+    optimizer = instantiate(cfg.optimizer, optimizer_groups(model, cfg), key="optimizer")
     if start.folder is not None:
         load_step(start.folder, model, optimizer)
     factor = lr_factor(total_steps=total_steps, **asdict(cfg.lr_schedule))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=start.step - 1)
 
+    environment = describe_environment(device, compute_dtype) | {"total_steps": total_steps}
     with (
-        run_directory(run_dir, start, overwrite=cfg.overwrite, keep_last=cfg.training.keep_last),
-        stop_on_signal() as stop,
-        ProgressReport(total_steps, steps_done=start.step) as progress,
-        closing(loggers),
+        open_run(cfg, ranks, run_dir, start, loggers, environment) as metrics,
+        stop_on_signal(gather) as stop,
+        ProgressReport(total_steps, steps_done=start.step, quiet=not ranks.is_main) as progress,
     ):
-        save_config(cfg, run_dir / "config.yaml")
-        environment = describe_environment(device, compute_dtype)
-        add_environment(run_dir, environment, first_step=start.step, total_steps=total_steps)
-        metrics = MetricsLog(run_dir, step=start.step, source=start.run_dir, loggers=loggers)
         for line in (*start.messages, *data_summaries(train_data, eval_data)):
             progress.say(line)
-        progress.say(f"{parameter_counts(model)}, on {device}, in {run_dir}")
+        progress.say(f"{parameter_counts(model)}, on {ranks.size} x {device.type}, in {run_dir}")
 
         def evaluate(step: int) -> None:
             due = step in (0, total_steps) or is_due(step, cfg.training.eval_every)
             if eval_data is None or not due or metrics.has_eval(step):
                 return
             batches = until_stopped(eval_data.of_epoch(0, device), stop)
-            loss, tokens = evaluate_loss(model, batches)
-            if not stop:
-                metrics.write(step=step, eval_loss=loss, eval_tokens=tokens)
-                progress.say(f"step {step}: eval loss {loss:.4f}")
-            if cfg.training.samples and step in (0, total_steps) and not stop:
-                add_samples(run_dir, step, model, eval_data.dataset, cfg.training.samples)
+            loss, tokens = evaluate_loss(model, batches, gather=gather)
+            if stop.agreed():
+                return
+            metrics.write(step=step, eval_loss=loss, eval_tokens=tokens)
+            progress.say(f"step {step}: eval loss {loss:.4f}")
+            if cfg.training.samples and step in (0, total_steps):
+                folder = run_dir if ranks.is_main else None
+                add_samples(folder, step, model, eval_data.dataset, cfg.training.samples)
 
         def save(step: int) -> None:
-            metrics.sync()
-            add_step(run_dir, step, model, optimizer, about=about, base_model=cfg.checkpoint.dir)
-            remove_old_steps(run_dir, cfg.training.keep_last)
+            def write() -> None:
+                metrics.sync()
+                add_step(run_dir, step, model, state, about=about, base_model=cfg.checkpoint.dir)
+                remove_old_steps(run_dir, cfg.training.keep_last)
+
+            state = whole_state(optimizer, ranks)
+            write_whole(model, ranks, write)
 
         model.train()
-        step = start.step
+        step, clip = start.step, cfg.training.clip_grad_norm
         evaluate(step)
-        while step < total_steps and not stop:
+        while step < total_steps and not stop.agreed():
             step += 1
+            ranks.seed_step(cfg.training.seed, step)
             batches = train_data.of_step(step, cfg.training.grad_accumulation, device)
             started = time.perf_counter()
             try:
-                result = train_step(
-                    model, batches, optimizer, clip_grad_norm=cfg.training.clip_grad_norm
-                )
+                result = train_step(model, batches, optimizer, clip_grad_norm=clip, gather=gather)
             except TrainingError as error:
-                if step > 1 and not step_folders(run_dir) and all_finite(parameters):
+                saved = ranks.on_main(lambda: bool(step_folders(run_dir)))
+                if step > 1 and not saved and all_finite(parameters, gather=gather):
                     save(step - 1)
+                last = ranks.on_main(lambda: last_checkpoint(run_dir))
                 raise TrainingError(
-                    f"step {step}: {error} of {cfg.data.train}. "
-                    f"{last_checkpoint(run_dir)}; lower optimizer.lr or look at these rows"
+                    f"step {step}: {error} of {cfg.data.train}. {last}; "
+                    "lower optimizer.lr or look at these rows"
                 ) from error
             lr = float(schedule.get_last_lr()[0])
             schedule.step()
             if step % cfg.training.log_every == 0 or step == total_steps:
-                seconds = time.perf_counter() - started
-                memory = peak_memory_mib(device)
+                seconds, memory = time.perf_counter() - started, peak_memory_mib(device)
                 row = step_row(step, result, lr=lr, seconds=seconds, memory=memory)
                 metrics.write(**row)
                 progress.step(row)
             if is_due(step, cfg.training.save_every):
                 save(step)
             evaluate(step)
-        write_csv(run_dir)
-        if stop:
-            if step and not step_folder(run_dir, step).exists():
+        ranks.on_main(lambda: write_csv(run_dir))
+        if stop.agreed():
+            if step and not ranks.on_main(step_folder(run_dir, step).exists):
                 save(step)
             progress.say(f"stopped by signal {stop.signal_number} after step {step}")
             progress.say(f"{last_checkpoint(run_dir)}; training.resume=auto takes the run up again")
             sys.exit(stop.exit_code)
 
-        check_adapters_learned(model)
-        progress.say(f"wrote {save_result(model, run_dir, cfg)}")
-    for path in (plot(run_dir), report(run_dir)):
-        progress.say(path)
+        check_adapters_learned(model, gather=gather)
+        written = write_whole(model, ranks, lambda: save_result(model, run_dir, cfg))
+        progress.say(f"wrote {written}")
+    for line in (plot(run_dir), report(run_dir)) if ranks.is_main else ():
+        progress.say(line)
 
 
 def prepare_model(
-    cfg: FinetuneConfig, device: torch.device, compute_dtype: torch.dtype
+    cfg: FinetuneConfig, ranks: Ranks, device: torch.device, compute_dtype: torch.dtype
 ) -> CausalLM:
-    """The base under the plan."""
+    """The base under the plan, over the ranks."""
     return load_checkpoint(
         cfg.checkpoint.dir,
         plan_rules(cfg),
         format=cfg.checkpoint.format,
         arch=get_arch(cfg.model.arch) if cfg.model.arch else None,
         train=train_patterns(cfg),
-        device=device,
+        device="cpu" if cfg.distributed.cpu_offload else device,
         dtype=resolve_dtype(cfg.training.dtype),
         compute_dtype=compute_dtype,
+        shard=sharding(ranks, device.type, **asdict(cfg.distributed)),
     )
 
 
 def prepare_layers(
-    model: CausalLM, cfg: FinetuneConfig, total_steps: int, *, before: str | None
+    model: CausalLM, cfg: FinetuneConfig, ranks: Ranks, total_steps: int, before: str | None
 ) -> str:
     """What the layers keep for backward, and whether they are compiled: "on" or "off".
 
@@ -200,17 +215,27 @@ def prepare_layers(
         before: what a resumed run had, for the same losses to the last bit.
     """
     model.model.activation_checkpointing = cfg.training.activation_checkpointing
+    bound_heap(model)
     mode = cfg.training.compile
+    if mode == "auto" and before is not None:
+        mode = before
     rows = total_steps * cfg.training.batch_size * cfg.training.grad_accumulation
-    num_tokens = rows * cfg.data.max_seq_len  # at most
-    compiled = compile_layers(
-        model, before if before and mode == "auto" else mode, num_tokens=num_tokens
-    )
+    num_tokens = rows * cfg.data.max_seq_len // ranks.size  # at most
+    compiled = compile_layers(model, mode, num_tokens=num_tokens, gather=ranks.gather)
     return "on" if compiled else "off"
 
 
+def load_data(cfg: FinetuneConfig, ranks: Ranks) -> tuple[Batches, Batches | None]:
+    """This rank's part of the batches to train and to evaluate on."""
+    tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
+    train_data = load_batches(cfg.data.train, cfg, ranks, tokenizer, shuffle=True)
+    if cfg.data.eval is None:
+        return train_data, None
+    return train_data, load_batches(cfg.data.eval, cfg, ranks, tokenizer, shuffle=False)
+
+
 def load_batches(
-    source: str, cfg: FinetuneConfig, tokenizer: Tokenizer, *, shuffle: bool
+    source: str, cfg: FinetuneConfig, ranks: Ranks, tokenizer: Tokenizer, *, shuffle: bool
 ) -> Batches:
     data = build_dataset(
         source,
@@ -228,6 +253,8 @@ def load_batches(
         max_seq_len=cfg.data.max_seq_len,
         seed=cfg.training.seed,
         shuffle=shuffle,
+        rank=ranks.rank,
+        num_ranks=ranks.size,
     )
 
 
@@ -235,6 +262,13 @@ def count_steps(cfg: FinetuneConfig, data: Batches) -> int:
     if cfg.training.max_steps is not None:
         return cfg.training.max_steps
     return ceil(data.per_epoch * cfg.training.epochs / cfg.training.grad_accumulation)
+
+
+def optimizer_groups(model: CausalLM, cfg: FinetuneConfig) -> list[Any]:
+    ratio = cfg.training.lora_plus_ratio
+    if ratio is None:
+        return trainable_parameters(model)
+    return lora_plus_groups(model, lr=cfg.optimizer["lr"], ratio=ratio)
 
 
 def describe_run(
@@ -279,6 +313,41 @@ def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+def first_step(cfg: FinetuneConfig, run_dir: Path, ranks: Ranks) -> Start:
+    """As the config says; a run that was restarted after a failure goes on where it was."""
+    if ranks.restarts and step_folders(run_dir):
+        return find_start(run_dir, resume=AUTO, overwrite=False)
+    overwrite = cfg.overwrite or ranks.restarts > 0
+    return find_start(run_dir, resume=cfg.training.resume, overwrite=overwrite)
+
+
+@contextmanager
+def open_run(
+    cfg: FinetuneConfig,
+    ranks: Ranks,
+    run_dir: Path,
+    start: Start,
+    loggers: Loggers,
+    environment: dict[str, Any],
+) -> Iterator[MetricsLog]:
+    """The run directory and what goes there all the time, from the main rank alone."""
+    if not ranks.is_main:
+        yield MetricsLog(run_dir, step=start.step, source=start.run_dir, writes=False)
+        return
+    overwrite = start.step == 0 and (cfg.overwrite or ranks.restarts > 0)
+    keep_last = cfg.training.keep_last
+    with run_directory(run_dir, start, overwrite=overwrite, keep_last=keep_last), closing(loggers):
+        save_config(cfg, run_dir / "config.yaml")
+        add_environment(run_dir, environment, first_step=start.step)
+        yield MetricsLog(run_dir, step=start.step, source=start.run_dir, loggers=loggers)
+
+
+def write_whole(model: CausalLM, ranks: Ranks, write: Callable[[], T]) -> T:
+    """`write()` on the main rank, where the model's parameters are whole meanwhile."""
+    with whole_parameters(model, ranks, only_trained=has_adapters(model)):
+        return ranks.on_main(write)
+
+
 def save_result(model: CausalLM, run_dir: Path, cfg: FinetuneConfig) -> Path:
     if has_adapters(model):
         save_adapter(model, run_dir / "adapter", base_model=cfg.checkpoint.dir)
@@ -288,12 +357,12 @@ def save_result(model: CausalLM, run_dir: Path, cfg: FinetuneConfig) -> Path:
     return run_dir / "model"
 
 
-def make_loggers(cfg: FinetuneConfig, start: Start) -> Loggers:
-    about: dict[str, Any] = {"run_dir": Path(cfg.output_dir), "first_step": start.step}
+def make_loggers(cfg: FinetuneConfig, ranks: Ranks, run_dir: Path, start: Start) -> Loggers:
+    about: dict[str, Any] = {"run_dir": run_dir, "first_step": start.step}
     return Loggers(
         [
             instantiate(node, key=f"loggers[{index}]", config=asdict(cfg), **about)
-            for index, node in enumerate(cfg.loggers)
+            for index, node in enumerate(cfg.loggers if ranks.is_main else [])
         ]
     )
 

@@ -6,7 +6,8 @@ qlora generate prompt="..." [checkpoint.dir=...] [adapter.path=...]
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from qlora_builders.checkpoint import load_with_adapter
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import GenerateConfig
 from qlora_builders.data import Tokenizer
-from qlora_builders.models import generate
+from qlora_builders.models import generate_batch
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 
 
@@ -32,27 +33,37 @@ def main(cfg: GenerateConfig) -> None:
         compute_dtype=resolve_compute_dtype(cfg.compute_dtype, device),
         allow_base_mismatch=cfg.adapter.allow_base_mismatch,
     )
-    generator = torch.Generator(device).manual_seed(cfg.seed)
+    answer = partial(
+        generate_batch,
+        model,
+        max_new_tokens=cfg.max_new_tokens,
+        stop_token_ids=tokenizer.stop_token_ids,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        generator=torch.Generator(device).manual_seed(cfg.seed),
+        compile=cfg.compile,
+    )
     prompts = list(read_prompts(cfg))
-    for prompt in prompts:
-        if len(prompts) > 1:
-            print(f">>> {prompt}")
-        tokens = generate(
-            model,
-            encode_prompt(prompt, cfg, tokenizer),
-            max_new_tokens=cfg.max_new_tokens,
-            stop_token_ids=tokenizer.stop_token_ids,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            generator=generator,
-        )
-        if cfg.stream:
-            for text in stream_text(tokens, tokenizer):
+    for start in range(0, len(prompts), cfg.batch_size):
+        batch = prompts[start : start + cfg.batch_size]
+        steps = answer([encode_prompt(prompt, cfg, tokenizer) for prompt in batch])
+        if len(batch) == 1 and cfg.stream:
+            show_prompt(batch[0], prompts)
+            for text in stream_text((t for row in steps if (t := row[0]) is not None), tokenizer):
                 print(text, end="", flush=True)
             print()
-        else:
-            print(tokenizer.decode(list(tokens)))
+            continue
+        rows = list(steps)
+        for index, prompt in enumerate(batch):
+            show_prompt(prompt, prompts)
+            print(tokenizer.decode([t for row in rows if (t := row[index]) is not None]))
+
+
+def show_prompt(prompt: str, prompts: Sequence[str]) -> None:
+    """Before its answer, where there are several."""
+    if len(prompts) > 1:
+        print(f">>> {prompt}")
 
 
 def read_prompts(cfg: GenerateConfig) -> Iterator[str]:

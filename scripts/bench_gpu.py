@@ -1,6 +1,7 @@
-"""Everything that needs a GPU in one call: the gpu-marked tests, then the NF4 benchmark.
+"""Everything that needs a GPU in one call: the gpu-marked tests, NF4 kernels, a whole 8B model.
 
-usage: python scripts/bench_gpu.py [--out scripts/results/gpu_YYYY-MM-DD.json] [--skip-tests]
+usage: python scripts/bench_gpu.py [--out scripts/results/gpu_YYYY-MM-DD.json]
+           [--skip tests nf4 model]
 
 Writes the raw results with device, versions and command, and prints them. Exit code 1 if a test
 failed, 2 without a GPU.
@@ -28,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     today = datetime.date.today().isoformat()
     parser.add_argument("--out", type=Path, default=ROOT / "scripts/results" / f"gpu_{today}.json")
-    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--skip", nargs="*", default=[], choices=("tests", "nf4", "model"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print(f"no GPU: torch {torch.__version__} sees no CUDA device", file=sys.stderr)
@@ -41,12 +42,15 @@ def main() -> int:
         "torch": torch.__version__,
         "copy_gb_per_s": copy_bandwidth(),
     }
-    if not args.skip_tests:
+    if "tests" not in args.skip:
         tests = run("-m", "pytest", "-q", "-m", "gpu", "tests")
         results["tests"] = {"exit_code": tests.returncode, "summary": last_line(tests.stdout)}
-    bench = run("scripts/bench_nf4.py", "--device", "cuda", "--shapes", f"{SHAPES_8B},{SHAPES_70B}")
-    line = last_line(bench.stdout)
-    results["nf4"] = json.loads(line) if bench.returncode == 0 else {"error": bench.stderr[-2000:]}
+    if "nf4" not in args.skip:
+        results["nf4"] = last_json(
+            "bench_nf4.py", "--device", "cuda", "--shapes", f"{SHAPES_8B},{SHAPES_70B}"
+        )
+    if "model" not in args.skip:
+        results["model"] = last_json("bench_model.py", "--longest", "--peft")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
@@ -70,6 +74,14 @@ def copy_bandwidth() -> float:
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def last_json(script: str, *words: str) -> Any:
+    """What a benchmark prints last, or the end of what went wrong."""
+    done = run(f"scripts/{script}", *words)
+    if done.returncode != 0:
+        return {"error": done.stderr[-2000:]}
+    return json.loads(last_line(done.stdout))
 
 
 def last_line(text: str) -> str:

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from demo_text import base_rows  # type: ignore[import-not-found]
+from demo_text import base_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TEXTS = 400

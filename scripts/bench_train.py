@@ -7,7 +7,9 @@ Rank 8 on all seven projections, AdamW, random tokens that all carry loss, dtype
 step is warm-up. Between two steps the bound is measured: two products with every linear weight
 (forward, and the gradient of the input) in that dtype, with the weights at hand; `bound_fraction`
 is the median of bound / step.
-Memory is what the process (or the GPU's allocator) held at its peak over what it had before.
+Memory is what the process (or the GPU's allocator) held at its peak over what it had after its
+imports. torch._dynamo (150 MiB) is one of them: every optimizer of torch imports it, and where
+PEFT's imports have been made it is there already.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
 from qlora_builders import load_checkpoint
 from qlora_builders.data import Batch
 from qlora_builders.modules import CHECKPOINTING_MODES, CausalLM
 from qlora_builders.training.compile import COMPILE_MODES, compile_layers
-from qlora_builders.training.device import resolve_device, set_seed
+from qlora_builders.training.device import bound_heap, resolve_device, set_seed
 from qlora_builders.training.loop import train_step, trainable_parameters
 
 RANK = 8
@@ -43,6 +46,7 @@ def main() -> None:
     load_s, load_peak = time.perf_counter() - started, memory.peak_mib()
     model.train()
     model.model.activation_checkpointing = args.activation_checkpointing
+    bound_heap(model)
     tokens = args.batch * args.seq * args.steps
     compiled = compile_layers(model, args.compile, num_tokens=tokens)
     optimizer = torch.optim.AdamW(trainable_parameters(model), lr=2e-4, fused=True)

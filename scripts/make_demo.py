@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from demo_text import (  # type: ignore[import-not-found]
+from demo_text import (
     BOS,
     CHAT_TEMPLATE,
     EOS,

@@ -26,7 +26,7 @@ LAYERS = (
     {"modules"},
     {"models"},
     {"checkpoint", "data", "distributed", "training", "config"},
-    {"report"},
+    {"report", "preflight"},
     {"recipes", "cli"},
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}

@@ -23,6 +23,8 @@ from qlora_builders.errors import CheckpointError, PlanError
 from qlora_builders.models import BaseCheckpoint, ComponentRule
 from qlora_builders.modules import CausalLM
 from qlora_builders.tensor import NF4Tensor
+from qlora_builders.tensor.nf4_fsdp import NF4Shard
+from qlora_builders.tensor.sharded import local_part
 
 BASE_FILE = "qlora_base.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -76,18 +78,36 @@ class ContentHash:
             digest.update(_sample(part))
         self._digests[name] = digest.hexdigest()
 
+    def add_unread(self, tensor: LazyTensor) -> None:
+        """`add(tensor.name, tensor.load())` for a plain tensor; reads the sampled rows alone."""
+        assert tensor.load_rows is not None
+        digest = hashlib.sha256(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}".encode())
+        row = tensor.nbytes // tensor.shape[0]
+        for start, stop in _windows(tensor.nbytes):
+            first = start // row
+            rows = tensor.load_rows(first, -(-stop // row))
+            data = rows.view(-1).view(torch.uint8)[start - first * row : stop - first * row]
+            digest.update(data.numpy().tobytes())
+        self._digests[tensor.name] = digest.hexdigest()
+
     def hexdigest(self) -> str:
         return hashlib.sha256(json.dumps(sorted(self._digests.items())).encode()).hexdigest()
 
 
 def _sample(tensor: Tensor) -> bytes:
     data = tensor.contiguous().view(-1).view(torch.uint8)
-    if data.numel() > _WINDOWS * _WINDOW_BYTES:
-        last = data.numel() - _WINDOW_BYTES
-        starts = [index * last // (_WINDOWS - 1) for index in range(_WINDOWS)]
-        data = torch.cat([data[start : start + _WINDOW_BYTES] for start in starts])
-    sample: bytes = data.cpu().numpy().tobytes()
+    windows = [data[start:stop] for start, stop in _windows(data.numel())]
+    sample: bytes = torch.cat(windows).cpu().numpy().tobytes()
     return sample
+
+
+def _windows(nbytes: int) -> list[tuple[int, int]]:
+    """(start, stop) of the sampled bytes."""
+    if nbytes <= _WINDOWS * _WINDOW_BYTES:
+        return [(0, nbytes)]
+    last = nbytes - _WINDOW_BYTES
+    starts = [index * last // (_WINDOWS - 1) for index in range(_WINDOWS)]
+    return [(start, start + _WINDOW_BYTES) for start in starts]
 
 
 def hash_tensors(tensors: Iterable[LazyTensor], *, tied: bool) -> str:
@@ -180,10 +200,11 @@ def check_base(
 
 
 def _nf4_slots(model: CausalLM) -> dict[str, dict[str, Any]]:
+    weights = {name: local_part(parameter) for name, parameter in model.named_parameters()}
     return {
-        name.removesuffix(".weight"): parameter.nf4_options
-        for name, parameter in model.named_parameters()
-        if isinstance(parameter, NF4Tensor)
+        name.removesuffix(".weight"): weight.nf4_options
+        for name, weight in weights.items()
+        if isinstance(weight, NF4Tensor | NF4Shard)
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qlora_builders.checkpoint.base_record import ContentHash
 from qlora_builders.checkpoint.formats import AUTO, detect_format, read_arch, read_tensors
 from qlora_builders.checkpoint.hf_llama import base_parameters
+from qlora_builders.checkpoint.load_sharded import place_rows, read_rows
 from qlora_builders.checkpoint.meta_llama import PARAMS_FILE
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.checkpoint.streaming import stream
@@ -26,7 +27,8 @@ from qlora_builders.models import (
     resolve,
 )
 from qlora_builders.modules import CausalLM, LoRALinear
-from qlora_builders.tensor import NF4Tensor
+from qlora_builders.tensor import NF4Tensor, is_nf4_shard
+from qlora_builders.tensor.sharded import held_rows, is_sharded, local_part
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -41,6 +43,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     compute_dtype: torch.dtype | None = None,
+    shard: Callable[[CausalLM], None] | None = None,
 ) -> CausalLM:
     """Build the model of a checkpoint directory under a component plan, and load its weights.
 
@@ -58,6 +61,7 @@ def load_checkpoint(
         format: what the directory holds, if not what it looks like: hf, meta, bnb-4bit or nf4.
         arch: overrides what the directory says.
         components, train, dtype, compute_dtype: as for `llama`.
+        shard: shards a model whose base is on meta; then a rank reads and quantizes what it holds.
 
     Raises:
         CheckpointError: for missing, unexpected or wrongly shaped tensors, NaN or infinity in a
@@ -74,9 +78,6 @@ def load_checkpoint(
         arch, components, train=train, device="meta", dtype=dtype, compute_dtype=compute_dtype
     )
     device = torch.device(device)
-    content = _load_weights(model, tensors, where, device)
-    found = detect_format(path) if format == AUTO else format
-    model.spec = replace(model.spec, base=BaseCheckpoint(found, content))
     for module in model.modules():
         if isinstance(module, LoRALinear):
             for part in (module.lora_A, module.lora_B):
@@ -85,6 +86,11 @@ def load_checkpoint(
                     empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                     setattr(part, name, nn.Parameter(empty))
             module.reset_lora_parameters()
+    if shard is not None:
+        shard(model)
+    content = _load_weights(model, tensors, where, device)
+    found = detect_format(path) if format == AUTO else format
+    model.spec = replace(model.spec, base=BaseCheckpoint(found, content))
     return model
 
 
@@ -145,14 +151,20 @@ def _load_weights(
     rules = resolve(model.spec.components, linear_slots(model.spec.arch))
     content = ContentHash()
 
-    def place(tensor: LazyTensor, value: Tensor) -> None:
-        content.add(tensor.name, value)
+    def place(part: LazyTensor, value: Tensor) -> None:
+        tensor = tensors[part.name]
+        if value.shape == tensor.shape:
+            content.add(tensor.name, value)
+        else:
+            content.add_unread(tensor)
         slot = tensor.name.removesuffix(".weight").removeprefix("model.")
         _place(model, tensor, value, parameters[tensor.name], rules.get(slot), device)
 
     def transient(tensor: LazyTensor) -> bool:
         """Quantized, cast or moved; a weight that stays as it is keeps what it was read into."""
         parameter = parameters[tensor.name]
+        if is_sharded(parameter):
+            return True
         if isinstance(parameter, NF4Tensor) or tensor.quantized:
             as_it_is = isinstance(parameter, NF4Tensor) and tensor.quantized
         else:
@@ -160,7 +172,8 @@ def _load_weights(
         return not (as_it_is and device.type == "cpu")
 
     wanted = [tensor for name, tensor in tensors.items() if not (tied and name == HEAD)]
-    stream(wanted, place, transient=transient)
+    parts = [read_rows(tensor, parameters[tensor.name]) for tensor in wanted]
+    stream(parts, place, transient=transient)
     if tied and HEAD in tensors:
         _check_tied(tensors[HEAD], model.get_parameter(EMBEDDING))
     model.tie_weights()
@@ -177,10 +190,19 @@ def _place(
 ) -> None:
     module_name, _, leaf = tensor.name.rpartition(".")
     module = model.get_submodule(module_name)
+    if isinstance(value, NF4Tensor) and (
+        isinstance(parameter, NF4Tensor) or is_nf4_shard(parameter)
+    ):
+        _check_options(tensor, value, rule)
+    if is_sharded(parameter):
+        try:
+            setattr(module, leaf, place_rows(parameter, tensor, value, device))
+        except ValueError as error:
+            raise CheckpointError(f"{tensor.source}: {tensor.name}: {error}") from error
+        return
     value = value.to(device)
     if isinstance(value, NF4Tensor):
         if isinstance(parameter, NF4Tensor):
-            _check_options(tensor, value, rule)
             module.weight = nn.Parameter(value, requires_grad=False)
             return
         value = value.dequantize()
@@ -209,7 +231,9 @@ def _check_options(tensor: LazyTensor, stored: NF4Tensor, rule: ComponentRule | 
 
 
 def _check_tied(head: LazyTensor, embedding: Tensor) -> None:
-    if not torch.equal(head.load().to(embedding), embedding):
+    rows = slice(*held_rows(embedding)) if is_sharded(embedding) else slice(None)
+    own = local_part(embedding)
+    if not torch.equal(head.load()[rows].to(own), own):
         raise CheckpointError(
             f"{head.source}: {HEAD} differs from {EMBEDDING}, but config.json ties them"
         )

@@ -40,6 +40,7 @@ from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed, open_te
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import linear_slots
 from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.tensor.sharded import copy_whole_
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -192,9 +193,8 @@ def load_adapter_info(model: CausalLM, info: AdapterInfo, aspects: Collection[st
         raise CheckpointError(
             f"{info.path}: lm_head and embed_tokens differ, but the model ties them"
         )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            model.get_parameter(name).copy_(tensor)
+    for name, tensor in tensors.items():
+        copy_whole_(model.get_parameter(name), tensor)
 
 
 def _check_complete(model: CausalLM, info: AdapterInfo) -> None:

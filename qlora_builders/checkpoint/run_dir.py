@@ -15,10 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qlora_builders.checkpoint.safetensors_io import clean_up, remove_directory
-from qlora_builders.checkpoint.train_state import read_step, save_step
+from qlora_builders.checkpoint.train_state import HasState, read_step, save_step
 from qlora_builders.errors import CheckpointError, ConfigError
 from qlora_builders.modules import CausalLM
 
@@ -147,7 +145,7 @@ def add_step(
     run_dir: Path,
     step: int,
     model: CausalLM,
-    optimizer: torch.optim.Optimizer,
+    optimizer: HasState,
     *,
     about: Mapping[str, Any],
     base_model: str,

@@ -37,8 +37,8 @@ class LazyTensor:
 
     `load` may give an `NF4Tensor` where `quantized`; `shape` and `dtype` are those of the weight it
     stands for. `load_into`, where there is one, loads into memory of the caller's, uint8 [nbytes].
-    `map`, where there is one, gives it as pages of the file. `source` is the file it comes from,
-    for error messages.
+    `load_rows(start, stop)`, where the file allows it, reads a part; `map` gives it as pages of the
+    file. `source` is the file it comes from, for error messages.
     """
 
     name: str
@@ -48,6 +48,7 @@ class LazyTensor:
     source: Path | None = None
     quantized: bool = False
     load_into: Callable[[Tensor], Tensor] | None = None
+    load_rows: Callable[[int, int], Tensor] | None = None
     map: Callable[[], Tensor] | None = None
 
     @property
@@ -110,6 +111,7 @@ def open_tensors(
             raise CheckpointError(f"{file}: no tensor {name!r}, though {index} names it here")
         entry = headers[file][name]
         load = partial(_read, file, name, entry)
+        rows = partial(_read_rows, file, name, entry) if entry.shape else None
         is_mapped = mappable and entry.nbytes > 0 and entry.start % entry.dtype.itemsize == 0
         found[name] = LazyTensor(
             name,
@@ -118,6 +120,7 @@ def open_tensors(
             load,
             source=file,
             load_into=load,
+            load_rows=rows,
             map=partial(_map, mapped[file], name, entry) if is_mapped else None,
         )
     return found
@@ -154,6 +157,12 @@ def _read(file: Path, name: str, entry: Entry, buffer: Tensor | None = None) -> 
     except OSError as error:
         raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
     return buffer.view(entry.dtype).view(entry.shape)
+
+
+def _read_rows(file: Path, name: str, entry: Entry, start: int, stop: int) -> Tensor:
+    row = Entry(entry.dtype, entry.shape[1:], 0).nbytes
+    shape = torch.Size((stop - start, *entry.shape[1:]))
+    return _read(file, name, Entry(entry.dtype, shape, entry.start + start * row))
 
 
 def _map(mapped: MappedFile, name: str, entry: Entry) -> Tensor:

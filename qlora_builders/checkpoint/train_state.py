@@ -17,7 +17,7 @@ import pickle
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,15 +29,26 @@ from qlora_builders.checkpoint.peft_export import save_adapter
 from qlora_builders.checkpoint.safetensors_io import atomic_directory, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.tensor.sharded import (
+    compute_device,
+    copy_whole_,
+    shard_optimizer_state_,
+)
 
 STATE_FILE = "train_state.pt"
 INFO_FILE = "train_state.json"
 
 
+class HasState(Protocol):
+    """An optimizer, or what one gathered from all ranks."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
 def save_step(
     folder: Path,
     model: CausalLM,
-    optimizer: torch.optim.Optimizer,
+    optimizer: HasState,
     *,
     step: int,
     about: Mapping[str, Any],
@@ -57,7 +68,7 @@ def save_step(
             save_adapter(model, directory, base_model=base_model)
         else:
             save_checkpoint(model, directory, companions=base_model)
-        device = next(model.parameters()).device
+        device = compute_device(model)
         state = {"optimizer": optimizer.state_dict(), "random": random_state(device)}
         _save_state(state, directory / STATE_FILE)
         text = json.dumps({"step": step, **about}, indent=2) + "\n"
@@ -92,12 +103,13 @@ def load_step(folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer) -
     else:
         _load_trained(model, folder)
     file = folder / STATE_FILE
-    device = next(model.parameters()).device
+    device = compute_device(model)
     state = torch.load(file, map_location="cpu", weights_only=True)
     try:
         optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
         raise CheckpointError(f"{file}: does not fit the optimizer: {error}") from error
+    shard_optimizer_state_(optimizer)
     set_random_state(state["random"], device)
 
 
@@ -156,4 +168,4 @@ def _load_trained(model: CausalLM, folder: Path) -> None:
                 f"{tensor.source}: {name} has shape {list(tensor.shape)}; "
                 f"the model needs {list(parameter.shape)}"
             )
-        parameter.copy_(tensor.load())
+        copy_whole_(parameter, tensor.load())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from qlora_builders.config.checks import check
@@ -65,7 +66,8 @@ def validate(name: str, config_dir: str | Path | None = None) -> list[str]:
             tree = compose_tree(verb, overrides, config_dir=config_dir)
             cfg = to_config(tree)
             problems += check(cfg)
-            check_components(cfg)
+            with suppress(ImportError):  # of an optional package; a run says how to install it
+                check_components(cfg)
         except ConfigError as error:
             problems += str(error).splitlines()
     return [f"{name}.yaml: {p.removeprefix(f'{name}.yaml: ')}" for p in dict.fromkeys(problems)]

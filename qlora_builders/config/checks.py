@@ -13,6 +13,7 @@ from qlora_builders.config.knobs import Knob, knobs
 from qlora_builders.config.schema import (
     REQUIRED,
     DataConfig,
+    EstimateConfig,
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
@@ -47,6 +48,8 @@ def check(cfg: Any) -> list[str]:
         problems += _check_method(cfg.method) + _check_finetune(cfg)
     if isinstance(cfg, GenerateConfig):
         problems += _check_generate(cfg)
+    if isinstance(cfg, EstimateConfig) and cfg.memory is not None:
+        problems += _check_size(memory_in_bytes, cfg.memory)
     if isinstance(cfg, MergeConfig | QuantizeConfig):
         problems += _check_size(size_in_bytes, cfg.max_shard_size)
     if isinstance(cfg, PlanConfig):
@@ -168,6 +171,8 @@ def _check_finetune(cfg: FinetuneConfig) -> list[str]:
     lr = cfg.optimizer.get("lr")
     if lr is not None and not (_is_number(lr) and 0 < lr < math.inf):
         problems.append(f"optimizer.lr={lr!r} must be a number > 0")
+    if cfg.training.lora_plus_ratio is not None and lr is None:
+        problems.append("training.lora_plus_ratio multiplies optimizer.lr, which is missing")
     if cfg.training.eval_every is not None and cfg.data.eval is None:
         problems.append(
             f"training.eval_every={cfg.training.eval_every} needs data.eval, which is null"

@@ -33,6 +33,8 @@ from qlora_builders.config.schema import ROOTS
 from qlora_builders.config.shipped import demo_path, shipped_dir
 from qlora_builders.errors import ConfigError, did_you_mean
 
+WITHOUT_FILES = ("inspect", "estimate")  # a plan can be shown without what training needs
+
 
 def compose(
     verb: str, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None
@@ -50,7 +52,7 @@ def compose(
     tree = compose_tree(verb, overrides, config_dir=config_dir)
     cfg = to_config(tree)
     problems = check(cfg)
-    if verb != "inspect":  # a plan can be shown without the files that training needs
+    if verb not in WITHOUT_FILES:
         problems += required(cfg)
     if problems:
         raise ConfigError("\n".join(problems))

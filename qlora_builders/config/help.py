@@ -30,6 +30,10 @@ EXAMPLES = {
         "qlora inspect model.arch=llama3_1_8b method.rank=64",
         "qlora inspect 'components=[{match: \"layers.*.mlp.*\", kind: linear}]'",
     ),
+    "estimate": (
+        "qlora estimate model.arch=llama3_1_70b device=cuda data.max_seq_len=4096",
+        "qlora estimate model.arch=llama3_1_8b device=cuda memory=24GiB",
+    ),
     "report": (
         "qlora report runs/NAME",
         "qlora report runs/ONE runs/TWO output=comparison.html",

@@ -16,9 +16,16 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from qlora_builders.errors import ConfigError, did_you_mean
+from qlora_builders.errors import ConfigError, did_you_mean, optional_import
 
 ALLOWED_PREFIXES = ("qlora_builders.", "torch.optim.")
+# Allowed by their exact names: optional packages, and the extra that installs each.
+OPTIONAL_COMPONENTS = {
+    "bitsandbytes.optim.AdamW8bit": "bitsandbytes",
+    "bitsandbytes.optim.PagedAdamW": "bitsandbytes",
+    "bitsandbytes.optim.PagedAdamW8bit": "bitsandbytes",
+    "torchao.optim.AdamW8bit": "torchao",
+}
 _extra_prefixes: ContextVar[tuple[str, ...]] = ContextVar("extra_prefixes", default=())
 
 
@@ -51,6 +58,7 @@ def instantiate(
     Raises:
         ConfigError: for a path outside the allow-list or that leads nowhere, for a keyword the
             component does not take, and for the TypeError or ValueError of the call itself.
+        ImportError: if the component's package is optional and missing.
     """
     component, arguments = resolve_component(node, key=key, allow=allow)
     try:
@@ -72,7 +80,11 @@ def resolve_component(
         raise ConfigError(
             f"{key}.component={path!r} must be a dotted path, such as torch.optim.AdamW"
         )
-    component = _locate(path, f"{key}.component", (*allow, *_extra_prefixes.get()))
+    if path in OPTIONAL_COMPONENTS:
+        module, _, name = path.rpartition(".")
+        component = getattr(optional_import(module, OPTIONAL_COMPONENTS[path]), name)
+    else:
+        component = _locate(path, f"{key}.component", (*allow, *_extra_prefixes.get()))
     arguments = {str(name): value for name, value in node.items() if name != "component"}
     _check_keywords(component, path, arguments, key)
     return component, arguments

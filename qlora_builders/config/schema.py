@@ -13,33 +13,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_builders.config.knobs import knob
+from qlora_builders.config.knobs import (
+    DTYPES,
+    base_dtype_knob,
+    compute_dtype_knob,
+    device_knob,
+    knob,
+    quantize_knob,
+)
 
 # Marks a key that the user has to set. OmegaConf's own mark, ???, cannot replace a default.
 REQUIRED = "<required>"
-DTYPES = ("float32", "bfloat16", "float16")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def device_knob() -> Any:
-    return knob("auto", "auto, cpu, cuda or cuda:N; auto: the GPU if there is one")
-
-
-def compute_dtype_knob() -> Any:
-    meaning = "dtype of matmuls; auto: bfloat16 where native, else float32"
-    return knob("auto", meaning, choices=("auto", *DTYPES))
-
-
-def base_dtype_knob() -> Any:
-    meaning = "dtype of the base; auto: as its adapter was trained (no adapter: bfloat16)"
-    return knob("auto", meaning, choices=("auto", *DTYPES))
-
-
-def quantize_knob() -> Any:
-    meaning = (
-        "the base in memory: nf4, none, or auto: as its adapter was trained (no adapter: none)"
-    )
-    return knob("auto", meaning, choices=("auto", "nf4", "none"))
 
 
 @dataclass
@@ -154,7 +139,7 @@ class LRScheduleConfig:
 class TrainingConfig:
     """The loop. A step is one optimizer step: batch_size * grad_accumulation rows."""
 
-    batch_size: int = knob(8, "rows per forward pass", at_least=1)
+    batch_size: int = knob(8, "rows per forward pass, over all processes", at_least=1)
     grad_accumulation: int = knob(1, "forward passes per step", at_least=1)
     max_steps: int | None = knob(
         None,
@@ -203,6 +188,7 @@ class TrainingConfig:
         shapes_curve=False,
     )
     clip_grad_norm: float | None = knob(1.0, "largest gradient norm; null: no clipping", above=0)
+    lora_plus_ratio: float | None = knob(None, "LoRA+: lr of lora_B / optimizer.lr", above=0)
 
     def __post_init__(self) -> None:
         """`compile: off` is a boolean in YAML; checkpointing was one before it had modes."""
@@ -210,6 +196,18 @@ class TrainingConfig:
         self.compile = switch.get(self.compile.lower(), self.compile)
         checkpointing = self.activation_checkpointing
         self.activation_checkpointing = mode.get(checkpointing.lower(), checkpointing)
+
+
+@dataclass
+class DistributedConfig:
+    """Several processes (--nproc-per-node, or torchrun). Losses do not depend on their number."""
+
+    shard: int | None = knob(
+        None, "ranks that share one copy; null: all; 1: one each", at_least=1, shapes_curve=False
+    )
+    cpu_offload: bool = knob(
+        False, "keep a rank's share and the optimizer in host memory", shapes_curve=False
+    )
 
 
 @dataclass
@@ -228,6 +226,7 @@ class FinetuneConfig:
     optimizer: dict[str, Any] = knob({}, "`component`: its class; all other keys: its arguments")
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     loggers: list[dict[str, Any]] = knob(
         [],
         "where metrics go beside metrics.jsonl: `component`: a class of training.loggers or your "
@@ -241,6 +240,13 @@ class FinetuneConfig:
         shapes_curve=False,
     )
     overwrite: bool = knob(False, "replace a run that is in output_dir", shapes_curve=False)
+
+
+@dataclass
+class EstimateConfig(FinetuneConfig):
+    """Peak memory of such a finetune, if every row has data.max_seq_len tokens and all train."""
+
+    memory: str | None = knob(None, "also show what fits into this much, such as 24GiB")
 
 
 @dataclass
@@ -262,7 +268,9 @@ class GenerateConfig:
         None, "sample from the likeliest tokens of this total probability", above=0, at_most=1
     )
     seed: int = knob(0, "fixes sampling", at_least=0)
-    stream: bool = knob(True, "print tokens as they come")
+    stream: bool = knob(True, "print tokens as they come (batch_size=1)")
+    batch_size: int = knob(1, "prompts answered at once", at_least=1)
+    compile: bool = knob(False, "compile the decoding step; on GPUs it becomes a CUDA graph")
     dtype: str = base_dtype_knob()
     compute_dtype: str = compute_dtype_knob()
     device: str = device_knob()
@@ -376,5 +384,6 @@ ROOTS: dict[str, type] = {
     "quantize": QuantizeConfig,
     "plan": PlanConfig,
     "inspect": FinetuneConfig,
+    "estimate": EstimateConfig,
     "report": ReportConfig,
 }

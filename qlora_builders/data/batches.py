@@ -19,11 +19,12 @@ class Batches:
     step's batches, and there is no position to save.
 
     Args:
-        batch_size: rows per batch.
+        batch_size: rows per batch, over all ranks.
         packing: "none": a row is an example; "best_fit": as many as fit into `max_seq_len` tokens,
             each a document of its own.
         max_seq_len: what `dataset` was cut to.
         shuffle: off, every epoch is the same, in the order of the source.
+        rank, num_ranks: which part of every batch to give, of how many; see `Batch.part`.
 
     Attributes:
         rows_per_epoch: packed or not, the same for every epoch.
@@ -39,6 +40,8 @@ class Batches:
         max_seq_len: int,
         seed: int = 0,
         shuffle: bool = True,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
@@ -46,6 +49,8 @@ class Batches:
         self.max_seq_len = max_seq_len
         self.seed = seed
         self.shuffle = shuffle
+        self.rank = rank
+        self.num_ranks = num_ranks
         self._rows: list[list[int]] = []
         self._use_epoch(0)
         self.rows_per_epoch = len(self._rows) or len(dataset)
@@ -58,9 +63,11 @@ class Batches:
         pad_token_id = self.dataset.tokenizer.pad_token_id
         if self.packing == "none":
             examples = [self.dataset[i] for i in self._order[index]]
-            return collate(examples, pad_token_id=pad_token_id)
-        rows = [[self.dataset[i] for i in self._rows[row]] for row in self._order[index]]
-        return collate_packed(rows, pad_token_id=pad_token_id)
+            batch = collate(examples, pad_token_id=pad_token_id)
+        else:
+            rows = [[self.dataset[i] for i in self._rows[row]] for row in self._order[index]]
+            batch = collate_packed(rows, pad_token_id=pad_token_id)
+        return batch.part(self.rank, self.num_ranks)
 
     def of_step(self, step: int, grad_accumulation: int, device: torch.device) -> list[Batch]:
         """The batches of one optimizer step; step 1 is the first. Epochs follow without a gap."""

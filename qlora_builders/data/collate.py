@@ -41,6 +41,19 @@ class Batch:
         ids = None if self.document_ids is None else self.document_ids.to(device)
         return Batch(self.input_ids.to(device), self.labels.to(device), self.rows, ids)
 
+    def part(self, rank: int, num_ranks: int) -> Batch:
+        """Every `num_ranks`-th row from `rank` on; one row without targets where there is none.
+
+        `rows` stays that of the whole batch, of which packed rows hold several.
+        """
+        mine = slice(rank, None, num_ranks)
+        ids, labels, documents = self.input_ids[mine], self.labels[mine], self.document_ids
+        if not len(ids):
+            ids, labels = self.input_ids[:1], torch.full_like(self.labels[:1], IGNORE_INDEX)
+        if documents is not None:
+            documents = documents[mine] if len(documents[mine]) else documents[:1]
+        return Batch(ids, labels, self.rows, documents)
+
 
 def collate(examples: Sequence[Example], *, pad_token_id: int) -> Batch:
     """Pad on the right.

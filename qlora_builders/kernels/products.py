@@ -1,4 +1,4 @@
-"""Products with a plain weight that write where they are told, by the library that is faster.
+"""Products with a plain weight, by the library that is faster.
 
 PyTorch multiplies float32 on CPUs with MKL, which runs its best code on Intel's processors only.
 On an AMD EPYC (Zen 4, AVX-512) oneDNN, which PyTorch also ships, takes 0.81 to 0.94 of its CPU time
@@ -14,13 +14,28 @@ import functools
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _FEW_ROWS = 64
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[n, in] @ [out, in].T + [out]"""
+    if _onednn_is_faster(input):
+        return _onednn_linear(input, weight, bias)
+    return F.linear(input, weight, bias)
+
+
+def matmul(input: Tensor, weight: Tensor) -> Tensor:
+    """[n, out] @ [out, in]"""
+    if _onednn_is_faster(input):
+        return _onednn_linear(input, weight.t(), None)
+    return input @ weight
+
+
 def linear_out(input: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
-    """out [n, out] = input [n, in] @ weight [out, in].T + bias [out]"""
+    """`linear` into memory that is there, rows of which may lie apart. out: [n, out]"""
     if _onednn_is_faster(input):
         out.copy_(_onednn_linear(input, weight, bias))
     elif bias is not None:
@@ -29,13 +44,12 @@ def linear_out(input: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tenso
         torch.mm(input, weight.t(), out=out)
 
 
-def matmul_out(input: Tensor, weight: Tensor, *, add: bool, out: Tensor) -> None:
-    """out [n, in] = input [n, out] @ weight [out, in], or += with `add`"""
-    if _onednn_is_faster(input):
-        product = _onednn_linear(input, weight.t(), None)
-        out.add_(product) if add else out.copy_(product)
+def add_matmul(input: Tensor, weight: Tensor, *, out: Tensor) -> None:
+    """out [n, in] += `matmul`, in out's dtype"""
+    if input.dtype != out.dtype or _onednn_is_faster(input):
+        out.add_(matmul(input, weight))
     else:
-        torch.addmm(out, input, weight, beta=float(add), out=out)
+        torch.addmm(out, input, weight, out=out)
 
 
 def _onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

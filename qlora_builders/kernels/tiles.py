@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qlora_builders.kernels.products import linear_out, matmul_out
+from qlora_builders.kernels.products import add_matmul, linear, linear_out, matmul
 
 _TILE_ELEMENTS = 1 << 21  # of a weight decoded at once: 8 MiB in float32
 _GPU_TILE_ELEMENTS = 1 << 26  # 128 MiB in bfloat16
@@ -54,20 +54,26 @@ def tiled_matmul(
     elements = _TILE_ELEMENTS if input.device.type == "cpu" else _GPU_TILE_ELEMENTS
     tile = max(1, elements // (in_features * row_multiple)) * row_multiple
     buffer = _buffer(min(tile, out_features) * in_features, input)
-    sums = not transposed and tile < out_features  # that go on from tile to tile
-    output = input.new_empty((input.shape[0], width), dtype=torch.float32 if sums else input.dtype)
+
+    def decoded(rows: slice) -> Tensor:
+        weight = buffer[: (rows.stop - rows.start) * in_features].view(-1, in_features)
+        decode(rows.start, weight)
+        return weight
+
+    if tile >= out_features:
+        weight = decoded(slice(0, out_features))
+        return linear(input, weight, bias) if transposed else matmul(input, weight)
+    output = input.new_empty(input.shape[0], width) if transposed else None
     for first in range(0, out_features, tile):
         rows = slice(first, min(first + tile, out_features))
-        weight = buffer[: (rows.stop - first) * in_features].view(-1, in_features)
-        decode(first, weight)
-        if transposed:
+        weight = decoded(rows)
+        if output is None:
+            output = matmul(input[:, rows], weight).float()
+        elif transposed:
             linear_out(input, weight, None if bias is None else bias[rows], out=output[:, rows])
-        elif input.dtype == output.dtype:
-            matmul_out(input[:, rows], weight, add=first > 0, out=output)
-        elif first == 0:
-            output.copy_(input[:, rows] @ weight)
         else:
-            output += input[:, rows] @ weight
+            add_matmul(input[:, rows], weight, out=output)
+    assert output is not None
     return output.to(input.dtype)
 
 

@@ -1,7 +1,7 @@
 """Builders: arch rows, component plans, and the Llama assembled from both."""
 
 from qlora_builders.models.components import ComponentRule, resolve
-from qlora_builders.models.generation import generate
+from qlora_builders.models.generation import generate, generate_batch
 from qlora_builders.models.llama import (
     BaseCheckpoint,
     LlamaSpec,
@@ -21,6 +21,7 @@ __all__ = [
     "RopeScaling",
     "SummaryRow",
     "generate",
+    "generate_batch",
     "get_arch",
     "linear_slots",
     "llama",

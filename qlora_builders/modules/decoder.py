@@ -102,9 +102,13 @@ class Decoder(nn.Module):
             raise ValueError("document_ids cannot be combined with a KV cache")
         past = 0 if cache is None else cache.length
         s = input_ids.shape[1]
-        if position_ids is None:
-            position_ids = _positions(input_ids, document_ids, past)
-        mask = _attention_mask(document_ids, s=s, past=past, device=input_ids.device)
+        mask: Tensor | Documents | None
+        if cache is not None and cache.rows is not None:
+            position_ids, mask = cache.rows[:, None], cache.row_mask()
+        else:
+            if position_ids is None:
+                position_ids = _positions(input_ids, document_ids, past)
+            mask = _attention_mask(document_ids, s=s, past=past, device=input_ids.device)
         x = self.embed_tokens(input_ids).to(self.compute_dtype)
         cos, sin = self.rotary(position_ids, self.compute_dtype)
         mode = self.activation_checkpointing

@@ -20,6 +20,8 @@ from qlora_builders.kernels import matmul_nf4
 from qlora_builders.tensor.nf4_tensor import DISPATCH_TABLE, FUNCTION_TABLE, NF4Tensor, to_nf4
 
 aten = torch.ops.aten
+# asked here, because torch 2.11 cannot compile the question
+_AUTOCAST_DEVICES = {d for d in ("cpu", "cuda") if torch.amp.is_autocast_available(d)}
 Implementation = Callable[[Any, tuple, dict], Any]
 
 
@@ -56,7 +58,7 @@ def linear_nf4(input: Tensor, weight: NF4Tensor, bias: Tensor | None = None) -> 
             f"{list(input.shape)} and weight {list(weight.shape)}"
         )
     device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         input = input.to(torch.get_autocast_dtype(device))
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)

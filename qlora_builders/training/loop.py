@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qlora_builders.errors import PlanError, TrainingError
 from qlora_builders.modules import CausalLM, LoRALinear, num_target_tokens
+from qlora_builders.tensor.sharded import local_part, whole_tensor
+
+# value -> everybody's values, by rank: how the processes of a run agree
+Gather = Callable[[Any], list[Any]]
+
+
+def alone(value: Any) -> list[Any]:
+    return [value]
 
 
 class Batch(Protocol):
@@ -58,35 +66,45 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     *,
     clip_grad_norm: float | None,
+    gather: Gather = alone,
 ) -> StepResult:
     """Accumulate gradients over `batches`, clip, update.
 
-    Every target token of the step weighs the same, however it is cut into batches.
+    Every target token of the step weighs the same, however it is cut into batches and over ranks.
+
+    Args:
+        batches: this rank's part of the step; as many as every other rank has.
 
     Raises:
         TrainingError: if the loss or the gradient is not finite; nothing is updated then.
     """
-    total = sum(num_target_tokens(batch.labels) for batch in batches)
-    loss_sum = 0.0
+    total = sum(gather(sum(num_target_tokens(batch.labels) for batch in batches)))
+    loss_sum, problem = 0.0, None
     for batch in batches:
         loss = model.loss(batch.input_ids, batch.labels, document_ids=batch.document_ids) / total
         loss_sum += loss.item()
         if not math.isfinite(loss_sum):
-            raise TrainingError(f"the loss is {loss.item()} on rows {batch.rows}")
-        loss.backward()
+            problem = problem or f"the loss is {loss.item()} on rows {batch.rows}"
+        loss.backward()  # all ranks have to, even then
+    tokens = sum(batch.input_ids.numel() for batch in batches)
+    problems, losses, counts = zip(*gather((problem, loss_sum, tokens)), strict=True)
+    if any(problems):
+        raise TrainingError(next(filter(None, problems)))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_grad_norm or math.inf).item()
+    norm = nn.utils.clip_grad_norm_(parameters, clip_grad_norm or math.inf)
+    grad_norm = whole_tensor(norm).item()
     if not math.isfinite(grad_norm):
-        rows = [row for batch in batches for row in batch.rows]
+        rows = [row for part in gather([b.rows for b in batches]) for rows in part for row in rows]
         raise TrainingError(f"the gradient norm is {grad_norm} on rows {rows}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    tokens = sum(batch.input_ids.numel() for batch in batches)
-    return StepResult(loss_sum, grad_norm, total, tokens)
+    return StepResult(sum(losses), grad_norm, total, sum(counts))
 
 
 @torch.no_grad()
-def evaluate_loss(model: CausalLM, batches: Iterable[Batch]) -> tuple[float, int]:
+def evaluate_loss(
+    model: CausalLM, batches: Iterable[Batch], *, gather: Gather = alone
+) -> tuple[float, int]:
     """(mean loss over all target tokens, their number); dropout off, the mode restored after."""
     training = model.training
     model.eval()
@@ -96,35 +114,46 @@ def evaluate_loss(model: CausalLM, batches: Iterable[Batch]) -> tuple[float, int
         loss_sum += loss.item()
         total += num_target_tokens(batch.labels)
     model.train(training)
-    if total == 0:
+    losses, totals = zip(*gather((loss_sum, total)), strict=True)
+    if sum(totals) == 0:
         raise TrainingError("no token to evaluate on: the data has no target tokens")
-    return loss_sum / total, total
+    return sum(losses) / sum(totals), sum(totals)
 
 
-def check_adapters_learned(model: nn.Module) -> None:
+def check_adapters_learned(model: nn.Module, *, gather: Gather = alone) -> None:
     """
     Raises:
         TrainingError: if every lora_B is still zero, so that the run changed nothing.
     """
     adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    if adapters and not any(module.lora_B.weight.any() for module in adapters):
+    learned = any(bool(local_part(module.lora_B.weight).any()) for module in adapters)
+    if adapters and not any(gather(learned)):
         raise TrainingError(
             "all lora_B weights are zero after training, so the adapter does nothing; "
             "check optimizer.lr and lr_schedule"
         )
 
 
-def all_finite(parameters: Iterable[Tensor]) -> bool:
-    return all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
+def all_finite(parameters: Iterable[Tensor], *, gather: Gather = alone) -> bool:
+    return all(gather(all(bool(torch.isfinite(local_part(p)).all()) for p in parameters)))
 
 
 class StopRequest:
     """Set by the first SIGINT or SIGTERM: finish the step, save, leave."""
 
-    signal_number: int | None = None
+    def __init__(self, gather: Gather = alone) -> None:
+        self.signal_number: int | None = None
+        self._gather = gather
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
+
+    def agreed(self) -> bool:
+        """Whether it is set on any rank, and then on all; all ranks must call it."""
+        number = next((n for n in self._gather(self.signal_number) if n is not None), None)
+        if number is not None:
+            self.signal_number = number
+        return number is not None
 
     @property
     def exit_code(self) -> int:
@@ -133,13 +162,13 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(gather: Gather = alone) -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a request; the second one acts at once.
 
     At once is an exception, so that files and the terminal are left in order; a third signal that
     comes before that is done ends the process as if nobody had asked for it.
     """
-    request = StopRequest()
+    request = StopRequest(gather)
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -166,5 +195,5 @@ def until_stopped(batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch
     """The batches until `stop` is set, and at least one."""
     for batch in batches:
         yield batch
-        if stop:
+        if stop.agreed():
             return

@@ -48,6 +48,7 @@ class MetricsLog:
             once.
         source: directory of the run that made these rows; None: the same one.
         loggers: told everything that is written, after the file.
+        writes: off on ranks that only read what was evaluated.
     """
 
     def __init__(
@@ -57,25 +58,30 @@ class MetricsLog:
         step: int = 0,
         source: Path | None = None,
         loggers: Loggers | None = None,
+        writes: bool = True,
     ) -> None:
         self._loggers = loggers or Loggers([])
         self.path = directory / METRICS_FILE
+        self.writes = writes
         earlier = (source or directory) / METRICS_FILE
         rows = read_rows(earlier) if step and earlier.is_file() else []
         kept = [row for row in rows if row["step"] <= step]
-        partial = self.path.with_name(METRICS_FILE + ".partial")
-        with partial.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
         self._evaluated = {row["step"] for row in kept if "eval_loss" in row}
+        if writes:
+            partial = self.path.with_name(METRICS_FILE + ".partial")
+            with partial.open("w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path)
 
     def write(self, *, step: int, **values: Any) -> None:
         """
         Raises:
             TrainingError: if the file cannot be written.
         """
+        if not self.writes:
+            return
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
@@ -128,13 +134,19 @@ def write_csv(directory: Path) -> None:
 class ProgressReport:
     """A live bar on a terminal; elsewhere a line now and then, and one at the end.
 
-    Use as a context manager around the loop. `steps_done` were done by an earlier process.
+    Use as a context manager around the loop. `steps_done` were done by an earlier process; where
+    `quiet`, nothing is shown.
     """
 
     def __init__(
-        self, total_steps: int, console: Console | None = None, *, steps_done: int = 0
+        self,
+        total_steps: int,
+        console: Console | None = None,
+        *,
+        steps_done: int = 0,
+        quiet: bool = False,
     ) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
         self.total_steps = total_steps
         self._steps_done = steps_done
         self._last_line = 0.0

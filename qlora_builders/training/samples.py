@@ -66,8 +66,15 @@ def _answers(
         }
 
 
-def add_samples(run_dir: Path, step: int, model: CausalLM, data: Answerable, count: int) -> None:
-    """Append the model's answers after `step` to the run's samples.jsonl."""
-    with (run_dir / SAMPLES_FILE).open("a") as file:
-        for row in answer_rows(model, data, count, max_new_tokens=_MAX_NEW_TOKENS):
-            file.write(json.dumps({"step": step, **row}) + "\n")
+def add_samples(
+    run_dir: Path | None, step: int, model: CausalLM, data: Answerable, count: int
+) -> None:
+    """Append the model's answers after `step` to the run's samples.jsonl.
+
+    Args:
+        run_dir: None on ranks that only take part in the forward passes.
+    """
+    rows = list(answer_rows(model, data, count, max_new_tokens=_MAX_NEW_TOKENS))
+    if run_dir is not None:
+        with (run_dir / SAMPLES_FILE).open("a") as file:
+            file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)

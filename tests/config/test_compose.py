@@ -219,7 +219,7 @@ def test_null() -> None:
         (["components.0.rank=4"], r"components\[0\]: list index out of range"),
         (["output_dir=${output_dir}"], r"output_dir: Recursive interpolation detected"),
         (["experiment=demo_qlor"], r"no such config; did you mean 'demo_qlora'\?"),
-        (["optimizer=zzz"], r"optimizer=zzz: no such config; allowed: adamw, sgd"),
+        (["optimizer=zzz"], r"optimizer=zzz: no such config; allowed: adamw, adamw_8bit, "),
         (["training.batch_size=abc"], r"training\.batch_size: Value 'abc' could not be converted"),
         (["training.batch_size=null"], r"training\.batch_size: null is not allowed here"),
         (["output_dir=null"], r"output_dir: null is not allowed here"),

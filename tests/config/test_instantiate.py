@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_builders.config.instantiate import allow_prefixes, instantiate, resolve_component
+from qlora_builders.config.instantiate import (
+    OPTIONAL_COMPONENTS,
+    allow_prefixes,
+    instantiate,
+    resolve_component,
+)
 from qlora_builders.errors import ConfigError
 
 
@@ -104,3 +109,22 @@ def test_modules_that_do_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             resolve_component({"component": "planted_module.x"}, key="loss")
         with pytest.raises(ConfigError, match="there is no module 'absent_package'"):
             resolve_component({"component": "absent_package.x"}, key="loss")
+
+
+def test_optional_optimizers_are_allowed_by_their_exact_names() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4096))
+    node = {"component": "bitsandbytes.optim.AdamW8bit", "lr": 1e-3}
+    optimizer = instantiate(node, [parameter], key="optimizer")
+    assert type(optimizer).__module__.startswith("bitsandbytes.")
+    with pytest.raises(ConfigError, match="outside the allowed packages"):
+        instantiate({"component": "bitsandbytes.optim.Adam"}, [parameter], key="optimizer")
+    with pytest.raises(ConfigError, match=r"optimizer.lrr is not an argument .* did you mean 'lr'"):
+        instantiate({**node, "lrr": 1}, [parameter], key="optimizer")
+
+
+@pytest.mark.parametrize("path", sorted(OPTIONAL_COMPONENTS))
+def test_a_missing_package_names_its_extra(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, package = path.rpartition(".")[0], path.partition(".")[0]
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"pip install 'qlora-builders\[{package}\]'"):
+        instantiate({"component": path}, [], key="optimizer")

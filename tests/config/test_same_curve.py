@@ -21,6 +21,8 @@ FREE = {
     "training.save_every",
     "training.keep_last",
     "training.resume",
+    "distributed.shard",
+    "distributed.cpu_offload",
     "training.samples",
     "loggers",
     "output_dir",

@@ -59,7 +59,7 @@ def test_merging_is_as_strict_from_the_command_line_as_from_python() -> None:
 def test_sections_are_dataclasses() -> None:
     cfg = FinetuneConfig()
     sections = [getattr(cfg, f.name) for f in fields(cfg)]
-    assert sum(is_dataclass(section) for section in sections) == 7
+    assert sum(is_dataclass(section) for section in sections) == 8
 
 
 def test_good_config_has_no_problems() -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from qlora_builders.data import Example, batch_indices, collate
+from qlora_builders.data import IGNORE_INDEX, Batch, Example, batch_indices, collate
 from qlora_builders.errors import DataError
 
 
@@ -66,3 +66,21 @@ def test_impossible_batches_are_refused() -> None:
         batch_indices(0, batch_size=1, seed=0, epoch=0)
     with pytest.raises(DataError, match="batch_size is 0; it has to be at least 1"):
         batch_indices(3, batch_size=0, seed=0, epoch=0)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+def test_parts_of_a_batch_have_each_row_once(num_ranks: int) -> None:
+    ids = torch.arange(12).view(3, 4)
+    batch = Batch(ids, ids + 100, [7, 8, 9], document_ids=ids % 2)
+    parts = [batch.part(rank, num_ranks) for rank in range(num_ranks)]
+    with_targets = [part for part in parts if (part.labels != IGNORE_INDEX).any()]
+    assert len(with_targets) == min(num_ranks, 3)
+    found = torch.cat([part.input_ids for part in with_targets])
+    assert torch.equal(found.sort(dim=0).values, ids)
+    for part in parts:  # those without a row of their own too
+        assert part.input_ids.shape == part.labels.shape == part.document_ids.shape
+        assert len(part.input_ids) > 0
+        assert part.rows == [7, 8, 9]
+    for part in with_targets:
+        assert torch.equal(part.labels, part.input_ids + 100)
+        assert torch.equal(part.document_ids, part.input_ids % 2)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qlora_builders.kernels import products
-from qlora_builders.kernels.products import linear_out, matmul_out
+from qlora_builders.kernels.products import add_matmul, linear, linear_out, matmul
 from qlora_builders.kernels.tiles import tiled_matmul
 
 needs_onednn = pytest.mark.skipif(
@@ -47,15 +47,22 @@ def test_linear_into_some_columns(library: str, rows: int, with_bias: bool) -> N
 
 
 @pytest.mark.parametrize("rows", [1, 64, 200])
-def test_product_of_some_columns_and_sums(library: str, rows: int) -> None:
-    _, weight, _ = tensors(rows)
-    grad = torch.randn(rows, 60, generator=torch.Generator().manual_seed(1))
-    part = grad[:, 10:50]
-    out = torch.full((rows, 96), torch.nan)  # not read without `add`
-    matmul_out(part, weight, add=False, out=out)
-    check(out, part.double() @ weight.double())
-    matmul_out(part, weight, add=True, out=out)
-    check(out, 2 * part.double() @ weight.double())
+def test_products_and_sums_of_some_columns(library: str, rows: int) -> None:
+    x, weight, bias = tensors(rows)
+    check(linear(x, weight, bias), x.double() @ weight.double().t() + bias.double())
+    grad = torch.randn(rows, 60, generator=torch.Generator().manual_seed(1))[:, 10:50]
+    out = matmul(grad, weight)
+    check(out, grad.double() @ weight.double())
+    add_matmul(grad, weight, out=out)
+    check(out, 2 * grad.double() @ weight.double())
+
+
+def test_sums_of_another_dtype(library: str) -> None:
+    _, weight, _ = tensors(64)
+    grad = torch.ones(64, 40, dtype=torch.bfloat16)
+    out = torch.full((64, 96), 0.001)  # lost in bfloat16
+    add_matmul(grad, weight.bfloat16(), out=out)
+    assert torch.equal(out, 0.001 + (grad @ weight.bfloat16()).float())
 
 
 def test_where_pytorch_chooses_the_bits_are_its_own(library: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,8 @@ def test_generate_answers_streamed_or_not(
         assert cli.main([*argv, f"prompts_file={prompts}", f"stream={stream}"]) == 0
         expected = ">>> what comes after three\nfour\n>>> what comes after five\nsix\n"
         assert capsys.readouterr().out == expected
+    assert cli.main([*argv, f"prompts_file={prompts}", "batch_size=2"]) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_sampling_depends_on_the_seed_alone(
@@ -114,7 +117,9 @@ def test_merged_directory_is_base_plus_adapter(
     given = [f"output_dir={merged}", f"dtype={dtype}", f"report={report}"]
     assert cli.main([*argv, *given]) == 0
     output = capsys.readouterr().out
-    assert "logits differ by 0." in output
+    percent = re.search(r"logits differ by (\d+\.\d\d)% of their spread", output)
+    assert percent is not None
+    assert float(percent[1]) < (0.01 if dtype == "float32" else 1.2)  # bfloat16 has 8 bits
     assert "8 of 15 merged layers, largest error first" in output
     figures = json.loads(report.read_text())
     assert len(figures["layers"]) == 15
@@ -124,7 +129,7 @@ def test_merged_directory_is_base_plus_adapter(
     theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
     ours = load_checkpoint(merged, dtype=torch.float32)(ids)
     error = (theirs - expected).square().mean().sqrt() / expected.std()
-    assert error < (1e-6 if dtype == "float32" else 1e-2)
+    assert error < (1e-6 if dtype == "float32" else 1.2e-2)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert AutoTokenizer.from_pretrained(merged).chat_template is not None
     assert cli.main([*argv, f"output_dir={merged}"]) == 2

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import platform
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +33,44 @@ def test_compute_dtype_auto_follows_the_hardware(monkeypatch: pytest.MonkeyPatch
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda native=native: native)
         assert resolve_compute_dtype("auto", CPU) == dtype
+
+
+HEAP = """
+import sys
+import torch
+from qlora_builders import LlamaArch, llama
+from qlora_builders.training.device import bound_heap
+
+def resident_mib():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) >> 10
+
+arch = LlamaArch(vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1,
+                 num_kv_heads=1, head_dim=8, max_position_embeddings=8)
+model = llama(arch).train()
+ids = torch.zeros(1, 4, dtype=torch.long)
+mode = sys.argv[1]
+model.model.activation_checkpointing = "none" if mode == "control" else mode
+model(ids)  # imports what it needs
+torch.ones(1 << 20)  # freed: from now on glibc takes up to 4 MiB from its heap
+if mode != "control":
+    bound_heap(model)
+before = resident_mib()
+tensors = [torch.ones(1 << 19) for _ in range(64)]  # 2 MiB each
+del tensors[:-1]  # the last lies above them in the heap
+model(ids)
+print(resident_mib() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap")
+def test_the_heap_gives_back_what_is_freed() -> None:
+    kept = {
+        mode: int(subprocess.check_output([sys.executable, "-c", HEAP, mode]))
+        for mode in ("control", "none", "full")
+    }
+    assert kept["control"] > 100  # MiB of 126
+    assert max(kept["none"], kept["full"]) < 10
 
 
 def test_a_seed_fixes_every_generator() -> None:

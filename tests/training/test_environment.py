@@ -18,9 +18,9 @@ from qlora_builders.training.environment import (
 
 def test_each_process_adds_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["qlora", "finetune", "prompt=a b"])
-    about = describe_environment(torch.device("cpu"), torch.bfloat16)
-    add_environment(tmp_path, about, first_step=0, total_steps=9)
-    add_environment(tmp_path, about, first_step=4, total_steps=9)
+    about = describe_environment(torch.device("cpu"), torch.bfloat16) | {"total_steps": 9}
+    add_environment(tmp_path, about, first_step=0)
+    add_environment(tmp_path, about, first_step=4)
     lines = (tmp_path / "environment.jsonl").read_text().splitlines()
     first, second = map(json.loads, lines)
     assert (first["first_step"], second["first_step"]) == (0, 4)

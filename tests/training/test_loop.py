@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_builders import LlamaArch, llama
+from qlora_builders.config.compose import compose
 from qlora_builders.errors import PlanError, TrainingError
 from qlora_builders.modules import CausalLM
 from qlora_builders.training.loop import (
@@ -158,3 +159,19 @@ def test_batches_end_when_a_stop_is_asked_for_but_there_is_one() -> None:
     assert list(until_stopped(batches, stop)) == batches
     stop.signal_number = signal.SIGTERM
     assert list(until_stopped(batches, stop)) == batches[:1]
+
+
+def test_the_default_optimizer_is_adamw_to_float32_rounding() -> None:
+    """`fused` updates all parameters in one pass; its roundings differ from the plain loop's."""
+
+    def losses(**options: Any) -> list[float]:
+        model, batch = make_model(), make_batch(4, 16, seed=3)
+        optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-2, **options)
+        return [train_step(model, [batch], optimizer, clip_grad_norm=1.0).loss for _ in range(30)]
+
+    node = compose("finetune").optimizer
+    assert node["component"] == "torch.optim.AdamW"
+    assert node["fused"] is True
+    plain = losses(foreach=False)
+    assert plain[-1] < 0.99 * plain[0]
+    torch.testing.assert_close(losses(fused=True), plain, rtol=1e-6, atol=0)

@@ -1,0 +1,79 @@
+"""Whole parameters and optimizer state on the main rank, for whoever writes them to files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from qlora_builders.distributed.ranks import Ranks
+from qlora_builders.tensor.sharded import is_sharded, whole_tensor
+
+
+@dataclass(frozen=True)
+class WholeState:
+    """The state of an optimizer, as if nothing were sharded; empty but on the main rank."""
+
+    state: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+
+@contextmanager
+def whole_parameters(model: nn.Module, ranks: Ranks, *, only_trained: bool) -> Iterator[None]:
+    """For a while the main rank's parameters are whole, plain and on the CPU. Others have none.
+
+    All ranks must enter. Without sharding nothing happens.
+
+    Args:
+        only_trained: leave the frozen ones as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward pass without backward may have left it whole
+    sharded: list[tuple[nn.Module, str, nn.Parameter]] = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+        and bool(is_sharded(parameter))
+        and (parameter.requires_grad or not only_trained)
+    ]
+    wholes: dict[int, nn.Parameter] = {}
+    try:
+        for module, name, parameter in sharded:
+            if id(parameter) not in wholes:
+                wholes[id(parameter)] = nn.Parameter(
+                    _on_main(parameter, ranks), requires_grad=parameter.requires_grad
+                )
+            module._parameters[name] = wholes[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in sharded:
+            module._parameters[name] = parameter
+
+
+def whole_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> WholeState:
+    """All ranks must call it."""
+    state = optimizer.state_dict()
+    state["state"] = {
+        index: {
+            key: _on_main(value, ranks) if isinstance(value, Tensor) else value
+            for key, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    return WholeState(state)
+
+
+def _on_main(tensor: Tensor, ranks: Ranks) -> Tensor:
+    if not is_sharded(tensor):
+        return tensor
+    whole = whole_tensor(tensor)
+    return whole.cpu() if ranks.is_main else torch.empty(0, dtype=tensor.dtype)

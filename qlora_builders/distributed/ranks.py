@@ -1,0 +1,158 @@
+"""The processes of a run, and how they agree on small things.
+
+Tensors travel through FSDP2 and DTensor; what is said here are counts, losses, paths and errors.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from qlora_builders.errors import QLoRAError
+
+USER_ERROR = 2  # the exit code of everything that a user can put right
+LOST_PEER = 3  # of a rank that stops because another one did
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run, and on its machine.
+
+    Attributes:
+        launched: by torchrun or a launcher like it, be it alone.
+        restarts: how often the launcher has started the run again after a failure.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launched: bool = False
+    restarts: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one reports and writes."""
+        return self.rank == 0
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Other dropout on every rank, and after a resume the same.
+
+        The main rank draws on from one step to the next, as a process alone does, and checkpoints
+        have its generators; what the others draw is a function of the step.
+        """
+        if not self.is_main:
+            digest = hashlib.sha256(f"{seed}/{step}/{self.rank}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value, by rank, on every rank. All ranks must call it."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What `function()` gives on the main rank, on every rank; its errors too.
+
+        All ranks must call it.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except (QLoRAError, OSError) as error:
+                outcome[1] = error
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        value, raised = outcome
+        if raised is not None:
+            raise raised
+        return value
+
+
+def with_ranks(main: Callable[[Any, Ranks], T]) -> Callable[[Any], T]:
+    """`main(cfg, ranks)` as a recipe's `main(cfg)`."""
+
+    @functools.wraps(main)
+    def run(cfg: Any) -> T:
+        with join_ranks(cfg.device) as ranks:
+            return main(cfg, ranks)
+
+    return run
+
+
+@contextmanager
+def join_ranks(device: str) -> Iterator[Ranks]:
+    """The ranks that torchrun or `qlora finetune --nproc-per-node` started, for a while; else one.
+
+    Args:
+        device: as in the config; decides between NCCL and gloo.
+    """
+    if "RANK" not in os.environ:
+        yield Ranks()
+        return
+    ranks = _from_environment()
+    backend = "gloo"
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank)
+        backend = "cpu:gloo,cuda:nccl"  # Python objects never wait for the GPU
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun keeps the store, and in it the addresses of ranks that died before a restart
+    store = dist.PrefixStore(f"restart {ranks.restarts}", store)
+    with _one_voice(ranks):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    try:
+        with _one_voice(ranks):
+            yield ranks
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _from_environment() -> Ranks:
+    """https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables"""
+    environ = os.environ
+    return Ranks(
+        rank=int(environ["RANK"]),
+        size=int(environ["WORLD_SIZE"]),
+        local_rank=int(environ.get("LOCAL_RANK", 0)),
+        launched=True,
+        restarts=int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+    )
+
+
+@contextmanager
+def _one_voice(ranks: Ranks) -> Iterator[None]:
+    """An error that several ranks come to is raised by one; the others leave without a word.
+
+    A rank that another one has left says so in a line instead of a traceback.
+    """
+    try:
+        yield
+    except QLoRAError as error:
+        store = dist.distributed_c10d._get_default_store()
+        digest = hashlib.sha256(str(error).encode()).hexdigest()
+        if store.add(f"qlora_builders/{digest}", 1) > 1:
+            raise SystemExit(USER_ERROR) from None
+        raise
+    except RuntimeError as error:
+        if ranks.size > 1 and _is_lost_peer(error):
+            print(f"rank {ranks.rank}: lost another rank", flush=True)
+            raise SystemExit(LOST_PEER) from None
+        raise
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """NCCL raises a class of its own, gloo a RuntimeError that names its file."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)

@@ -1,0 +1,249 @@
+"""Counts the bytes of a training step without computing it: the step runs on the meta device.
+
+The model's own code runs, so whatever it keeps, recomputes or frees is counted. Meta tensors take
+the code paths of a GPU; where those of a CPU differ, and what kernels allocate inside, is stated
+here.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from qlora_builders.kernels import tiles
+from qlora_builders.modules import CausalLM, Linear, LoRALinear, cast_linear
+from qlora_builders.modules import loss as loss_module
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a step: bytes it leaves behind (or frees), and its peak, over those at its start"""
+
+    end: int = 0
+    peak: int = 0
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """The segments of one step; those of layers by index, in the model that was traced."""
+
+    embedding: Segment
+    forward: Mapping[int, Segment]
+    loss: Segment  # final norm, head and cross-entropy
+    loss_backward: Segment
+    backward: Mapping[int, Segment]  # without the layers that no gradient reaches
+    embedding_backward: Segment
+
+
+def trace_step(
+    model: CausalLM,
+    *,
+    device_type: str,
+    batch_size: int,
+    seq_len: int,
+    accumulate: bool = False,
+) -> StepTrace:
+    """Trace the loss of a model and its backward, with every token a target.
+
+    Args:
+        model: on the meta device.
+        device_type: "cpu" or "cuda", the device to stand in for; it is not touched.
+        accumulate: gradients of an earlier batch are there already, and are not counted.
+    """
+    vocab_size, hidden_size = model.lm_head.out_features, model.lm_head.in_features
+    assert isinstance(vocab_size, int)
+    assert isinstance(hidden_size, int)
+    # The chunks of the loss are alike: two are traced, and what the others keep is added below.
+    targets = batch_size * (seq_len - 1)
+    traced = min(targets, 2 * max(1, loss_module._CHUNK_ELEMENTS // vocab_size))
+    model = copy.deepcopy(model).train()
+    if device_type == "cpu":
+        _cast_large_weights(model)
+    there: list[Tensor] = [
+        p for p in model.parameters() if not is_traceable_wrapper_subclass(p)
+    ]  # not NF4
+    if accumulate:
+        for parameter in filter(lambda p: p.requires_grad, there):
+            parameter.grad = torch.empty_like(parameter)
+        there += [p.grad for p in there if p.grad is not None]
+    tile = 0 if device_type == "cpu" else tiles._GPU_TILE_ELEMENTS
+    tracer = MemoryTracer(there, num_targets=traced, tile_elements=tile)
+    ids = torch.empty(batch_size, seq_len, dtype=torch.long, device="meta")
+    with torch.enable_grad(), _flash_on_meta(), tracer, _segments_at_layers(model, tracer):
+        tracer.begin("embedding")
+        loss = model.loss(ids, ids)
+        tracer.begin("loss backward")
+        loss.backward()
+        tracer.begin("done")
+    row_bytes = hidden_size * model.model.compute_dtype.itemsize
+    kept = (targets - traced) * row_bytes  # gradients of the hidden states; and, until then, a copy
+    segments, layers = tracer.segments, range(len(model.model.layers))
+    head, head_backward = segments["loss"], segments["loss backward"]
+    return StepTrace(
+        embedding=segments["embedding"],
+        forward={index: segments[f"forward {index}"] for index in layers},
+        loss=Segment(head.end + kept, head.peak + 2 * kept),
+        loss_backward=Segment(head_backward.end - kept, head_backward.peak),
+        backward={
+            index: segments[f"backward {index}"]
+            for index in layers
+            if f"backward {index}" in segments
+        },
+        embedding_backward=segments.get("backward -1", Segment()),
+    )
+
+
+def offloaded(trace: StepTrace) -> StepTrace:
+    """The same where the inputs of layers wait for backward in another memory."""
+    kept = {index: segment.end for index, segment in trace.forward.items()}
+    return replace(
+        trace,
+        forward={index: Segment(0, segment.peak) for index, segment in trace.forward.items()},
+        backward={
+            index: Segment(segment.end + kept[index], segment.peak + kept[index])
+            for index, segment in trace.backward.items()
+        },
+    )
+
+
+def _cast_large_weights(model: CausalLM) -> None:
+    """On CPUs these are cast by tiles, so their products allocate nothing, as if cast already."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if (
+            isinstance(module, Linear | LoRALinear)
+            and isinstance(weight, nn.Parameter)
+            and not is_traceable_wrapper_subclass(weight)  # NF4
+            and not weight.requires_grad
+            and weight.numel() > cast_linear._SMALL_ELEMENTS
+        ):
+            module.weight = nn.Parameter(weight.to(model.model.compute_dtype), requires_grad=False)
+
+
+class MemoryTracer(TorchDispatchMode):
+    """Sums the storages that are alive, each from the op that makes it until it is freed.
+
+    Args:
+        there: tensors that exist before; they are not counted.
+        num_targets: labels that count as targets, which would depend on data.
+        tile_elements: of an NF4 weight that a product decodes at once.
+    """
+
+    def __init__(
+        self, there: Iterable[Tensor], *, num_targets: int = 0, tile_elements: int = 0
+    ) -> None:
+        super().__init__()
+        self.segments: dict[str, Segment] = {}
+        self.num_targets = num_targets
+        self.tile_elements = tile_elements
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in there)
+        self._name = ""
+        self._live = self._start = self._peak = 0
+
+    def begin(self, name: str) -> None:
+        """Close the running segment and start another."""
+        self.segments[self._name] = Segment(self._live - self._start, self._peak - self._start)
+        self._name = name
+        self._start = self._peak = self._live
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is aten.nonzero.default and args[0].is_meta:
+            result = args[0].new_empty((self.num_targets, args[0].dim()), dtype=torch.long)
+        else:
+            result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._add(value.untyped_storage())
+        if func is torch.ops.qlora_builders.matmul_nf4.default:
+            self._peak = max(self._peak, self._live + self._scratch_bytes(args[0], kwargs or {}))
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        nbytes = storage.nbytes()
+        self._known.add(storage)
+        self._live += nbytes
+        self._peak = max(self._peak, self._live)
+        weakref.finalize(storage, self._free, nbytes)
+
+    def _free(self, nbytes: int) -> None:
+        self._live -= nbytes
+
+    def _scratch_bytes(self, input: Tensor, options: dict[str, Any]) -> int:
+        """The decoded tile; with several, `input @ W` also has a float32 sum and one product."""
+        numel = options["shape"][0] * options["shape"][1]
+        scratch = min(numel, self.tile_elements) * input.dtype.itemsize
+        if numel > self.tile_elements > 0 and not options["transposed"]:
+            scratch += input.shape[0] * options["shape"][1] * (4 + input.dtype.itemsize)
+        return scratch
+
+
+@contextmanager
+def _flash_on_meta() -> Iterator[None]:
+    """Attention on meta tensors as on real devices, where no matrix of all pairs exists."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("scaled_dot_product_attention", _flash_attention, "AutogradMeta")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Output and log-sum-exp are kept, in the shapes that the CUDA kernels keep too."""
+    output: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
+    return output
+
+
+@contextmanager
+def _segments_at_layers(model: CausalLM, tracer: MemoryTracer) -> Iterator[None]:
+    """Begin a segment at each layer's input, forward and (when its gradient is there) backward."""
+
+    def starts(segment: str, previous: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if "loss" in tracer.segments:
+                return  # computed again for backward
+            tracer.begin(segment)
+            if args[0].requires_grad:
+                args[0].register_hook(lambda _: tracer.begin(previous))
+
+        return hook
+
+    layers = model.model.layers
+    handles = [
+        layer.register_forward_pre_hook(starts(f"forward {index}", f"backward {index - 1}"))
+        for index, layer in enumerate(layers)
+    ]
+    hook = starts("loss", f"backward {len(layers) - 1}")
+    handles.append(model.model.norm.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

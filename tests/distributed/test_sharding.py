@@ -1,0 +1,83 @@
+"""What a rank holds of a sharded model, counted on meta and as it is; what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from qlora_builders import LlamaArch, llama
+from qlora_builders.distributed import Ranks, group_bytes, make_mesh, shard_model, sharding
+from qlora_builders.errors import ConfigError
+from qlora_builders.modules import CausalLM
+from qlora_builders.tensor.sharded import held_bytes, local_part
+
+ARCH = LlamaArch(
+    vocab_size=61,
+    hidden_size=42,
+    intermediate_size=75,
+    num_layers=2,
+    num_heads=3,
+    num_kv_heads=1,
+    head_dim=14,
+    max_position_embeddings=64,
+)
+PLAN = [
+    {"match": "layers.**", "kind": "qlora", "rank": 2, "alpha": 4, "scale_block_size": 5},
+    {"match": "layers.1.mlp.up_proj", "kind": "frozen_nf4", "scale_format": "bnb"},
+    {"match": "layers.1.mlp.down_proj", "kind": "frozen_nf4", "scale_format": "none"},
+]
+
+
+def resident_bytes(model: CausalLM) -> int:
+    """Of a plain shard, FSDP2 keeps the padded rows and shows the real ones."""
+    parts = [local_part(parameter) for parameter in model.parameters()]
+    return sum(
+        part.untyped_storage().nbytes() if type(part) is torch.Tensor else part.nbytes
+        for part in parts
+    )
+
+
+def compare_bytes(ranks: Ranks) -> None:
+    model = llama(ARCH, PLAN, dtype=torch.bfloat16)
+    expected = sum(held_bytes(parameter, ranks.size) for parameter in model.parameters())
+    groups = group_bytes(model)
+    shard_model(model, make_mesh(ranks, "cpu"))
+    model(torch.arange(8).view(1, -1))
+    model.reshard()
+    assert resident_bytes(model) == expected
+    for layer, size in zip(model.model.layers, groups, strict=False):
+        layer.unshard()
+        assert sum(parameter.nbytes for parameter in layer.parameters()) == size
+        layer.reshard()
+
+
+def test_what_a_rank_holds_is_what_was_counted() -> None:
+    run_ranks(3, compare_bytes)
+
+
+@pytest.mark.parametrize("arch", ["llama3_1_70b", "llama3_1_405b"])
+def test_large_models_are_counted_on_meta(arch: str) -> None:
+    plan = [{"match": "layers.**", "kind": "qlora", "rank": 16, "alpha": 32}]
+    model = llama(arch, plan, device="meta")
+    base = [p for p in model.parameters() if not p.requires_grad]
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    groups = group_bytes(model)
+    assert sum(groups) == sum(p.nbytes for p in model.parameters())
+    for num_ranks in (1, 2, 4, 8, 16, 32, 64):  # which divide all sizes of these bases
+        held = sum(held_bytes(p, num_ranks) for p in base)
+        assert num_ranks * held == sum(p.nbytes for p in base)
+        held = sum(held_bytes(p, num_ranks) for p in adapters)
+        rows = max(num_ranks, 16)  # of an A: each rank holds as many as the first
+        padded = [p.nbytes * rows // 16 if p.shape[0] == 16 else p.nbytes for p in adapters]
+        assert num_ranks * held == sum(padded)
+
+
+def test_what_cannot_be_shared_out_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"shard=3 does not divide the 4 processes of this run"):
+        sharding(Ranks(size=4), "cpu", shard=3, cpu_offload=False)
+    with pytest.raises(ConfigError, match=r"shard=2 does not divide the one process of this run"):
+        sharding(Ranks(), "cpu", shard=2, cpu_offload=False)
+    with pytest.raises(ConfigError, match=r"cpu_offload=true takes --nproc-per-node"):
+        sharding(Ranks(), "cpu", shard=None, cpu_offload=True)
+    assert sharding(Ranks(), "cpu", shard=1, cpu_offload=False) is None
