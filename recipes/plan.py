@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
@@ -299,10 +300,12 @@ def slot_figures(options: Options, choice: Choice) -> dict[str, Any]:
 
 def write(output: Path, rules: list[dict[str, Any]], figures: dict[str, Any]) -> None:
     """The YAML last: where it is, everything is."""
+    about = (
+        f"qlora plan: {figures['checkpoint']} in {figures['budget_bytes']:,} bytes or less. "
+        f"Verdict: {figures['verdict']}. Use it with components={output}"
+    )
     lines = [
-        f"# qlora plan: {figures['checkpoint']} in {figures['budget_bytes']:,} bytes or less",
-        f"# {figures['verdict']}",
-        f"# use: components={output}",
+        *wrap(about, width=100, initial_indent="# ", subsequent_indent="# "),
         "components:",
         *(f"  - {{{', '.join(f'{key}: {json.dumps(v)}' for key, v in r.items())}}}" for r in rules),
     ]
