@@ -102,7 +102,7 @@ class ColumnsConfig:
 class DataConfig:
     """Training and evaluation rows."""
 
-    train: str = knob("${demo:train.jsonl}", "file or hub id to train on (finetune only)")
+    train: str = knob("${demo:train.jsonl}", "file or hub id to train on; plan calibrates on it")
     eval: str | None = knob(
         "${demo_eval:${data.train}}",
         "file or hub id for the eval loss; null: none; default: the demo's with its data.train",
@@ -218,7 +218,7 @@ class FinetuneConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     components: list[dict[str, Any]] = knob(
-        [], "your rules, after the method's; the last match wins"
+        [], "your rules, after the method's; the last match wins; or FILE.yaml with such a list"
     )
     train: list[str] = knob([], "parameters that train too, as patterns: [norm, embed_tokens]")
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -338,7 +338,7 @@ class QuantizeConfig:
     )
     scale_search: bool | None = knob(None, "search for the best scales: slower, more accurate")
     components: list[dict[str, Any]] = knob(
-        [], "your rules, after the one for all decoder layers; the last match wins"
+        [], "your rules, after the one for all decoder layers; or FILE.yaml with such a list"
     )
     dtype: str = knob("bfloat16", "dtype of weights before quantizing", choices=DTYPES)
     max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
