@@ -40,7 +40,7 @@ from qlora_builders.config.instantiate import instantiate
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.resume import check_same_curve, curve_config
 from qlora_builders.config.schema import FinetuneConfig
-from qlora_builders.data import Batches, Tokenizer, build_dataset, check_token_range
+from qlora_builders.data import Batches, Tokenizer, build_dataset
 from qlora_builders.distributed import (
     Ranks,
     sharding,
@@ -51,6 +51,7 @@ from qlora_builders.distributed import (
 from qlora_builders.errors import ConfigError, TrainingError
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
+from qlora_builders.preflight import check_run
 from qlora_builders.report import read_run, write_report
 from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
@@ -95,7 +96,6 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
     device = resolve_device(cfg.device, local_rank=ranks.local_rank)
     compute_dtype = resolve_compute_dtype(cfg.training.compute_dtype, device)
     set_seed(cfg.training.seed)
-
     train_data, eval_data = load_data(cfg, ranks)
     total_steps = count_steps(cfg, train_data)
     about = describe_run(cfg, train_data, total_steps, device, compute_dtype)
@@ -103,24 +103,25 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
 
     model = prepare_model(cfg, ranks, device, compute_dtype)
     about["compile"] = prepare_layers(model, cfg, ranks, total_steps, start.about.get("compile"))
-    for data in filter(None, (train_data, eval_data)):
-        check_token_range(data.dataset, model.spec.arch.vocab_size)
     parameters = trainable_parameters(model)
     optimizer = instantiate(cfg.optimizer, optimizer_groups(model, cfg), key="optimizer")
     if start.folder is not None:
         load_step(start.folder, model, optimizer)
-    factor = lr_factor(total_steps=total_steps, **asdict(cfg.lr_schedule))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=start.step - 1)
-
+    schedule = make_schedule(cfg, optimizer, total_steps, start.step)
+    checked = check_run(cfg, model, train_data, eval_data, optimizer, about["compile"])
+    lines = [*start.messages, *checked, f"{total_steps} steps to do"]
+    if cfg.dry_run:
+        ranks.on_main(lambda: print(*lines, sep="\n"))
+        return
     environment = describe_environment(device, compute_dtype) | {"total_steps": total_steps}
     with (
         open_run(cfg, ranks, run_dir, start, loggers, environment) as metrics,
         stop_on_signal(gather) as stop,
         ProgressReport(total_steps, steps_done=start.step, quiet=not ranks.is_main) as progress,
     ):
-        for line in (*start.messages, *data_summaries(train_data, eval_data)):
+        about_model = f"{summary(model)}, on {ranks.size} x {device.type}, in {run_dir}"
+        for line in (*lines, about_model):
             progress.say(line)
-        progress.say(f"{parameter_counts(model)}, on {ranks.size} x {device.type}, in {run_dir}")
 
         def evaluate(step: int) -> None:
             due = step in (0, total_steps) or is_due(step, cfg.training.eval_every)
@@ -271,6 +272,13 @@ def optimizer_groups(model: CausalLM, cfg: FinetuneConfig) -> list[Any]:
     return lora_plus_groups(model, lr=cfg.optimizer["lr"], ratio=ratio)
 
 
+def make_schedule(
+    cfg: FinetuneConfig, optimizer: torch.optim.Optimizer, total_steps: int, steps_done: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    factor = lr_factor(total_steps=total_steps, **asdict(cfg.lr_schedule))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=steps_done - 1)
+
+
 def describe_run(
     cfg: FinetuneConfig,
     data: Batches,
@@ -299,12 +307,7 @@ def check_resume(start: Start, about: dict[str, Any], cfg: FinetuneConfig) -> No
         )
 
 
-def data_summaries(train_data: Batches, eval_data: Batches | None) -> list[str]:
-    summaries = [f"train {train_data.summary()}"]
-    return summaries if eval_data is None else [*summaries, f"eval {eval_data.summary()}"]
-
-
-def parameter_counts(model: CausalLM) -> str:
+def summary(model: CausalLM) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train"
 

@@ -240,6 +240,9 @@ class FinetuneConfig:
         shapes_curve=False,
     )
     overwrite: bool = knob(False, "replace a run that is in output_dir", shapes_curve=False)
+    dry_run: bool = knob(
+        False, "load and check everything (--dry-run), train and write nothing", shapes_curve=False
+    )
 
 
 @dataclass
