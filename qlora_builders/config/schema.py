@@ -53,6 +53,10 @@ class MethodConfig:
     alpha: float | None = knob(32.0, "adapter scale: alpha / rank multiplies B A x", above=0)
     dropout: float | None = knob(0.0, "adapter input dropout, probability", at_least=0, below=1)
     use_rslora: bool | None = knob(False, "scale by alpha / sqrt(rank) instead")
+    use_dora: bool | None = knob(False, "DoRA: train the lengths of the weights' rows too")
+    init_lora_weights: str | None = knob(
+        "default", "where A and B start: default (B is zero), pissa, pissa_niter_N or loftq"
+    )
     block_size: int | None = knob(64, "weights per NF4 scale", at_least=1)
     targets: list[str] = knob(list(PROJECTIONS), "projections that get an adapter")
     components: list[dict[str, Any]] = knob([], "rules of the preset")
@@ -221,6 +225,9 @@ class FinetuneConfig:
         [], "your rules, after the method's; the last match wins; or FILE.yaml with such a list"
     )
     train: list[str] = knob([], "parameters that train too, as patterns: [norm, embed_tokens]")
+    train_tokens: list[int] = knob(
+        [], "token ids whose rows of the embedding (and of a tied head) train too", at_least=0
+    )
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: dict[str, Any] = knob({}, "`component`: its class; all other keys: its arguments")
@@ -250,6 +257,7 @@ class EstimateConfig(FinetuneConfig):
     """Peak memory of such a finetune, if every row has data.max_seq_len tokens and all train."""
 
     memory: str | None = knob(None, "also show what fits into this much, such as 24GiB")
+    ranks: int = knob(1, "processes (--nproc-per-node x nodes); figures are of one", at_least=1)
 
 
 @dataclass
