@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": "loss, perplexity and exact match on a data file",
     "merge": "add an adapter to the weights and write a Hugging Face folder",
     "quantize": "write a checkpoint with its linear layers in NF4",
+    "plan": "choose the precision of every linear under a memory budget",
     "inspect": "show which component fills each linear, and what trains",
     "estimate": "predict the peak memory of a finetune, and what fits into a given one",
     "report": "one HTML page of a run, or of several beside each other",

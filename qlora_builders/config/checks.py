@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
+from pathlib import Path
 from typing import Any
 
 from qlora_builders.config.knobs import Knob, knobs
@@ -18,6 +19,7 @@ from qlora_builders.config.schema import (
     GenerateConfig,
     MergeConfig,
     MethodConfig,
+    PlanConfig,
     QuantizeConfig,
     ReportConfig,
 )
@@ -47,6 +49,8 @@ def check(cfg: Any) -> list[str]:
         problems += _check_size(memory_in_bytes, cfg.memory)
     if isinstance(cfg, MergeConfig | QuantizeConfig):
         problems += _check_size(size_in_bytes, cfg.max_shard_size)
+    if isinstance(cfg, PlanConfig):
+        problems += _check_plan(cfg)
     return problems
 
 
@@ -59,7 +63,11 @@ def required(cfg: Any) -> list[str]:
     ]
     if isinstance(cfg, FinetuneConfig):
         needed += _demo_rows("data.train", cfg.data.train, cfg.data)
-    if isinstance(cfg, EvaluateConfig):
+    if isinstance(cfg, PlanConfig):
+        if cfg.budget is None and cfg.bits is None:
+            needed.append("a budget is required: write budget=6GiB or bits=4.6")
+        needed += _demo_rows("data.train", cfg.data.train, cfg.data)
+    if isinstance(cfg, EvaluateConfig | PlanConfig):
         if cfg.data.eval is None:
             needed.append("data.eval is required: write data.eval=FILE")
         else:
@@ -88,12 +96,12 @@ def size_in_bytes(size: str) -> int:
     return found
 
 
-def memory_in_bytes(memory: str) -> int:
-    """`"24GiB"` -> 24 * 2**30."""
+def memory_in_bytes(memory: str, key: str = "memory") -> int:
+    """`"24GiB"` -> 24 * 2**30; `key` is for the message."""
     found = _parse_size(memory, MEMORY_UNITS)
     if not found:
         raise ConfigError(
-            f"memory={memory!r} is not a size: write a number with MiB or GiB, such as 24GiB"
+            f"{key}={memory!r} is not a size: write a number with MiB or GiB, such as 24GiB"
         )
     return found
 
@@ -200,6 +208,19 @@ def _check_generate(cfg: GenerateConfig) -> list[str]:
             for name, value in (("top_k", cfg.top_k), ("top_p", cfg.top_p))
             if value is not None
         ]
+    return problems
+
+
+def _check_plan(cfg: PlanConfig) -> list[str]:
+    problems = []
+    if cfg.budget is not None:
+        problems += _check_size(partial(memory_in_bytes, key="budget"), cfg.budget)
+        if cfg.bits is not None:
+            problems.append(f"budget={cfg.budget} and bits={cfg.bits}: give one of them")
+    if cfg.alpha is not None and cfg.rank is None:
+        problems.append(f"alpha={cfg.alpha} has no effect without rank")
+    if Path(cfg.output).suffix != ".yaml":
+        problems.append(f"output={cfg.output} must end in .yaml")
     return problems
 
 

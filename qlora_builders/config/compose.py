@@ -66,14 +66,14 @@ def compose_tree(
     if verb not in ROOTS:
         raise ConfigError(f"no config for {verb!r}{did_you_mean(verb, ROOTS)}")
     folders = config_folders(config_dir)
-    prepared = [prepare_override(override, verb, folders) for override in overrides]
     _register()
     main, *others = (str(folder) for folder in folders)
-    if others:
-        prepared.append(f"hydra.searchpath=[{','.join(quote('file://' + o) for o in others)}]")
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
+        prepared = [prepare_override(override, verb, folders) for override in overrides]
+        if others:
+            prepared.append(f"hydra.searchpath=[{','.join(quote('file://' + o) for o in others)}]")
         with hydra.initialize_config_dir(config_dir=main, version_base="1.3"):
             return hydra.compose(primary_config(verb), overrides=prepared)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import getitem
 from textwrap import fill
 from typing import Any, get_origin
 
@@ -51,6 +53,13 @@ EXAMPLES = {
         "qlora merge adapter.path=runs/NAME/adapter output_dir=merged",
         "qlora merge adapter.path=runs/NAME/adapter base=Llama-3.2-1B output_dir=merged",
     ),
+    "plan": (
+        "qlora plan bits=4.6",
+        "qlora plan checkpoint.dir=Llama-3.1-8B data.train=rows.jsonl data.eval=held_out.jsonl "
+        "budget=6GiB",
+        "qlora quantize components=plan.yaml output_dir=nf4",
+        "qlora plan bits=4.6 rank=16 output=qlora.yaml && qlora finetune components=qlora.yaml",
+    ),
     "quantize": (
         "qlora quantize checkpoint.dir=Llama-3.2-1B output_dir=Llama-3.2-1B-nf4",
         "qlora quantize checkpoint.dir=Llama-3.2-1B output_dir=out format=bnb-4bit",
@@ -76,9 +85,10 @@ def help_text(verb: str, summary: str) -> str:
         lines.append("groups (GROUP=NAME):")
         lines += [f"  {group + '=':<14}{' | '.join(names)}" for group, names in choices.items()]
         lines.append("")
+    written = OmegaConf.to_container(defaults, resolve=False)
     lines.append("keys (KEY=VALUE):")
     for knob in knobs(ROOTS[verb]).values():
-        lines += _knob_lines(knob)
+        lines += _knob_lines(knob, _default(knob, written))
         if get_origin(knob.type) is dict:
             preset = OmegaConf.select(defaults, knob.key)
             lines += [f"  {knob.key}.{name}={value}" for name, value in preset.items()]
@@ -86,7 +96,13 @@ def help_text(verb: str, summary: str) -> str:
     return "\n".join(lines)
 
 
-def _knob_lines(knob: Knob) -> list[str]:
+def _default(knob: Knob, defaults: Any) -> Any:
+    """A verb's own, as written: its YAML may differ from the schema in plain values."""
+    value = reduce(getitem, knob.key.split("."), defaults)
+    return knob.default if isinstance(value, list | dict) else value
+
+
+def _knob_lines(knob: Knob, default: Any) -> list[str]:
     meaning = knob.meaning
     if knob.choices is not None and not isinstance(knob.default, list):
         meaning = f"{' | '.join(knob.choices)}: {meaning}"
@@ -95,7 +111,7 @@ def _knob_lines(knob: Knob) -> list[str]:
         meaning += f" ({', '.join(limits)})"
     margin = " " * 6
     text = fill(meaning, width=96, initial_indent=margin, subsequent_indent=margin)
-    return [f"  {knob.key}={_spell(knob.default)}", text]
+    return [f"  {knob.key}={_spell(default)}", text]
 
 
 def _spell(value: Any) -> str:

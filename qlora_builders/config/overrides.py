@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import get_origin
+from typing import Any, get_origin
 
 from omegaconf import OmegaConf
 
@@ -67,6 +67,8 @@ def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
         _check_option(key, value, folders)
         return f"{key}={value}"
     leaves = knobs(ROOTS[verb])
+    if key == "components" and key in leaves and value.endswith(".yaml"):
+        return f"components={_spelled(_rules_of(Path(value)))}"
     parent = next((key[:dot] for dot in _dots(key) if key[:dot] in leaves), None)
     if parent is not None and get_origin(leaves[parent].type) in (dict, list):
         return f"++{key}={value}"  # optimizer.eps: arguments are checked against the component
@@ -75,6 +77,34 @@ def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
     if key in leaves and leaves[key].type in (str, str | None):
         return f"{key}={value if value == 'null' else quote(value)}"
     return f"{key}={value}"
+
+
+def _rules_of(file: Path) -> list[Any]:
+    """The `components:` of a YAML file, such as `qlora plan` writes."""
+    if not file.is_file():
+        raise ConfigError(f"components={file}: no such file")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text: {error}") from error
+    rules = content.get("components") if isinstance(content, dict) else None
+    if not isinstance(rules, list):
+        raise ConfigError(f"{file}: no list of rules under components:")
+    for key in (key for rule in rules if isinstance(rule, dict) for key in rule):
+        if not re.fullmatch(r"\w+", str(key)):  # hydra's grammar has no words for others
+            raise ConfigError(f"{file}: {key!r} is no option of a rule")
+    return rules
+
+
+def _spelled(value: Any) -> str:
+    """A value in hydra's grammar."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(_spelled, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_spelled(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, str):
+        return quote(value)
+    return "null" if value is None else str(value).lower()
 
 
 def _check_option(group: str, option: str, folders: Sequence[Path]) -> None:

@@ -13,33 +13,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_builders.config.knobs import knob
+from qlora_builders.config.knobs import (
+    DTYPES,
+    base_dtype_knob,
+    compute_dtype_knob,
+    device_knob,
+    knob,
+    quantize_knob,
+)
 
 # Marks a key that the user has to set. OmegaConf's own mark, ???, cannot replace a default.
 REQUIRED = "<required>"
-DTYPES = ("float32", "bfloat16", "float16")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def device_knob() -> Any:
-    return knob("auto", "auto, cpu, cuda or cuda:N; auto: the GPU if there is one")
-
-
-def compute_dtype_knob() -> Any:
-    meaning = "dtype of matmuls; auto: bfloat16 where native, else float32"
-    return knob("auto", meaning, choices=("auto", *DTYPES))
-
-
-def base_dtype_knob() -> Any:
-    meaning = "dtype of the base; auto: as its adapter was trained (no adapter: bfloat16)"
-    return knob("auto", meaning, choices=("auto", *DTYPES))
-
-
-def quantize_knob() -> Any:
-    meaning = (
-        "the base in memory: nf4, none, or auto: as its adapter was trained (no adapter: none)"
-    )
-    return knob("auto", meaning, choices=("auto", "nf4", "none"))
 
 
 @dataclass
@@ -121,7 +106,7 @@ class ColumnsConfig:
 class DataConfig:
     """Training and evaluation rows."""
 
-    train: str = knob("${demo:train.jsonl}", "file or hub id to train on (finetune only)")
+    train: str = knob("${demo:train.jsonl}", "file or hub id to train on; plan calibrates on it")
     eval: str | None = knob(
         "${demo_eval:${data.train}}",
         "file or hub id for the eval loss; null: none; default: the demo's with its data.train",
@@ -237,7 +222,7 @@ class FinetuneConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     components: list[dict[str, Any]] = knob(
-        [], "your rules, after the method's; the last match wins"
+        [], "your rules, after the method's; the last match wins; or FILE.yaml with such a list"
     )
     train: list[str] = knob([], "parameters that train too, as patterns: [norm, embed_tokens]")
     train_tokens: list[int] = knob(
@@ -364,10 +349,34 @@ class QuantizeConfig:
     )
     scale_search: bool | None = knob(None, "search for the best scales: slower, more accurate")
     components: list[dict[str, Any]] = knob(
-        [], "your rules, after the one for all decoder layers; the last match wins"
+        [], "your rules, after the one for all decoder layers; or FILE.yaml with such a list"
     )
     dtype: str = knob("bfloat16", "dtype of weights before quantizing", choices=DTYPES)
     max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
+
+
+@dataclass
+class PlanConfig:
+    """Choose the precision of every linear layer under a memory budget, and measure the result."""
+
+    budget: str | None = knob(None, "memory of the whole base, such as 6GiB; give this or bits")
+    bits: float | None = knob(
+        None, "mean bits per weight of the linear layers (16-bit embeddings not counted)", above=0
+    )
+    output: str = knob("plan.yaml", "file for the rules; figures go beside it, in .json")
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    calibration_tokens: int = knob(32768, "tokens of data.train to measure on", at_least=1)
+    rank: int | None = knob(
+        None, "adapters of this rank in the rules, for finetune; null: none", at_least=1
+    )
+    alpha: float | None = knob(None, "scale of those adapters; null: 2 * rank", above=0)
+    batch_size: int = knob(8, "rows per forward pass", at_least=1)
+    seed: int = knob(0, "fixes which rows of data.train are measured on", at_least=0)
+    dtype: str = knob("bfloat16", "dtype of weights before quantizing", choices=DTYPES)
+    compute_dtype: str = compute_dtype_knob()
+    device: str = device_knob()
 
 
 @dataclass
@@ -384,6 +393,7 @@ ROOTS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "merge": MergeConfig,
     "quantize": QuantizeConfig,
+    "plan": PlanConfig,
     "inspect": FinetuneConfig,
     "estimate": EstimateConfig,
     "report": ReportConfig,

@@ -46,6 +46,9 @@ def test_help_shows_presets_and_groups(capsys: pytest.CaptureFixture[str]) -> No
     assert "optimizer.lr=0.0002" in text
     assert "training.batch_size=8\n" in text
     assert "data.eval=${demo_eval:${data.train}}" in text
+    assert "data.train_on=assistant\n" in text
+    run_recipe(never, "plan", ["-h"])
+    assert "data.train_on=all\n" in capsys.readouterr().out  # of plan.yaml, not of the schema
 
 
 def test_print_config(capsys: pytest.CaptureFixture[str]) -> None:

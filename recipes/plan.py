@@ -1,0 +1,321 @@
+"""Choose the precision of every linear layer under a memory budget; write the component plan.
+
+    qlora plan bits=4.6 | budget=6GiB [checkpoint.dir=...] [data.train=...] [data.eval=...]
+
+One pass over rows of `data.train` measures how much each layer's weight matters, every NF4 setting
+is tried on every layer, and the plan is chosen that should change the model's predictions least.
+Then it is measured on `data.eval`, beside every uniform setting that fits the budget. A uniform one
+is written where it is as good: see `plan_comparison.decide`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from textwrap import wrap
+from typing import Any, TypeVar
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from qlora_builders.checkpoint import load_checkpoint, read_arch, stored_plan
+from qlora_builders.config.checks import memory_in_bytes
+from qlora_builders.config.entry import run_recipe
+from qlora_builders.config.schema import PlanConfig
+from qlora_builders.data import (
+    Batch,
+    Batches,
+    TokenizedDataset,
+    Tokenizer,
+    build_dataset,
+    check_token_range,
+)
+from qlora_builders.errors import ConfigError
+from qlora_builders.models import LlamaArch, linear_slots, llama, summarize
+from qlora_builders.models.precision import (
+    PLAIN,
+    SETTINGS,
+    Choice,
+    Options,
+    choose,
+    measure_options,
+    to_rules,
+    total_bytes,
+    total_loss,
+    uniform_plans,
+)
+from qlora_builders.modules import CausalLM
+from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
+from qlora_builders.training.plan_comparison import HeldOut, Measured, decide
+from qlora_builders.training.sensitivity import measure_sensitivity
+
+T = TypeVar("T")
+EVAL_BATCHES = 20  # at least, where there are as many rows: chance is judged by their spread
+
+
+def main(cfg: PlanConfig) -> None:
+    output = Path(cfg.output)
+    if output.exists() or output.with_suffix(".json").exists():
+        raise ConfigError(f"output={output}, or its .json, exists; choose another name")
+    if stored_plan(cfg.checkpoint.dir, format=cfg.checkpoint.format):
+        raise ConfigError(
+            f"checkpoint.dir={cfg.checkpoint.dir} is quantized already, and what that cost cannot "
+            "be measured; give the 16-bit weights"
+        )
+    arch = read_arch(cfg.checkpoint.dir, format=cfg.checkpoint.format)
+    fixed, weights, budget = check_budget(cfg, arch)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=140)
+    calibration, held_out = (dataset(source, cfg) for source in (cfg.data.train, cfg.data.eval))
+    for data in (calibration, held_out):
+        check_token_range(data, arch.vocab_size)
+
+    model = load(cfg, [])
+    options = measure(model, calibration, cfg, console)
+    plain = {slot: next(o for o in some if o.setting == PLAIN) for slot, some in options.items()}
+    reference = HeldOut(model, held_out_batches(held_out, cfg), seed=cfg.seed)
+    unquantized = Measured("not quantized", plain, reference.figures(model))
+    del model
+
+    plans = {name: p for name, p in uniform_plans(options).items() if total_bytes(p) <= budget}
+    plans["the plan"] = choose(options, budget)
+    measured = []
+    for name, choice in tracked(plans.items(), "comparing", console, len(plans)):
+        candidate = load(cfg, to_rules(choice))
+        assert sum(row.base_bytes for row in summarize(candidate)) == fixed + total_bytes(choice)
+        measured.append(Measured(name, choice, reference.figures(candidate)))
+        del candidate
+    best, verdict = decide(measured[-1], measured[:-1], unquantized)
+
+    rules = to_rules(best.choice, rank=cfg.rank, alpha=cfg.alpha or 2 * (cfg.rank or 1))
+    built = llama(arch, rules, device="meta", dtype=resolve_dtype(cfg.dtype))
+    rows = comparison([unquantized, *measured], fixed, weights)
+    console.print(plan_table(built, best.choice))
+    console.print(comparison_table(rows))
+    console.print(verdict)
+    figures = {
+        "checkpoint": cfg.checkpoint.dir,
+        "calibration": calibration.report.summary(),
+        "held_out": held_out.report.summary(),
+        "budget_bytes": fixed + budget,
+        "written": best.name,
+        "verdict": verdict,
+        "comparison": rows,
+        "components": rules,
+        "slots": slot_figures(options, best.choice),
+    }
+    write(output, rules, figures)
+    console.print(f"wrote {output} and {output.with_suffix('.json')}")
+
+
+def tracked(items: Iterable[T], what: str, console: Console, total: int) -> Iterable[T]:
+    return track(
+        items,
+        what,
+        total=total,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+# ---- budget and measuring ----------------------------------------------------------------------
+
+
+def quantizable(model: CausalLM) -> dict[str, nn.Module]:
+    """The linear slots by name; a head that shares the embedding's weight cannot be quantized."""
+    return {
+        slot: model.get_submodule(slot if slot == "lm_head" else f"model.{slot}")
+        for slot in linear_slots(model.spec.arch)
+        if not (slot == "lm_head" and model.tie_word_embeddings)
+    }
+
+
+def check_budget(cfg: PlanConfig, arch: LlamaArch) -> tuple[int, int, int]:
+    """(bytes of everything that is no slot, weights in slots, bytes that these may take), by a
+    model without memory.
+
+    Raises:
+        ConfigError: if no plan is so small, or everything fits as it is.
+    """
+    model = llama(arch, device="meta", dtype=resolve_dtype(cfg.dtype))
+    slots = [module.get_parameter("weight") for module in quantizable(model).values()]
+    weights, most = sum(w.numel() for w in slots), sum(w.nbytes for w in slots)
+    fixed = sum(row.base_bytes for row in summarize(model)) - most
+    least = sum(min(s.nbytes(w.shape, w.dtype) for s in SETTINGS) for w in slots)
+    if cfg.budget is None:
+        assert cfg.bits is not None
+        key, budget = f"bits={cfg.bits:g}", int(cfg.bits * weights / 8)
+    else:
+        key, budget = f"budget={cfg.budget}", memory_in_bytes(cfg.budget, "budget") - fixed
+
+    def needs(nbytes: int) -> str:
+        bits, mib = 8 * nbytes / weights, (fixed + nbytes) / 2**20
+        return f"bits={math.ceil(1000 * bits) / 1000} or budget={math.ceil(100 * mib) / 100}MiB"
+
+    if budget < least:
+        raise ConfigError(f"{key} is too small: the smallest plan has {needs(least)}")
+    if budget >= most:
+        raise ConfigError(f"{key} is too large: without quantization the base has {needs(most)}")
+    return fixed, weights, budget
+
+
+def dataset(source: str | None, cfg: PlanConfig) -> TokenizedDataset:
+    assert source is not None
+    return build_dataset(
+        source,
+        Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir),
+        format=cfg.data.format,
+        max_seq_len=cfg.data.max_seq_len,
+        train_on=cfg.data.train_on,
+        columns=asdict(cfg.data.columns),
+        max_rows=cfg.data.max_rows,
+    )
+
+
+def load(cfg: PlanConfig, rules: list[dict[str, Any]]) -> CausalLM:
+    device = resolve_device(cfg.device)
+    return load_checkpoint(
+        cfg.checkpoint.dir,
+        rules,
+        format=cfg.checkpoint.format,
+        device=device,
+        dtype=resolve_dtype(cfg.dtype),
+        compute_dtype=resolve_compute_dtype(cfg.compute_dtype, device),
+    )
+
+
+def measure(model: CausalLM, data: TokenizedDataset, cfg: PlanConfig, console: Console) -> Options:
+    """What every slot can be, with its bytes and the predicted KL divergence."""
+    slots = quantizable(model)
+    found = measure_sensitivity(model, slots, calibration_batches(data, cfg), seed=cfg.seed)
+    weights = {slot: module.get_parameter("weight") for slot, module in slots.items()}
+    options = measure_options(weights, lambda slot, *pair: found[slot].predicted_kl(*pair))
+    return dict(tracked(options, "quantizing", console, len(weights)))
+
+
+def calibration_batches(data: TokenizedDataset, cfg: PlanConfig) -> Iterator[Batch]:
+    """Seeded rows of data.train until calibration_tokens are reached."""
+    batches = Batches(
+        data,
+        batch_size=cfg.batch_size,
+        packing=cfg.data.packing,
+        max_seq_len=cfg.data.max_seq_len,
+        seed=cfg.seed,
+    )
+    tokens = 0
+    for batch in batches.of_epoch(0, resolve_device(cfg.device)):
+        yield batch
+        tokens += batch.input_ids.numel()
+        if tokens >= cfg.calibration_tokens:
+            return
+
+
+def held_out_batches(data: TokenizedDataset, cfg: PlanConfig) -> Iterator[Batch]:
+    batches = Batches(
+        data,
+        batch_size=max(1, min(cfg.batch_size, len(data) // EVAL_BATCHES)),
+        packing=cfg.data.packing,
+        max_seq_len=cfg.data.max_seq_len,
+        shuffle=False,
+    )
+    return batches.of_epoch(0, resolve_device(cfg.device))
+
+
+# ---- what is shown and written ------------------------------------------------------------------
+
+
+def plan_table(model: CausalLM, choice: Choice) -> Table:
+    """Slots as `inspect` groups them."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("slot", no_wrap=True)
+    table.add_column("base", no_wrap=True)
+    for column in ("parameters", "bits", "MiB", "predicted KL"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in summarize(model):
+        chosen = {slot: choice[slot] for slot in row.slots if slot in choice}
+        if chosen:
+            table.add_row(
+                row.name,
+                choice[row.slots[0]].setting.name,
+                f"{row.parameters:,}",
+                f"{row.bits:.2f}",
+                f"{row.base_bytes / 2**20:,.2f}",
+                f"{total_loss(chosen):.2e}",
+            )
+    return table
+
+
+def comparison(measured: Sequence[Measured], fixed: int, weights: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "plan": one.name,
+            "bits": 8 * total_bytes(one.choice) / weights,
+            "bytes": fixed + total_bytes(one.choice),
+            "predicted_kl": total_loss(one.choice),
+            "kl": one.kl,
+            "loss": one.loss,
+            "perplexity": math.exp(one.loss),
+        }
+        for one in measured
+    ]
+
+
+def comparison_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layers in", no_wrap=True)
+    for column in ("bits", "MiB", "predicted KL", "KL", "loss", "perplexity"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["plan"],
+            f"{row['bits']:.3f}",
+            f"{row['bytes'] / 2**20:,.2f}",
+            f"{row['predicted_kl']:.2e}",
+            f"{row['kl']:.2e}",
+            f"{row['loss']:.5f}",
+            f"{row['perplexity']:.4f}",
+        )
+    return table
+
+
+def slot_figures(options: Options, choice: Choice) -> dict[str, Any]:
+    """Of every slot: what was chosen, and bytes and predicted KL of all that could have been."""
+    return {
+        slot: {
+            "chosen": choice[slot].setting.name,
+            "options": {o.setting.name: {"bytes": o.nbytes, "predicted_kl": o.loss} for o in some},
+        }
+        for slot, some in options.items()
+    }
+
+
+def write(output: Path, rules: list[dict[str, Any]], figures: dict[str, Any]) -> None:
+    """The YAML last: where it is, everything is."""
+    about = (
+        f"qlora plan: {figures['checkpoint']} in {figures['budget_bytes']:,} bytes or less. "
+        f"Verdict: {figures['verdict']}. Use it with components={output}"
+    )
+    lines = [
+        *wrap(about, width=100, initial_indent="# ", subsequent_indent="# "),
+        "components:",
+        *(f"  - {{{', '.join(f'{key}: {json.dumps(v)}' for key, v in r.items())}}}" for r in rules),
+    ]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(figures, indent=2, ensure_ascii=False)
+    for path, content in ((output.with_suffix(".json"), text), (output, "\n".join(lines))):
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(content + "\n", "utf-8")
+        partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(main, "plan"))
