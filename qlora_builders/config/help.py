@@ -26,6 +26,10 @@ EXAMPLES = {
         "qlora finetune method=lora method.rank=8 method.targets=[q_proj,v_proj]",
         "qlora finetune 'components=[{match: \"layers.0.**\", kind: linear}]'",
     ),
+    "dpo": (
+        "qlora dpo experiment=demo_dpo",
+        "qlora dpo checkpoint.dir=Llama-3.2-1B data.train=pairs.jsonl dpo.beta=0.05",
+    ),
     "inspect": (
         "qlora inspect model.arch=llama3_1_8b method.rank=64",
         "qlora inspect 'components=[{match: \"layers.*.mlp.*\", kind: linear}]'",

@@ -18,6 +18,7 @@ from qlora_builders.config.knobs import knob
 # Marks a key that the user has to set. OmegaConf's own mark, ???, cannot replace a default.
 REQUIRED = "<required>"
 DTYPES = ("float32", "bfloat16", "float16")
+DPO_LOSSES = ("sigmoid", "hinge")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -107,22 +108,28 @@ class TokenizerConfig:
 class ColumnsConfig:
     """Which columns of the data hold what."""
 
-    prompt: str = knob("prompt", "format=instruct: the question")
+    prompt: str = knob("prompt", "format=instruct, preference: the question")
     completion: str = knob("completion", "format=instruct: the answer")
     system: str | None = knob(None, "format=instruct: the system message; null: none")
     text: str = knob("text", "format=text: the text")
+    chosen: str = knob("chosen", "format=preference: the better answer, or conversation")
+    rejected: str = knob("rejected", "format=preference: the worse one")
 
 
 @dataclass
 class DataConfig:
     """Training and evaluation rows."""
 
-    train: str = knob("${demo:train.jsonl}", "file or hub id to train on (finetune only)")
+    train: str = knob("${demo:train.jsonl}", "file or hub id to train on (finetune and dpo only)")
     eval: str | None = knob(
         "${demo_eval:${data.train}}",
         "file or hub id for the eval loss; null: none; default: the demo's with its data.train",
     )
-    format: str = knob("instruct", "what a row holds", choices=("chat", "instruct", "text"))
+    format: str = knob(
+        "instruct",
+        "what a row holds; preference: for dpo, and dpo takes no other",
+        choices=("chat", "instruct", "text", "preference"),
+    )
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     max_seq_len: int = knob(512, "tokens per row; longer rows are cut and counted", at_least=2)
     train_on: str = knob(
@@ -258,6 +265,28 @@ class FinetuneConfig:
 
 
 @dataclass
+class DPOLossConfig:
+    """Direct preference optimization. The reference is the base without its adapter."""
+
+    beta: float = knob(
+        0.1, "how much the reference holds back; reward = beta * log(p / p_reference)", above=0
+    )
+    loss_type: str = knob(
+        "sigmoid", "of the difference of rewards: -log sigmoid, or a hinge at 1", choices=DPO_LOSSES
+    )
+    label_smoothing: float = knob(
+        0.0, "share of pairs taken to be labelled the wrong way round", at_least=0, below=0.5
+    )
+
+
+@dataclass
+class DPOConfig(FinetuneConfig):
+    """Train adapters on preferences: a chosen and a rejected answer per row."""
+
+    dpo: DPOLossConfig = field(default_factory=DPOLossConfig)
+
+
+@dataclass
 class EstimateConfig(FinetuneConfig):
     """Peak memory of such a finetune, if every row has data.max_seq_len tokens and all train."""
 
@@ -369,6 +398,7 @@ class ReportConfig:
 
 ROOTS: dict[str, type] = {
     "finetune": FinetuneConfig,
+    "dpo": DPOConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "merge": MergeConfig,

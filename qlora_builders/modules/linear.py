@@ -86,6 +86,9 @@ class LoRALinear(nn.Module):
     `lora_A.weight` [r, in] and `lora_B.weight` [out, r], both float32 and never quantized; with
     `lora_bias` also `lora_B.bias` [out], trained from zero and scaled like the rest of the update.
 
+    Attributes:
+        adapter_enabled: off, the layer is its base alone; see `adapters_disabled`.
+
     Args:
         rank: r >= 1.
         alpha: numerator of the scaling, > 0.
@@ -100,6 +103,7 @@ class LoRALinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    adapter_enabled = True
 
     def __init__(
         self,
@@ -147,6 +151,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, self.in_features)  # [n, in]
+        if not self.adapter_enabled:
+            output = linear(rows, self.weight, self.bias)  # [n, out]
+            return output.view(*input.shape[:-1], self.out_features)
         down = self.lora_A(self.dropout(rows))  # [n, r]
         output = linear(rows, self.weight, self._whole_bias())  # [n, out]
         up = self.lora_B.weight.to(down.dtype).t()  # [r, out]

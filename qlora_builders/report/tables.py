@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from qlora_builders.config.compose import compose
+from qlora_builders.config.compose import compose_tree, to_config
 from qlora_builders.config.resume import flatten
 from qlora_builders.report.html import element, fold, table
 from qlora_builders.report.run import Run, spell_value
@@ -83,7 +83,8 @@ def sample_section(runs: Sequence[Run]) -> Element | None:
 
 def config_section(runs: Sequence[Run]) -> Element:
     """What was chosen, beside the default that it replaces; then everything."""
-    defaults = flatten(asdict(compose("finetune")))
+    verb = "dpo" if any("dpo.beta" in run.config for run in runs) else "finetune"
+    defaults = flatten(asdict(to_config(compose_tree(verb))))
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     chosen = [
         key

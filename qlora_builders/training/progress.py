@@ -36,6 +36,7 @@ def step_row(
         "tokens_per_s": round(result.tokens / seconds, 1),
         "step_s": round(seconds, 4),
         "peak_memory_mib": round(memory, 1),
+        **result.figures,
     }
 
 
