@@ -215,7 +215,8 @@ def plot_losses(directory: Path) -> Path:
     figure_module = optional_import("matplotlib.figure", "plot")
     rows = read_rows(directory / METRICS_FILE)
     figure = figure_module.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss per token (nats)")
+    per = "pair" if any("rewards/margins" in row for row in rows) else "token"
+    axes = figure.add_subplot(xlabel="step", ylabel=f"loss per {per} (nats)")
     for key, style in (("loss", "-"), ("eval_loss", "o-")):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
