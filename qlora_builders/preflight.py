@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from qlora_builders.data import TokenizedDataset
+from qlora_builders.config.schema import FinetuneConfig
+from qlora_builders.data import Batches, TokenizedDataset, check_token_range
 from qlora_builders.errors import DataError
 from qlora_builders.models import llama
 from qlora_builders.modules import CausalLM
+from qlora_builders.tensor.sharded import is_sharded
 from qlora_builders.training.memory import predict_phases, probe_optimizer
 
 # Adam's steps are about as large as the learning rate, whatever the gradient
@@ -26,34 +28,43 @@ _TRAINED_NORM = 0.01  # of the median: rows that were never trained are far shor
 _SHOWN = 5
 
 
-def warnings_before(
+def check_run(
+    cfg: FinetuneConfig,
     model: CausalLM,
-    dataset: TokenizedDataset,
+    train_data: Batches,
+    eval_data: Batches | None,
     optimizer: torch.optim.Optimizer,
-    *,
-    batch_size: int,
-    seq_len: int,
-    accumulate: bool,
-    compiled: bool,
+    compiled: str,
 ) -> list[str]:
-    """Everything that looks wrong, one line each.
+    """A line about each dataset, and one for everything that looks wrong.
+
+    The weights of a sharded model are not looked at.
 
     Args:
-        seq_len: of the longest row that a batch can have, in tokens.
+        compiled: whether the layers are: "on" or "off".
 
     Raises:
-        DataError: for rows longer than the positions that the model knows.
+        DataError: for rows with ids or positions that the model does not have.
     """
-    check_positions(dataset, model)
-    found = [*stop_warnings(dataset), *token_warnings(dataset, model), *lr_warnings(optimizer)]
-    peak = predicted_peak(
-        model,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        accumulate=accumulate,
-        compiled=compiled,
-    )
-    return [*found, *memory_warnings(model, peak)]
+    found = []
+    for role, data in (("train", train_data), ("eval", eval_data)):
+        if data is not None:
+            check_token_range(data.dataset, model.spec.arch.vocab_size)
+            check_positions(data.dataset, model)
+            found.append(f"{role} {data.summary()}")
+    dataset = train_data.dataset
+    warnings = [*stop_warnings(dataset), *lr_warnings(optimizer)]
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
+        longest = min(dataset.report.longest_row, cfg.data.max_seq_len)
+        peak = predicted_peak(
+            model,
+            batch_size=cfg.training.batch_size * dataset.per_row,
+            seq_len=longest if cfg.data.packing == "none" else cfg.data.max_seq_len,
+            accumulate=cfg.training.grad_accumulation > 1,
+            compiled=compiled == "on",
+        )
+        warnings += [*token_warnings(dataset, model), *memory_warnings(model, peak)]
+    return [*found, *(f"warning: {line}" for line in warnings)]
 
 
 def check_positions(dataset: TokenizedDataset, model: CausalLM) -> None:

@@ -19,6 +19,7 @@ from qlora_builders.runs import (
     begin,
     load_data,
     load_model,
+    look_ahead,
     make_optimizer,
     open_log,
     save_result,
@@ -34,7 +35,11 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
     data = load_data(run)
     model = load_model(run, data)  # the base under the plan, over the ranks
     optimizer, schedule = make_optimizer(run, data, model)
-    with open_log(run, data, model) as log:  # metrics, progress, signals
+    lines = look_ahead(run, data, model, optimizer)
+    if cfg.dry_run:
+        ranks.on_main(lambda: print(*lines, sep="\n"))
+        return
+    with open_log(run, data, model, lines) as log:  # metrics, progress, signals
         train(run, data, model, optimizer, schedule, log, NextToken())
         save_result(run, model, log)
     show_result(run, log)

@@ -11,18 +11,19 @@ import pytest
 import torch
 
 from qlora_builders import load_checkpoint, preflight
+from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.config.shipped import demo_path
-from qlora_builders.data import TokenizedDataset, Tokenizer, build_dataset
+from qlora_builders.data import Batches, TokenizedDataset, Tokenizer, build_dataset
 from qlora_builders.errors import DataError
 from qlora_builders.modules import CausalLM
 from qlora_builders.preflight import (
     check_positions,
+    check_run,
     free_memory,
     lr_warnings,
     memory_warnings,
     stop_warnings,
     token_warnings,
-    warnings_before,
 )
 from qlora_builders.training.loop import trainable_parameters
 
@@ -50,6 +51,10 @@ def data(tmp_path: Path) -> Data:
 ROW = {"prompt": "two red dresses", "completion": "- quantity: 2"}
 
 
+def batches(dataset: TokenizedDataset) -> Batches:
+    return Batches(dataset, batch_size=2, packing=False, max_seq_len=256, seed=0, shuffle=False)
+
+
 def adamw(model: CausalLM, lr: float = 2e-4) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trainable_parameters(model), lr=lr)
 
@@ -58,11 +63,9 @@ def test_a_sane_run_has_no_warning(model: CausalLM) -> None:
     dataset = build_dataset(
         demo_path("train.jsonl"), Tokenizer.from_dir(BASE), format="instruct", max_seq_len=256
     )
-    sizes = {"batch_size": 2, "seq_len": 256}
-    assert (
-        warnings_before(model, dataset, adamw(model), accumulate=False, compiled=False, **sizes)
-        == []
-    )
+    data = batches(dataset)
+    lines = check_run(FinetuneConfig(), model, data, data, adamw(model), "off")
+    assert lines == [f"train {data.summary()}", f"eval {data.summary()}"]
 
 
 def test_rows_longer_than_the_positions(model: CausalLM, data: Data) -> None:
@@ -143,16 +146,11 @@ def test_a_step_that_cannot_fit(
     model: CausalLM, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "free_memory", lambda device: 2**30)
-    found = warnings_before(
-        model,
-        data(ROW),
-        adamw(model),
-        batch_size=4096,
-        seq_len=512,
-        accumulate=True,
-        compiled=False,
-    )
-    assert [("beside the weights" in text) for text in found] == [True]
+    cfg = FinetuneConfig()
+    cfg.training.batch_size, cfg.data.packing, cfg.data.max_seq_len = 4096, True, 512
+    rows = batches(data(ROW))
+    _, warning = check_run(cfg, model, rows, None, adamw(model), "off")
+    assert warning.startswith("warning: a step is predicted to take ")
 
 
 def test_used_tokens_only(model: CausalLM, data: Data) -> None:

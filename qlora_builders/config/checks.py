@@ -10,18 +10,16 @@ from typing import Any
 
 from qlora_builders.config.knobs import Knob, knobs
 from qlora_builders.config.schema import (
-    REQUIRED,
-    DataConfig,
     DPOConfig,
     EstimateConfig,
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
     MergeConfig,
-    MethodConfig,
     QuantizeConfig,
     ReportConfig,
 )
+from qlora_builders.config.sections import REQUIRED, DataConfig, MethodConfig
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError, nearest
 

@@ -97,13 +97,14 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config-dir")
     parser.add_argument("--allow", action="append", default=[])
     parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("--dry-run", action="store_const", const=["dry_run=true"], default=[])
     options, overrides = parser.parse_known_args(argv)
     for override in overrides:
         if override.startswith("-"):
             key = override.lstrip("-")
             hint = f"; write {key}, without dashes" if "=" in key else "; see --help"
             raise ConfigError(f"unknown option {override!r}{hint}")
-    return options, overrides
+    return options, [*overrides, *options.dry_run]
 
 
 def _name_runs(words: Sequence[str]) -> list[str]:

@@ -16,7 +16,8 @@ OPTIONS = """\
   --help              this text
   --config-dir DIR    a folder with configs of your own
   --allow PREFIX      a package whose classes configs may name, like torch.optim
-  --print-config      print the resolved config and stop"""
+  --print-config      print the resolved config and stop
+  --dry-run           finetune, dpo: load and check everything, train and write nothing"""
 
 EXAMPLES = {
     "finetune": (

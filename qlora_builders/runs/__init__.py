@@ -13,7 +13,15 @@ show_result(run, log)
 from qlora_builders.runs.log import Log, open_log
 from qlora_builders.runs.loop import train
 from qlora_builders.runs.results import save_result, show_result
-from qlora_builders.runs.setup import Data, Run, begin, load_data, load_model, make_optimizer
+from qlora_builders.runs.setup import (
+    Data,
+    Run,
+    begin,
+    load_data,
+    load_model,
+    look_ahead,
+    make_optimizer,
+)
 
 __all__ = [
     "Data",
@@ -22,6 +30,7 @@ __all__ = [
     "begin",
     "load_data",
     "load_model",
+    "look_ahead",
     "make_optimizer",
     "open_log",
     "save_result",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +24,8 @@ class Log:
 
 
 @contextmanager
-def open_log(run: Run, data: Data, model: CausalLM) -> Iterator[Log]:
-    """Take the run's folder, say what is about to happen, listen to signals."""
+def open_log(run: Run, data: Data, model: CausalLM, lines: Sequence[str]) -> Iterator[Log]:
+    """Take the run's folder, say `lines` and what trains, listen to signals."""
     ranks, start = run.ranks, run.start
     environment = describe_environment(run.device, run.compute_dtype)
     environment |= {"total_steps": data.total_steps}
@@ -35,11 +35,8 @@ def open_log(run: Run, data: Data, model: CausalLM) -> Iterator[Log]:
         stop_on_signal(ranks.gather) as stop,
         ProgressReport(data.total_steps, steps_done=start.step, quiet=quiet) as progress,
     ):
-        summaries = [f"train {data.train.summary()}"]
-        summaries += [f"eval {data.eval.summary()}"] if data.eval is not None else []
-        counts = _parameter_counts(model)
-        summaries.append(f"{counts}, on {ranks.size} x {run.device.type}, in {run.folder}")
-        for line in (*start.messages, *summaries):
+        about_model = f"{_summary(model)}, on {ranks.size} x {run.device.type}, in {run.folder}"
+        for line in (*lines, about_model):
             progress.say(line)
         yield Log(metrics, progress, stop)
 
@@ -59,6 +56,6 @@ def _open_folder(run: Run, environment: dict[str, Any]) -> Iterator[MetricsLog]:
         yield MetricsLog(folder, step=start.step, source=start.run_dir, loggers=loggers)
 
 
-def _parameter_counts(model: CausalLM) -> str:
+def _summary(model: CausalLM) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train"

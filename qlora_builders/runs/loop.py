@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import NoReturn
 
 import torch
 
@@ -75,11 +76,7 @@ def train(
             saved = ranks.on_main(lambda: bool(step_folders(run.folder)))
             if step > 1 and not saved and all_finite(parameters, gather=ranks.gather):
                 save(step - 1)
-            last = ranks.on_main(lambda: last_checkpoint(run.folder))
-            raise TrainingError(
-                f"step {step}: {error} of {run.cfg.data.train}. {last}; "
-                "lower optimizer.lr or look at these rows"
-            ) from error
+            raise _with_advice(error, run, step) from error
         lr = float(schedule.get_last_lr()[0])
         schedule.step()
         if step % cfg.log_every == 0 or step == total_steps:
@@ -94,10 +91,22 @@ def train(
     if log.stop.agreed():
         if step and not ranks.on_main(step_folder(run.folder, step).exists):
             save(step)
-        log.progress.say(f"stopped by signal {log.stop.signal_number} after step {step}")
-        last = last_checkpoint(run.folder)
-        log.progress.say(f"{last}; training.resume=auto takes the run up again")
-        sys.exit(log.stop.exit_code)
+        _leave(run, log, step)
+
+
+def _with_advice(error: TrainingError, run: Run, step: int) -> TrainingError:
+    last = run.ranks.on_main(lambda: last_checkpoint(run.folder))
+    return TrainingError(
+        f"step {step}: {error} of {run.cfg.data.train}. {last}; "
+        "lower optimizer.lr or look at these rows"
+    )
+
+
+def _leave(run: Run, log: Log, step: int) -> NoReturn:
+    log.progress.say(f"stopped by signal {log.stop.signal_number} after step {step}")
+    last = last_checkpoint(run.folder)
+    log.progress.say(f"{last}; training.resume=auto takes the run up again")
+    sys.exit(log.stop.exit_code)
 
 
 def _evaluate(

@@ -16,10 +16,11 @@ from qlora_builders.config.instantiate import instantiate
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.resume import check_same_curve, curve_config
 from qlora_builders.config.schema import FinetuneConfig
-from qlora_builders.data import Batches, Tokenizer, build_dataset, check_token_range
+from qlora_builders.data import Batches, Tokenizer, build_dataset
 from qlora_builders.distributed import Ranks, sharding
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
+from qlora_builders.preflight import check_run
 from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
     bound_heap,
@@ -95,11 +96,7 @@ def load_data(run: Run) -> Data:
 
 
 def load_model(run: Run, data: Data) -> CausalLM:
-    """The base under the plan, over the ranks; whether it is compiled goes to `data.about`.
-
-    Raises:
-        DataError: if the data has tokens that the model lacks.
-    """
+    """The base under the plan, over the ranks; whether it is compiled goes to `data.about`."""
     cfg, ranks, device = run.cfg, run.ranks, run.device
     model = load_checkpoint(
         cfg.checkpoint.dir,
@@ -113,8 +110,6 @@ def load_model(run: Run, data: Data) -> CausalLM:
         shard=sharding(ranks, device.type, **asdict(cfg.distributed)),
     )
     data.about["compile"] = _prepare_layers(model, run, data.total_steps)
-    for batches in filter(None, (data.train, data.eval)):
-        check_token_range(batches.dataset, model.spec.arch.vocab_size)
     return model
 
 
@@ -130,6 +125,19 @@ def make_optimizer(
     factor = lr_factor(total_steps=data.total_steps, **asdict(cfg.lr_schedule))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=start.step - 1)
     return optimizer, schedule
+
+
+def look_ahead(
+    run: Run, data: Data, model: CausalLM, optimizer: torch.optim.Optimizer
+) -> list[str]:
+    """Lines about the run: how it starts, its data, what looks wrong.
+
+    Raises:
+        DataError: for rows with ids or positions that the model does not have.
+    """
+    compiled = data.about["compile"]
+    checked = check_run(run.cfg, model, data.train, data.eval, optimizer, compiled)
+    return [*run.start.messages, *checked, f"{data.total_steps} steps to do"]
 
 
 def _first_step(cfg: FinetuneConfig, folder: Path, ranks: Ranks) -> Start:

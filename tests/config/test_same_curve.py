@@ -27,6 +27,7 @@ FREE = {
     "loggers",
     "output_dir",
     "overwrite",
+    "dry_run",
 }
 
 

@@ -41,6 +41,17 @@ def metrics(run: Path, key: str) -> list[Any]:
     return [row[key] for row in map(json.loads, lines) if key in row]
 
 
+def test_a_dry_run_checks_and_writes_nothing(
+    checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(checkpoint, rows, tmp_path / "run", "--dry-run", "optimizer.lr=0.5") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["train", "eval"]
+    assert any(line.startswith("warning: optimizer.lr is 0.5; for adapters") for line in lines)
+    assert lines[-1] == "12 steps to do"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_every_method_learns_and_leaves_a_complete_run(
     checkpoint: Path, rows: Path, tmp_path: Path, method: str
