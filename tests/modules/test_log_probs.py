@@ -68,7 +68,7 @@ def test_the_logits_of_a_chunk_are_there_at_a_time(monkeypatch: pytest.MonkeyPat
     head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     sizes: list[int] = []
     keep = torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: sizes.append(tensor.numel()) or tensor,  # type: ignore[func-returns-value]
+        lambda tensor: sizes.append(tensor.numel()) or tensor,
         lambda tensor: tensor,
     )
     with keep:
