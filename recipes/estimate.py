@@ -62,14 +62,16 @@ def main(cfg: EstimateConfig) -> None:
         device_type=device.type,
         accumulate=cfg.training.grad_accumulation > 1,
         compiled=cfg.training.compile == "on",
+        num_shards=cfg.distributed.shard or cfg.ranks,
     )
-    batch_size, seq_len = cfg.training.batch_size, cfg.data.max_seq_len
+    batch_size, seq_len = -(-cfg.training.batch_size // cfg.ranks), cfg.data.max_seq_len
     console = Console(highlight=False, soft_wrap=True)
     phases = predict(batch_size=batch_size, seq_len=seq_len)
     console.print(phase_table(phases))
     peak = max(phases, key=lambda phase: phase.peak)
     console.print(
-        f"peak {gib(peak.peak)} in {peak.name}: {batch_size} x {seq_len} tokens on {device.type}, "
+        f"peak {gib(peak.peak)} in {peak.name}{' of each rank' if cfg.ranks > 1 else ''}: "
+        f"{batch_size} x {seq_len} tokens on {device.type}, "
         f"computed in {str(model.model.compute_dtype).removeprefix('torch.')}"
     )
     if device.type == "cpu" and cfg.training.activation_checkpointing == "none":

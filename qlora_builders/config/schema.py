@@ -82,6 +82,7 @@ class EstimateConfig(FinetuneConfig):
     """Peak memory of such a finetune, if every row has data.max_seq_len tokens and all train."""
 
     memory: str | None = knob(None, "also show what fits into this much, such as 24GiB")
+    ranks: int = knob(1, "processes (--nproc-per-node x nodes); figures are of one", at_least=1)
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qlora_builders.modules import CausalLM, Decoder, DecoderLayer
+from qlora_builders.tensor.sharded import held_bytes
 from qlora_builders.training.memory_trace import (
     MemoryTracer,
     Segment,
@@ -99,6 +100,7 @@ def predict_phases(
     seq_len: int,
     accumulate: bool = False,
     compiled: bool = False,
+    num_shards: int = 1,
 ) -> list[Phase]:
     """Load, forward, backward and optimizer step, each at its peak, in a step after the first.
 
@@ -106,18 +108,21 @@ def predict_phases(
         model: built by `llama` on the meta device, with its `activation_checkpointing` set.
         device_type: "cpu" (resident memory over that of a process that has imported torch) or
             "cuda" (memory of torch's allocator; the driver's own comes on top).
-        batch_size, seq_len: of one forward pass, padding included; every token is a target.
+        batch_size, seq_len: of one forward pass on one rank, padding included; every token is a
+            target.
         accumulate: whether a step has several forward passes.
         compiled: whether layers are; taken to keep for backward what they keep uncompiled.
+        num_shards: ranks that share the model (FSDP2). Whole on each are then, beside its share,
+            three layers (the one that computes, the next, and the buffer it arrives in), the norm
+            and the head.
     """
-    weights = weight_terms(model)
+    weights = weight_terms(model, num_shards)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    elements, largest, gradients = sum(trained), max(trained), gradient_bytes(model)
-    fixed = dict(weights)
-    fixed["optimizer state"] = round(optimizer.state * elements)
-    if device_type == "cpu":
-        fixed["tile scratch"] = CPU_TILE_BYTES
-        fixed["runtime"] = CPU_STEP_BYTES + compiled * CPU_COMPILE_BYTES
+    elements, largest = sum(trained) / num_shards, max(trained) / num_shards
+    gradients = gradient_bytes(model) // num_shards
+    gathered = _gathered_bytes(model) if num_shards > 1 else 0
+    state = {"gathered weights": gathered, "optimizer state": round(optimizer.state * elements)}
+    fixed = {**weights, **state, **_runtime(device_type, compiled)}
     small, kinds = _one_layer_of_each_kind(model)
     offload = small.model.activation_checkpointing == "offload"
     if offload:
@@ -134,32 +139,45 @@ def predict_phases(
     left_by = [0 if accumulate else gradient_bytes(layer) for layer in small.model.layers]
     left_by_head = 0 if accumulate else gradient_bytes(small.model.norm, small.lm_head)
     forward, backward = _replay(trace, kinds, left_by, left_by_head)
+    if "gradients" in backward:
+        backward["gradients"] //= num_shards
     if accumulate:
         forward["gradients"], backward["gradients"] = gradients, gradients
     temporary = optimizer.temporary_of_all * elements + optimizer.temporary_of_one * largest
     step = {"gradients": gradients, "optimizer temporaries": round(temporary)}
-    load = _load_terms(model, device_type)
-    if device_type == "cpu":
-        load["runtime"] = CPU_LOAD_BYTES
     return [
-        Phase("load", load),
+        Phase("load", {**_load_terms(model, device_type), **weights}),
         Phase("forward", {**fixed, **forward}),
         Phase("backward", {**fixed, **backward}),
         Phase("optimizer step", {**fixed, **step}),
     ]
 
 
-def weight_terms(model: CausalLM) -> dict[str, int]:
-    """Bytes of the parameters by component; a tied head counts once."""
+def _runtime(device_type: str, compiled: bool) -> dict[str, int]:
+    if device_type != "cpu":
+        return {}
+    runtime = CPU_STEP_BYTES + compiled * CPU_COMPILE_BYTES
+    return {"tile scratch": CPU_TILE_BYTES, "runtime": runtime}
+
+
+def weight_terms(model: CausalLM, num_shards: int = 1) -> dict[str, int]:
+    """Bytes of the parameters by component, or of a rank's share; a tied head counts once."""
     terms = dict.fromkeys(("embedding", "attention", "mlp", "norms", "lm_head", "adapters"), 0)
     for name, parameter in model.named_parameters():
-        terms["adapters" if is_adapter(name) else _component(name)] += parameter.nbytes
+        nbytes = parameter.nbytes if num_shards == 1 else held_bytes(parameter, num_shards)
+        terms["adapters" if is_adapter(name) else _component(name)] += nbytes
     return terms
 
 
 def gradient_bytes(*modules: nn.Module) -> int:
     """Bytes of the gradients of what trains."""
     return sum(p.nbytes for module in modules for p in module.parameters() if p.requires_grad)
+
+
+def _gathered_bytes(model: CausalLM) -> int:
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
+    ends = [*model.model.norm.parameters(), *model.lm_head.parameters()]
+    return 3 * max(layers) + sum(p.nbytes for p in ends)
 
 
 def is_adapter(name: str) -> bool:
@@ -220,7 +238,8 @@ def _load_terms(model: CausalLM, device_type: str) -> dict[str, int]:
         waiting = size * min(_WAITING, budget // size) if size else 0
     else:
         waiting = max(packed, default=0)
-    return {**weight_terms(model), "weights being read": waiting}
+    runtime = CPU_LOAD_BYTES if device_type == "cpu" else 0
+    return {**weight_terms(model), "weights being read": waiting, "runtime": runtime}
 
 
 def _one_layer_of_each_kind(model: CausalLM) -> tuple[CausalLM, list[int]]:

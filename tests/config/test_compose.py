@@ -230,7 +230,10 @@ def test_null() -> None:
         (["data.eval=${foo}"], r"data\.eval: Interpolation key 'foo' not found"),
         (["device=gpu", "training.epochs=0"], r"epochs=0 must be >= 1\ndevice='gpu' is not"),
         (["method=full", "method.rank=4"], r"method\.rank=4 has no effect: method=full"),
-        (["experiment=llama3_2_1b_qlora"], r"checkpoint\.dir is required.*\ndata\.train is requi"),
+        (
+            ["experiment=llama3_2_1b_qlora_1x8gb"],
+            r"checkpoint\.dir is required.*\ndata\.train is requi",
+        ),
         (["data=chat"], r"data\.train is required: the demo file has instruct rows"),
     ],
 )
@@ -255,7 +258,7 @@ def test_key_of_another_verb() -> None:
 
 
 def test_inspect_needs_no_files() -> None:
-    cfg = compose("inspect", ["experiment=llama3_1_8b_qlora"])
+    cfg = compose("inspect", ["experiment=llama3_1_8b_qlora_1x24gb"])
     assert cfg.model.arch == "llama3_1_8b"
 
 

@@ -100,3 +100,19 @@ def test_positions_end(capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes(override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", override]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_rank_of_two(capsys: pytest.CaptureFixture[str]) -> None:
+    """70B on two cards of 24 GB: it fits, as the page on several processes says."""
+    output = estimate(
+        capsys,
+        "model.arch=llama3_1_70b",
+        "device=cuda",
+        "ranks=2",
+        "training.batch_size=2",
+        "data.max_seq_len=1024",
+        "training.activation_checkpointing=offload",
+        "components=[{match: lm_head, kind: frozen_nf4}]",
+    )
+    assert "peak 21.67 GiB in backward of each rank: 1 x 1024 tokens on cuda" in output
+    assert "gathered weights" in output

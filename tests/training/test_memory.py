@@ -193,3 +193,29 @@ def test_resident_memory_is_as_predicted(bench: Any, tmp_path: Path, plan: str, 
     predicted = bench.predict(path, setting)
     assert predicted["peak_mib"] == pytest.approx(measured["peak_mib"], rel=0.15)
     assert predicted["load_mib"] == pytest.approx(measured["load_mib"], rel=0.15)
+
+
+@pytest.mark.parametrize("arch", ["llama3_1_70b", "llama3_1_405b"])
+def test_shares_add_up_to_the_whole(arch: str) -> None:
+    model = llama(arch, [{"match": "layers.**", "kind": "frozen_nf4"}], device="meta")
+    whole = sum(weight_terms(model).values())
+    assert whole == sum(p.nbytes for p in model.parameters())
+    for num_shards in (2, 4, 8, 16, 64):
+        shares = num_shards * sum(weight_terms(model, num_shards).values())
+        assert shares == whole  # these sizes divide; else the last share is filled up
+
+
+def test_what_ranks_share_and_what_each_has() -> None:
+    alone, shared = (
+        {name: phase.terms for name, phase in predict(build("qlora", "meta"), **sizes).items()}
+        for sizes in ({}, {"num_shards": 2})
+    )
+    backward, of_two = alone["backward"], shared["backward"]
+    assert of_two["gradients"] == backward["gradients"] // 2
+    assert backward["mlp"] / 2 <= of_two["mlp"] < backward["mlp"]  # whole groups of scales
+    assert of_two["activations"] == backward["activations"]
+    model = build("qlora", "meta")
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    assert of_two["gathered weights"] == 3 * layer + sum(
+        p.nbytes for p in (*model.model.norm.parameters(), *model.lm_head.parameters())
+    )
