@@ -227,8 +227,8 @@ def to_pair(
             )
     if chosen[:-1] != rejected[:-1]:
         pairs = zip(chosen[:-1], rejected[:-1], strict=False)
-        same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        where = f"in message {same}" if same is not None else "in their number of messages"
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        where = f"in message {first}" if first is not None else "in their number of messages"
         raise DataError(
             f"columns {names[0]!r} and {names[1]!r} differ {where}; they have to be one "
             "conversation with two different last answers"
