@@ -17,7 +17,7 @@ from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.data import Batches, TokenizedDataset, check_token_range
 from qlora_builders.errors import DataError
 from qlora_builders.models import llama
-from qlora_builders.modules import CausalLM
+from qlora_builders.modules import CausalLM, TokenEmbedding
 from qlora_builders.tensor.sharded import is_sharded
 from qlora_builders.training.memory import predict_phases, probe_optimizer
 
@@ -104,6 +104,10 @@ def token_warnings(dataset: TokenizedDataset, model: CausalLM) -> Iterator[str]:
     if weight.requires_grad:
         return
     ids, counts = np.unique(dataset.input_ids, return_counts=True)
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, TokenEmbedding):
+        rest = ~np.isin(ids, embedding.token_adapter.tokens)
+        ids, counts = ids[rest], counts[rest]
     rows = weight.detach()[torch.from_numpy(ids).to(weight.device)]
     norms = torch.linalg.vector_norm(rows.float(), dim=1).cpu().numpy()
     short = norms < _TRAINED_NORM * np.median(norms)
@@ -115,7 +119,8 @@ def token_warnings(dataset: TokenizedDataset, model: CausalLM) -> Iterator[str]:
         )
         yield (
             f"{dataset.report.source}: {int(short.sum())} tokens have an embedding that was never "
-            f"trained: {names}; train embed_tokens, or use a chat template of other tokens"
+            f"trained: {names}; train them by train_tokens=[{','.join(map(str, ids[short]))}], or "
+            "use a chat template of other tokens"
         )
 
 

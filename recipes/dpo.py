@@ -4,7 +4,8 @@
 
 The reference is the same base with its adapters off, so there is no second model: a step computes
 the log-probabilities of both answers twice, once without adapters and without gradients. To prefer
-on top of a finetune, merge that adapter first; an adapter under training is never the reference.
+on top of a finetune, merge that adapter first; an adapter under training is never the reference
+(so a LoftQ start, which is not the base's function, has rewards before the first step).
 
 Run directory, resume, checkpoints and result are those of `finetune`. Logged beside the loss, under
 TRL's names: rewards/chosen, /rejected, /margins, /accuracies and logps/chosen, /rejected.

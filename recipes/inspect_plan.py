@@ -83,7 +83,7 @@ def measure(model: CausalLM, cfg: FinetuneConfig, console: Console) -> dict[str,
 
 
 def plan_table(rows: list[SummaryRow], figures: Mapping[str, WeightFigures]) -> Table:
-    """Options at zero or false are left out: they change nothing."""
+    """Options at zero, false or their default are left out: they change nothing."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("slot", no_wrap=True)
     table.add_column("component", no_wrap=True)
@@ -93,7 +93,11 @@ def plan_table(rows: list[SummaryRow], figures: Mapping[str, WeightFigures]) -> 
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         mib = (row.base_bytes + row.adapter_bytes) / 2**20
-        options = {name: value for name, value in row.options.items() if value and name != "rank"}
+        options = {
+            name: value
+            for name, value in row.options.items()
+            if value and value != "default" and name != "rank"
+        }
         table.add_row(
             row.name,
             row.kind,

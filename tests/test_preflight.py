@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_builders import load_checkpoint, preflight
+from qlora_builders import llama, load_checkpoint, preflight
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.data import Batches, TokenizedDataset, Tokenizer, build_dataset
@@ -100,6 +100,11 @@ def test_tokens_that_nobody_trained(model: CausalLM, data: Data) -> None:
     (warning,) = token_warnings(dataset, model)
     name = repr(dataset.tokenizer.token(token))
     assert f"1 tokens have an embedding that was never trained: {name} ({count} tim" in warning
+    assert f"train_tokens=[{token}], or use a chat template" in warning
+    rule = {"match": "layers.**", "kind": "lora", "rank": 2, "alpha": 4}
+    rows = llama(model.spec.arch, [rule], train=[f"embed_tokens[{token}]"])
+    rows.model.embed_tokens.weight.copy_(weight)
+    assert not list(token_warnings(dataset, rows))
     weight.requires_grad_()
     assert not list(token_warnings(dataset, model))
 

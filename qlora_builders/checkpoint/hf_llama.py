@@ -24,7 +24,7 @@ from qlora_builders.checkpoint.safetensors_io import (
 )
 from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.models import LlamaArch, linear_slots
-from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.modules import CausalLM, LoRALinear, is_adapter
 from qlora_builders.tensor import NF4Tensor
 
 FORMATS = ("hf", "nf4", "bnb-4bit")
@@ -45,7 +45,7 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if ".lora_A." not in name and ".lora_B." not in name
+        if not is_adapter(name)
     }
 
 

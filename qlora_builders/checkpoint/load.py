@@ -17,7 +17,7 @@ from qlora_builders.checkpoint.load_sharded import place_rows, read_rows
 from qlora_builders.checkpoint.meta_llama import PARAMS_FILE
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.checkpoint.streaming import stream
-from qlora_builders.errors import CheckpointError
+from qlora_builders.errors import CheckpointError, PlanError
 from qlora_builders.models import (
     BaseCheckpoint,
     ComponentRule,
@@ -26,7 +26,8 @@ from qlora_builders.models import (
     llama,
     resolve,
 )
-from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
+from qlora_builders.modules.lora_init import DEFAULT, LOFTQ
 from qlora_builders.tensor import NF4Tensor, is_nf4_shard
 from qlora_builders.tensor.sharded import held_rows, is_sharded, local_part
 
@@ -87,11 +88,26 @@ def load_checkpoint(
                     setattr(part, name, nn.Parameter(empty))
             module.reset_lora_parameters()
     if shard is not None:
+        _check_shardable(model)
         shard(model)
     content = _load_weights(model, tensors, where, device)
     found = detect_format(path) if format == AUTO else format
     model.spec = replace(model.spec, base=BaseCheckpoint(found, content))
     return model
+
+
+def _check_shardable(model: CausalLM) -> None:
+    """What starts from whole weights has nothing to start from where a rank holds a share."""
+    whole = {
+        "use_dora": lambda m: isinstance(m, LoRALinear) and m.lora_magnitude_vector is not None,
+        "init_lora_weights": lambda m: isinstance(m, LoRALinear) and m.init_lora_weights != DEFAULT,
+        "train_tokens": lambda m: isinstance(m, TokenEmbedding),
+    }
+    used = [name for name, uses in whole.items() if any(map(uses, model.modules()))]
+    if used:
+        raise PlanError(
+            f"{', '.join(used)} cannot be used with sharded weights; train on one device"
+        )
 
 
 def _describing_files(path: Path, tensors: Mapping[str, LazyTensor]) -> str:
@@ -159,6 +175,7 @@ def _load_weights(
             content.add_unread(tensor)
         slot = tensor.name.removesuffix(".weight").removeprefix("model.")
         _place(model, tensor, value, parameters[tensor.name], rules.get(slot), device)
+        _init_adapter(model.get_submodule(tensor.name.rpartition(".")[0]), tensor, value)
 
     def transient(tensor: LazyTensor) -> bool:
         """Quantized, cast or moved; a weight that stays as it is keeps what it was read into."""
@@ -177,6 +194,8 @@ def _load_weights(
     if tied and HEAD in tensors:
         _check_tied(tensors[HEAD], model.get_parameter(EMBEDDING))
     model.tie_weights()
+    if tied and isinstance(model.lm_head, LoRALinear):
+        model.lm_head.init_from_base()
     return content.hexdigest()
 
 
@@ -214,6 +233,20 @@ def _place(
     except RuntimeError as error:
         reason = str(error).partition("\n")[2].strip() or str(error)
         raise CheckpointError(f"{tensor.source}: {tensor.name}: {reason}") from error
+
+
+def _init_adapter(module: nn.Module, tensor: LazyTensor, value: Tensor) -> None:
+    """What of an adapter starts from the base weight, where that was just placed."""
+    if isinstance(module, TokenEmbedding):
+        module.token_adapter.init_from(module.weight)
+    if not isinstance(module, LoRALinear) or not tensor.name.endswith(".weight"):
+        return
+    if isinstance(value, NF4Tensor) and module.init_lora_weights == LOFTQ:
+        raise CheckpointError(
+            f"{tensor.source}: {tensor.name} is stored in 4 bits, and init_lora_weights='loftq' "
+            "starts from what quantization changed; start from 16-bit weights"
+        )
+    module.init_from_base(value)
 
 
 def _check_options(tensor: LazyTensor, stored: NF4Tensor, rule: ComponentRule | None) -> None:

@@ -36,7 +36,8 @@ from qlora_builders.checkpoint.safetensors_io import (
 )
 from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.models import LlamaArch, linear_slots, llama
-from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
+from qlora_builders.modules.lora_init import LOFTQ
 from qlora_builders.tensor import NF4Tensor, to_nf4
 
 DEQUANTIZED = "dequantized"
@@ -142,6 +143,12 @@ class _MergePlan:
         if not self.adapters:
             raise CheckpointError("the model has no LoRA adapter to merge; load one first")
         self.arch = _merged_arch(self.model, self.adapters)
+        loftq = sorted(n for n, m in self.adapters.items() if m.init_lora_weights == LOFTQ)
+        if self.base != DEQUANTIZED and loftq:
+            raise CheckpointError(
+                f"adapters that started as LoftQ correct their quantized base ({listed(loftq)}); "
+                f"{self.base} needs no correction, so merge with base={DEQUANTIZED}"
+            )
         self.originals = None if self.base == DEQUANTIZED else self._find_originals()
 
     def build(self) -> CausalLM:
@@ -175,6 +182,8 @@ class _MergePlan:
                 source = self._original(source, parameter.device)
             owner, _, leaf = name.rpartition(".")
             adapter = self.adapters.get(owner)
+            if name == "model.embed_tokens.weight":
+                source = _with_token_rows(source, self.model.model.embed_tokens)
             if adapter is not None and leaf == "bias":
                 yield _plus_bias(source, adapter, dtype)
             else:
@@ -192,7 +201,7 @@ class _MergePlan:
             weight = source.load()
             if adapter is None:
                 return self._stored(weight, slot, dtype)
-            delta = adapter.lora_delta()
+            delta = adapter.lora_delta(weight)
             written = self._stored(weight.float() + delta, slot, dtype)
             trained = lazy_parameter(source.name, parameter, None).load()
             self._check_relation(source.name, weight, trained)
@@ -263,6 +272,13 @@ class _MergePlan:
                 f"{self.base}: {name} differs from the weight that the adapter was trained on by "
                 f"{change:.0%} of its norm; this is not its original"
             )
+
+
+def _with_token_rows(source: LazyTensor, embedding: Any) -> LazyTensor:
+    if not isinstance(embedding, TokenEmbedding):
+        return source
+    rows = embedding.token_adapter
+    return replace(source, load=lambda: rows.put_into(source.load()).detach())
 
 
 def _plus_bias(source: LazyTensor, module: Any, dtype: torch.dtype) -> LazyTensor:

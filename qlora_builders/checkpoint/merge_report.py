@@ -232,14 +232,16 @@ def float32_eval(model: CausalLM) -> Iterator[None]:
 @contextmanager
 def without_adapters(model: CausalLM) -> Iterator[None]:
     adapters = adapters_of(model).values()
-    alphas = [module.alpha for module in adapters]
+    before = [(module.alpha, module.lora_magnitude_vector) for module in adapters]
     try:
         for module in adapters:
             module.alpha = 0.0
+            if module.base_squares is not None:
+                module.lora_magnitude_vector = nn.Parameter(module.base_squares.sqrt())
         yield
     finally:
-        for module, alpha in zip(adapters, alphas, strict=True):
-            module.alpha = alpha
+        for module, (alpha, magnitudes) in zip(adapters, before, strict=True):
+            module.alpha, module.lora_magnitude_vector = alpha, magnitudes
 
 
 def streamed_model(directory: Path) -> CausalLM:

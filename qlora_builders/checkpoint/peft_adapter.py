@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,9 @@ from qlora_builders.checkpoint.peft_config import (
     read_peft_config,
 )
 from qlora_builders.checkpoint.peft_export import (
+    MAGNITUDE,
     PREFIX,
+    TOKEN_ROWS,
     WEIGHTS_FILE,
     adapters_of,
     hf_name,
@@ -39,7 +41,7 @@ from qlora_builders.checkpoint.safetensors_header import read_header
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import linear_slots
-from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.tensor.sharded import copy_whole_
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,7 +81,11 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     config = read_peft_config(path)
     file = path / WEIGHTS_FILE
     read_header(file)  # says what is wrong with the file, if anything
-    header = open_tensors(path, stem=WEIGHTS_FILE.partition(".")[0])
+    header = {
+        # as files have it that were made from a state_dict of PEFT's
+        re.sub(rf"(?<=\.{MAGNITUDE})\.weight$", "", key): tensor
+        for key, tensor in open_tensors(path, stem=WEIGHTS_FILE.partition(".")[0]).items()
+    }
     foreign = sorted(name for name in header if not name.startswith(PREFIX))
     if foreign:
         raise CheckpointError(
@@ -92,11 +98,17 @@ def read_adapter(path: str | Path) -> AdapterInfo:
         if tensor.dtype not in _DTYPES:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise CheckpointError(f"{file}: {name} has dtype {tensor.dtype}; allowed: {allowed}")
-        match = re.fullmatch(r"(.+)\.(lora_[AB]\.weight|lora_B\.bias)", name)
+        match = re.fullmatch(rf"(.+)\.(lora_[AB]\.weight|lora_B\.bias|{MAGNITUDE})", name)
         if match is None:
             plain.append(name)
         else:
             parts.setdefault(match[1], {})[match[2]] = list(tensor.shape)
+    if (TOKEN_ROWS in plain) != bool(config.tokens):
+        raise CheckpointError(
+            f"{file}: {TOKEN_ROWS} is {'there' if TOKEN_ROWS in plain else 'missing'}, but "
+            f"trainable_token_indices of {CONFIG_FILE} is {config.tokens}"
+        )
+    plain = [name for name in plain if name != TOKEN_ROWS]
     if not parts:
         raise CheckpointError(f"{file}: holds no lora_A and lora_B ({len(header)} tensors)")
     modules = {name: _adapter_module(file, config, name, p) for name, p in sorted(parts.items())}
@@ -108,23 +120,26 @@ def read_adapter(path: str | Path) -> AdapterInfo:
 def _adapter_module(
     file: Path, config: PeftConfig, name: str, shapes: dict[str, list[int]]
 ) -> AdapterModule:
-    """lora_A is [rank, in], lora_B [out, rank], the bias of lora_B [out]."""
+    """lora_A is [rank, in], lora_B [out, rank], the bias of lora_B and the magnitudes [out]."""
     a, b = shapes.get("lora_A.weight", []), shapes.get("lora_B.weight", [])
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise CheckpointError(
             f"{file}: {name} needs lora_A [rank, in] and lora_B [out, rank], got "
             f"lora_A {a or 'none'} and lora_B {b or 'none'}"
         )
-    bias = shapes.get("lora_B.bias")
-    if bias != ([b[0]] if config.lora_bias else None):
-        raise CheckpointError(
-            f"{file}: {name}.lora_B.bias is {bias or 'missing'}, but {CONFIG_FILE} says "
-            f"lora_bias={config.lora_bias}" + (f", so [{b[0]}]" if config.lora_bias else "")
-        )
+    for leaf, option in (("lora_B.bias", "lora_bias"), (MAGNITUDE, "use_dora")):
+        shape, wanted = shapes.get(leaf), getattr(config, option)
+        if shape != ([b[0]] if wanted else None):
+            raise CheckpointError(
+                f"{file}: {name}.{leaf} is {shape or 'missing'}, but {CONFIG_FILE} says "
+                f"{option}={wanted}" + (f", so [{b[0]}]" if wanted else "")
+            )
     rank = config.rank_of(name)
     if a[0] != rank:
         raise CheckpointError(f"{file}: {name} has rank {a[0]}, but {CONFIG_FILE} says {rank}")
-    return AdapterModule(rank, config.alpha_of(name), config.use_rslora, config.lora_bias)
+    return AdapterModule(
+        rank, config.alpha_of(name), config.use_rslora, config.lora_bias, config.use_dora
+    )
 
 
 def _plain_tensors(
@@ -141,10 +156,6 @@ def _plain_tensors(
             copies[name] = possible[name]
         else:
             stray.append(name)
-    if any(name.endswith(".lora_magnitude_vector") for name in stray):
-        raise CheckpointError(
-            f"{file}: DoRA is not supported yet (lora_magnitude_vector): {listed(stray)}"
-        )
     if stray:
         raise CheckpointError(
             f"{file}: neither lora_A, lora_B nor in modules_to_save of {CONFIG_FILE}: "
@@ -177,16 +188,27 @@ def load_adapter_info(model: CausalLM, info: AdapterInfo, aspects: Collection[st
     _compare_names(info, "parameters", set(info.saved), set(trained_parameters(model)))
     differing = [
         f"{name} (file: rank {own.rank}, scaling {own.scaling:g}; "
-        f"model: rank {adapters[name].rank}, scaling {adapters[name].scaling:g})"
+        f"model: rank {adapters[name].stored_rank}, scaling {adapters[name].scaling:g})"
         for name, own in info.modules.items()
-        if own.rank != adapters[name].rank or not math.isclose(own.scaling, adapters[name].scaling)
+        if own.rank != adapters[name].stored_rank
+        or not math.isclose(own.scaling, adapters[name].scaling)
     ]
     if differing:
         raise CheckpointError(f"{info.path}: rank or alpha differ: {listed(differing)}")
+    dora = {name for name, module in adapters.items() if module.lora_magnitude_vector is not None}
+    _compare_names(info, "DoRA magnitudes", {n for n in info.modules if info.config.use_dora}, dora)
     _check_copies(model, info)
-    names = [f"{m}.{part}.weight" for m in info.modules for part in ("lora_A", "lora_B")]
-    names += _lora_biases(info, adapters)
-    tensors = {name: _read_fitting(model, info, name) for name in (*names, *info.saved)}
+    table = model.model.embed_tokens
+    rows = table.token_adapter.tokens if isinstance(table, TokenEmbedding) else ()
+    if info.config.tokens != list(rows):
+        raise CheckpointError(
+            f"{info.path}: trains the rows of tokens {info.config.tokens}, the model those of "
+            f"{list(rows)}"
+        )
+    names = [f"{name}.{MAGNITUDE}" for name in sorted(dora)] + _lora_biases(info, adapters)
+    tensors = _read_factors(info, adapters)
+    for name in (*names, *info.saved, *([TOKEN_ROWS] if rows else [])):
+        tensors[name] = _read_fitting(info, name, model.get_parameter(name).shape)
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     tied = model.tie_word_embeddings and head in tensors
     if tied and not torch.equal(tensors[head], tensors[embedding]):
@@ -231,13 +253,26 @@ def _lora_biases(info: AdapterInfo, adapters: dict[str, LoRALinear]) -> list[str
     return names
 
 
-def _read_fitting(model: nn.Module, info: AdapterInfo, name: str) -> Tensor:
-    parameter = model.get_parameter(name)
+def _read_factors(info: AdapterInfo, adapters: dict[str, LoRALinear]) -> dict[str, Tensor]:
+    """A and B by parameter name, in two where the second half is the frozen start of PiSSA."""
+    tensors = {}
+    for name, module in adapters.items():
+        a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        tensors[a] = _read_fitting(info, a, (module.stored_rank, module.in_features))
+        tensors[b] = _read_fitting(info, b, (module.out_features, module.stored_rank))
+        if module.lora_A_init is not None:
+            tensors[a], tensors[f"{name}.lora_A_init"] = tensors[a].chunk(2)
+            tensors[b], negative = tensors[b].chunk(2, dim=1)
+            tensors[f"{name}.lora_B_init"] = -negative
+    return tensors
+
+
+def _read_fitting(info: AdapterInfo, name: str, shape: Sequence[int]) -> Tensor:
     tensor = info.tensors[PREFIX + name].load()
-    if tensor.shape != parameter.shape:
+    if list(tensor.shape) != list(shape):
         raise CheckpointError(
             f"{info.path / WEIGHTS_FILE}: {name} has shape {list(tensor.shape)}; "
-            f"the model needs {list(parameter.shape)}"
+            f"the model needs {list(shape)}"
         )
     if not torch.stack(tensor.aminmax()).isfinite().all():  # one pass, where isfinite takes three
         raise CheckpointError(f"{info.path / WEIGHTS_FILE}: {name} holds NaN or infinity")

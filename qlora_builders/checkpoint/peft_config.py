@@ -25,7 +25,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
     "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
@@ -35,6 +34,10 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # other values (pissa, olora, corda, loftq ...) also change the base weights
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
+_INIT_HINT = (
+    ": such an adapter needs a base that PEFT changed. Let PEFT make it one for the original base: "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+)
 # keys whose entries PEFT compiles
 _REGEXES = (
     "target_modules",
@@ -54,6 +57,7 @@ class AdapterModule:
     alpha: float
     use_rslora: bool = False
     lora_bias: bool = False
+    use_dora: bool = False
 
     @property
     def scaling(self) -> float:
@@ -69,6 +73,7 @@ class PeftConfig:
     alpha: float
     use_rslora: bool
     lora_bias: bool
+    use_dora: bool
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     target_modules: str | list[str]
@@ -76,6 +81,7 @@ class PeftConfig:
     layers_to_transform: list[int]
     layers_pattern: list[str]
     modules_to_save: list[str]
+    tokens: list[int]  # whose rows of the embedding were trained
 
     def rank_of(self, name: str) -> int:
         return _pattern_value(self.rank_pattern, name, self.rank)
@@ -187,12 +193,11 @@ def read_peft_config(directory: Path) -> PeftConfig:
     config = read_json_object(file, expected="a PEFT adapter directory")
     if config.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"{file}: peft_type is {config['peft_type']!r}; only LORA is read")
-    if config.get("use_dora") not in (False, None):
-        raise CheckpointError(f"{file}: use_dora={config['use_dora']!r}: DoRA is not supported yet")
     for key, allowed in _UNSUPPORTED.items():
         value = config.get(key)
         if not any(type(value) is type(ok) and value == ok for ok in allowed):
-            raise CheckpointError(f"{file}: {key}={value!r} is not supported")
+            hint = _INIT_HINT if key == "init_lora_weights" else ""
+            raise CheckpointError(f"{file}: {key}={value!r} is not supported{hint}")
     field = _Fields(file, config)
     parsed = PeftConfig(
         file,
@@ -200,6 +205,7 @@ def read_peft_config(directory: Path) -> PeftConfig:
         alpha=field("lora_alpha", _is_alpha, "a finite number > 0"),
         use_rslora=field("use_rslora", _is_switch, "true or false", default=False),
         lora_bias=field("lora_bias", _is_switch, "true or false", default=False),
+        use_dora=field("use_dora", _is_switch, "true or false", default=False),
         rank_pattern=field("rank_pattern", _map_of(_is_rank), "names to integers >= 1", {}),
         alpha_pattern=field("alpha_pattern", _map_of(_is_alpha), "names to numbers > 0", {}),
         target_modules=field("target_modules", _is_names, "a string or a list of names"),
@@ -211,12 +217,34 @@ def read_peft_config(directory: Path) -> PeftConfig:
             field("layers_pattern", _is_names, "a string or a list of names", [])
         ),
         modules_to_save=field("modules_to_save", _list_of(_is_name), "a list of names", []),
+        tokens=_tokens(file, config.get("trainable_token_indices")),
     )
     for key in _REGEXES:
         entries = getattr(parsed, key)
         for entry in [entries] if isinstance(entries, str) else entries:
             _check_regex(file, key, entry)
+    if parsed.use_dora and parsed.lora_bias:
+        raise CheckpointError(f"{file}: use_dora and lora_bias exclude each other, as in PEFT")
     return parsed
+
+
+def _tokens(file: Path, value: Any) -> list[int]:
+    """A list, or one for the embedding alone: a head that is not tied could have another."""
+    tokens = value or []
+    if isinstance(tokens, dict):
+        strays = sorted(str(name) for name in tokens if str(name).split(".")[-1] != "embed_tokens")
+        if strays:
+            raise CheckpointError(
+                f"{file}: trainable_token_indices of {listed(strays)} is not supported; of "
+                "embed_tokens, and with it of a tied head, it is"
+            )
+        (tokens,) = tokens.values()
+    if not _list_of(_is_token)(tokens) or len(set(tokens)) < len(tokens):
+        raise CheckpointError(
+            f"{file}: trainable_token_indices is {value!r:.200}; it must be token "
+            "ids >= 0, none twice"
+        )
+    return tokens
 
 
 class _Fields:
@@ -248,6 +276,10 @@ def _is_alpha(value: Any) -> bool:
 
 def _is_switch(value: Any) -> bool:
     return type(value) is bool
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _is_name(value: Any) -> bool:

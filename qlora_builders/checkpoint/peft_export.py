@@ -23,10 +23,13 @@ from qlora_builders.checkpoint.base_record import BASE_FILE, base_record
 from qlora_builders.checkpoint.peft_config import CONFIG_FILE
 from qlora_builders.checkpoint.safetensors_io import atomic_directory, write_tensors
 from qlora_builders.errors import CheckpointError
-from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding, is_adapter
 
 PREFIX = "base_model.model."
 WEIGHTS_FILE = "adapter_model.safetensors"
+# whole rows, [tokens, hidden]; a tied head has no tensor of its own
+TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's, [out]; without `.weight` in every version of PEFT
 
 
 def save_adapter(model: CausalLM, path: str | Path, *, base_model: str = "") -> None:
@@ -44,9 +47,9 @@ def save_adapter(model: CausalLM, path: str | Path, *, base_model: str = "") -> 
     saved = trained_parameters(model)
     config = _peft_config(model, adapters, saved, base_model)
     tensors = {
-        f"{PREFIX}{name}.{part}.weight": getattr(module, part).weight
+        f"{PREFIX}{name}.{part}.weight": factor
         for name, module in adapters.items()
-        for part in ("lora_A", "lora_B")
+        for part, factor in zip(("lora_A", "lora_B"), module.stored_factors(), strict=True)
     }
     if config.get("lora_bias"):
         for name, module in adapters.items():
@@ -54,6 +57,13 @@ def save_adapter(model: CausalLM, path: str | Path, *, base_model: str = "") -> 
             if bias is None:  # PEFT has one switch for all modules
                 bias = torch.zeros(module.out_features)
             tensors[f"{PREFIX}{name}.lora_B.bias"] = bias
+    for name, module in adapters.items():
+        if module.lora_magnitude_vector is not None:
+            tensors[f"{PREFIX}{name}.{MAGNITUDE}"] = module.lora_magnitude_vector
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, TokenEmbedding):
+        tensors[PREFIX + TOKEN_ROWS] = embedding.token_adapter.trainable_tokens_delta
+        config["trainable_token_indices"] = list(embedding.token_adapter.tokens)
     # cloned, because a tied head is the embedding and safetensors refuses to write memory twice
     tensors |= {PREFIX + name: parameter.detach().clone() for name, parameter in saved.items()}
     with atomic_directory(path, marker=CONFIG_FILE) as directory:
@@ -66,17 +76,17 @@ def _peft_config(
     model: nn.Module, adapters: dict[str, LoRALinear], saved: Iterable[str], base_model: str
 ) -> dict[str, Any]:
     """With the keys that PEFT has known since 0.6, the first to have rank_pattern; the newer
-    `use_rslora` and `lora_bias` only where they are needed."""
+    `use_rslora`, `use_dora` and `lora_bias` only where they are needed."""
     # PEFT has one use_rslora for all modules; where they differ, alpha * sqrt(rank) without it
     # gives the same scaling
     rslora = all(module.use_rslora for module in adapters.values())
     alphas = {
-        name: module.alpha * math.sqrt(module.rank)
+        name: module.stored_alpha * math.sqrt(module.stored_rank)
         if module.use_rslora and not rslora
-        else module.alpha
+        else module.stored_alpha
         for name, module in adapters.items()
     }
-    ranks = {name: module.rank for name, module in adapters.items()}
+    ranks = {name: module.stored_rank for name, module in adapters.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     dropouts = [getattr(module.dropout, "p", 0.0) for module in adapters.values()]
@@ -98,6 +108,7 @@ def _peft_config(
     }
     newer = {
         "use_rslora": rslora,
+        "use_dora": any(m.lora_magnitude_vector is not None for m in adapters.values()),
         "lora_bias": any(module.lora_B.bias is not None for module in adapters.values()),
     }
     return config | {key: True for key, needed in newer.items() if needed}
@@ -120,7 +131,7 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad and ".lora_A." not in name and ".lora_B." not in name
+        if parameter.requires_grad and not is_adapter(name)
     }
 
 

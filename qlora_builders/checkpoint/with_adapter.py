@@ -17,6 +17,7 @@ from qlora_builders.checkpoint.safetensors_io import listed
 from qlora_builders.errors import CheckpointError, PlanError, did_you_mean
 from qlora_builders.models import ComponentRule, linear_slots, resolve
 from qlora_builders.modules import CausalLM
+from qlora_builders.modules.lora_init import LOFTQ
 
 QUANTIZE = ("auto", "nf4", "none")
 NF4_BASE = {"match": "layers.**", "kind": "frozen_nf4"}
@@ -49,13 +50,16 @@ def adapter_plan(
         kind = "qlora" if nf4 and slot.startswith("layers.") else "lora"
         rule = {"match": slot, "kind": kind, "rank": adapter.rank, "alpha": adapter.alpha}
         rule |= {"use_rslora": adapter.use_rslora}
-        components.append(rule | {"lora_bias": True} if adapter.lora_bias else rule)
+        switches = {"lora_bias": adapter.lora_bias, "use_dora": adapter.use_dora}
+        components.append(rule | {name: True for name, on in switches.items() if on})
     train = []
     for name in sorted({saved.rpartition(".")[0].removeprefix("model.") for saved in info.saved}):
         if name.endswith("_proj") or name == "lm_head":
             components.append({"match": name, "kind": "linear", "trainable": True})
         else:
             train.append(name)
+    if info.config.tokens:
+        train.append(f"embed_tokens[{','.join(map(str, info.config.tokens))}]")
     return components, train
 
 
@@ -110,7 +114,10 @@ def load_with_adapter(
     except PlanError as error:  # the caller wrote no plan; the adapter did
         raise CheckpointError(f"{adapter}: the adapter does not fit {path}: {error}") from error
     if info is not None:
-        chosen = {"quantization": quantize != "auto", "dtype": dtype is not None}
+        # a LoftQ adapter is half a correction of one quantization, whatever the caller names
+        rules = () if info.base is None else info.base.components
+        bound = any(rule.init_lora_weights == LOFTQ for rule in rules)
+        chosen = {"quantization": quantize != "auto" and not bound, "dtype": dtype is not None}
         aspects = [a for a in ASPECTS if not (allow_base_mismatch or chosen.get(a))]
         load_adapter_info(model, info, aspects)
     return model.eval()
@@ -118,13 +125,17 @@ def load_with_adapter(
 
 def _check_plan(info: AdapterInfo, plan: dict[str, ComponentRule]) -> None:
     """A record whose plan is not that of the weights beside it, before anything is allocated."""
-    planned = {hf_name(slot): rule.rank for slot, rule in plan.items() if rule.rank is not None}
-    stored = {name: module.rank for name, module in info.modules.items()}
+    planned = {
+        hf_name(slot): (rule.stored_rank, bool(rule.use_dora))
+        for slot, rule in plan.items()
+        if rule.rank is not None
+    }
+    stored = {name: (module.rank, module.use_dora) for name, module in info.modules.items()}
     differing = sorted(
         name for name in planned.keys() | stored if planned.get(name) != stored.get(name)
     )
     if differing:
         raise CheckpointError(
-            f"{info.path}: {BASE_FILE} plans other adapters or ranks than {WEIGHTS_FILE} holds: "
-            f"{listed(differing)}"
+            f"{info.path}: {BASE_FILE} plans other adapters, ranks or use_dora than "
+            f"{WEIGHTS_FILE} holds: {listed(differing)}"
         )

@@ -25,11 +25,8 @@ from qlora_builders.errors import ConfigError, nearest
 
 SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 MEMORY_UNITS = {"MiB": 2**20, "GiB": 2**30}
-METHOD_OPTIONS = {
-    "full": (),
-    "lora": ("rank", "alpha", "dropout", "use_rslora", "targets"),
-    "qlora": ("rank", "alpha", "dropout", "use_rslora", "targets", "block_size"),
-}
+_ADAPTER = ("rank", "alpha", "dropout", "use_rslora", "use_dora", "init_lora_weights", "targets")
+METHOD_OPTIONS = {"full": (), "lora": _ADAPTER, "qlora": (*_ADAPTER, "block_size")}
 
 
 def check(cfg: Any) -> list[str]:

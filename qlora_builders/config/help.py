@@ -78,7 +78,10 @@ def help_text(verb: str, summary: str) -> str:
     choices = {group: group_options(group, folders) for group in groups(verb)}
     if choices:
         lines.append("groups (GROUP=NAME):")
-        lines += [f"  {group + '=':<14}{' | '.join(names)}" for group, names in choices.items()]
+        for group, names in choices.items():
+            head = f"  {group + '=':<14}"
+            text = fill(" | ".join(names), 96, initial_indent=head, subsequent_indent=" " * 16)
+            lines += text.splitlines()
         lines.append("")
     lines.append("keys (KEY=VALUE):")
     for knob in knobs(ROOTS[verb]).values():

@@ -14,4 +14,5 @@ def plan_rules(cfg: FinetuneConfig) -> list[dict[str, Any]]:
 
 def train_patterns(cfg: FinetuneConfig) -> list[str]:
     """Patterns of the parameters that train beside the adapters."""
-    return [*cfg.method.train, *cfg.train]
+    rows = [f"embed_tokens[{','.join(map(str, cfg.train_tokens))}]"] if cfg.train_tokens else []
+    return [*cfg.method.train, *cfg.train, *rows]

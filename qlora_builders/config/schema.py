@@ -46,6 +46,9 @@ class FinetuneConfig:
         [], "your rules, after the method's; the last match wins"
     )
     train: list[str] = knob([], "parameters that train too, as patterns: [norm, embed_tokens]")
+    train_tokens: list[int] = knob(
+        [], "token ids whose rows of the embedding (and of a tied head) train too", at_least=0
+    )
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: dict[str, Any] = knob({}, "`component`: its class; all other keys: its arguments")

@@ -63,6 +63,10 @@ class MethodConfig:
     alpha: float | None = knob(32.0, "adapter scale: alpha / rank multiplies B A x", above=0)
     dropout: float | None = knob(0.0, "adapter input dropout, probability", at_least=0, below=1)
     use_rslora: bool | None = knob(False, "scale by alpha / sqrt(rank) instead")
+    use_dora: bool | None = knob(False, "DoRA: train the lengths of the weights' rows too")
+    init_lora_weights: str | None = knob(
+        "default", "where A and B start: default (B is zero), pissa, pissa_niter_N or loftq"
+    )
     block_size: int | None = knob(64, "weights per NF4 scale", at_least=1)
     targets: list[str] = knob(list(PROJECTIONS), "projections that get an adapter")
     components: list[dict[str, Any]] = knob([], "rules of the preset")

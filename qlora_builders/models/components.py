@@ -17,11 +17,14 @@ from torch import nn
 from qlora_builders.errors import PlanError, did_you_mean
 from qlora_builders.models.slot_patterns import match_names
 from qlora_builders.modules import FrozenNF4Linear, Linear, LoRALinear, check_lora_options
+from qlora_builders.modules.lora_init import DEFAULT, stored_rank
 from qlora_builders.tensor import check_nf4_options
 
 _NF4_OPTIONS = ("block_size", "scale_block_size", "scale_format", "scale_search")
 _NF4_DEFAULTS = {"block_size": 64, "scale_block_size": 256, "scale_format": "geometric"}
-_LORA_OPTIONS = ("rank", "alpha", "dropout", "use_rslora", "lora_bias")
+_LORA_OPTIONS = (
+    "rank", "alpha", "dropout", "use_rslora", "lora_bias", "use_dora", "init_lora_weights"
+)  # fmt: skip
 KINDS: dict[str, tuple[str, ...]] = {
     "linear": ("trainable",),
     "frozen_nf4": _NF4_OPTIONS,
@@ -30,7 +33,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 _INTEGERS = ("rank", "block_size", "scale_block_size")
 _NUMBERS = ("alpha", "dropout")
-_SWITCHES = ("use_rslora", "lora_bias", "trainable", "scale_search")
+_SWITCHES = ("use_rslora", "lora_bias", "use_dora", "trainable", "scale_search")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class ComponentRule:
         match: pattern of slot names without the leading `model.`; see `slot_patterns`.
         kind: `linear`, `frozen_nf4`, `lora` (plain base) or `qlora` (NF4 base).
         rank, alpha: of the adapter; both needed by `lora` and `qlora`.
-        dropout, use_rslora, lora_bias: of the adapter; see `LoRALinear`.
+        dropout, use_rslora, lora_bias, use_dora, init_lora_weights: of the adapter; see
+            `LoRALinear`.
         block_size, scale_block_size, scale_format, scale_search: of the NF4 base; see `to_nf4`.
         trainable: train the weight itself, in float32; `linear` only.
 
@@ -56,6 +60,8 @@ class ComponentRule:
     dropout: float | None = None
     use_rslora: bool | None = None
     lora_bias: bool | None = None
+    use_dora: bool | None = None
+    init_lora_weights: str | None = None
     block_size: int | None = None
     scale_block_size: int | None = None
     scale_format: str | None = None
@@ -88,7 +94,17 @@ class ComponentRule:
             if "rank" in allowed:
                 if self.rank is None or self.alpha is None:
                     raise PlanError(f"kind {self.kind!r} needs rank and alpha")
-                check_lora_options(rank=self.rank, alpha=self.alpha, dropout=self.dropout or 0.0)
+                check_lora_options(
+                    rank=self.rank,
+                    alpha=self.alpha,
+                    dropout=self.dropout or 0.0,
+                    lora_bias=bool(self.lora_bias),
+                    use_dora=bool(self.use_dora),
+                    init_lora_weights=DEFAULT
+                    if self.init_lora_weights is None
+                    else self.init_lora_weights,
+                    quantize_base=self.kind == "qlora",
+                )
             nf4 = {name: value for name, value in self.options.items() if name in _NF4_OPTIONS}
             check_nf4_options(**{**_NF4_DEFAULTS, **nf4})
         except ValueError as error:
@@ -103,6 +119,11 @@ class ComponentRule:
     @property
     def trains(self) -> bool:
         return self.kind in ("lora", "qlora") or bool(self.trainable)
+
+    @property
+    def stored_rank(self) -> int | None:
+        """The rank in an adapter file; None without an adapter."""
+        return None if self.rank is None else stored_rank(self.rank, self.init_lora_weights)
 
     @classmethod
     def parse(cls, rule: ComponentRule | Mapping[str, Any]) -> ComponentRule:
@@ -134,7 +155,8 @@ def resolve(
     """Decide every slot: slot name -> the rule that fills it.
 
     Raises:
-        PlanError: for a bad rule, or one with an alternative that matches no slot.
+        PlanError: for a bad rule, one with an alternative that matches no slot, or a plan with DoRA
+            in some adapters only.
     """
     plan = {slot: ComponentRule(match=slot, kind="linear") for slot in slots}
     for index, raw in enumerate(rules):
@@ -144,7 +166,18 @@ def resolve(
         except PlanError as error:
             raise PlanError(f"components[{index}] (kind {rule.kind!r}): {error}") from error
         plan.update(dict.fromkeys(matched, rule))
+    _check_dora(plan.values())
     return plan
+
+
+def _check_dora(rules: Iterable[ComponentRule]) -> None:
+    """PEFT's files have one switch for all adapters."""
+    dora = {bool(rule.use_dora): rule for rule in rules if rule.kind in ("lora", "qlora")}
+    if len(dora) > 1:
+        raise PlanError(
+            f"rule {dora[True].match!r} has use_dora and rule {dora[False].match!r} has not; an "
+            "adapter file is DoRA as a whole, so set it in all of the plan's adapters or in none"
+        )
 
 
 def build_linear(
@@ -166,12 +199,15 @@ def build_linear(
         return FrozenNF4Linear(
             in_features, out_features, bias, device=device, dtype=dtype, **options
         )
-    return LoRALinear(
-        in_features,
-        out_features,
-        bias=bias,
-        quantize_base=rule.kind == "qlora",
-        device=device,
-        dtype=dtype,
-        **options,
-    )
+    try:
+        return LoRALinear(
+            in_features,
+            out_features,
+            bias=bias,
+            quantize_base=rule.kind == "qlora",
+            device=device,
+            dtype=dtype,
+            **options,
+        )
+    except ValueError as error:
+        raise PlanError(f"rule {rule.match!r}: {error}") from error

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from qlora_builders.errors import PlanError
 from qlora_builders.models.components import ComponentRule, build_linear, resolve
 from qlora_builders.models.llama_archs import LlamaArch, get_arch
-from qlora_builders.models.slot_patterns import match_names
+from qlora_builders.models.slot_patterns import match_names, token_ids
 from qlora_builders.modules import (
     ACTIVATIONS,
     Attention,
@@ -28,6 +28,8 @@ from qlora_builders.modules import (
     FeedForward,
     RMSNorm,
     RotaryEmbedding,
+    TokenEmbedding,
+    TokenHead,
     linear_scaled,
     llama3_scaled,
     rope_frequencies,
@@ -77,7 +79,8 @@ def llama(
         components: the plan, a list of rules or of the dicts that YAML gives; () builds plain
             frozen layers.
         train: patterns of modules outside the linear slots whose parameters train: `norm`,
-            `embed_tokens`, `layers.*.input_layernorm`.
+            `embed_tokens`, `layers.*.input_layernorm`; `embed_tokens[5,128256-128260]` trains the
+            rows of these tokens alone, and those of a tied head.
         dtype: of the frozen parameters; those that train are float32.
         compute_dtype: of the activations; by default `dtype`.
 
@@ -88,7 +91,8 @@ def llama(
     arch = get_arch(arch)
     rules = [ComponentRule.parse(rule) for rule in components]
     plan = resolve(rules, linear_slots(arch))
-    trained = set(_resolve_train(train, arch))
+    tokens = _resolve_tokens(train, arch, plan)
+    trained = set(_resolve_train([p for p in train if token_ids(p) is None], arch))
     if arch.tie_word_embeddings:
         _check_tied_head(plan["lm_head"], embedding_trains="embed_tokens" in trained)
 
@@ -102,13 +106,9 @@ def llama(
         module = RMSNorm(arch.hidden_size, eps=arch.norm_eps, device=device, dtype=own)
         return module.requires_grad_(name in trained)
 
-    train_embedding = "embed_tokens" in trained
-    embedding_dtype = torch.float32 if train_embedding else dtype
     with _SkipMetaInit():
         decoder = Decoder(
-            embed_tokens=nn.Embedding(
-                arch.vocab_size, arch.hidden_size, device=device, dtype=embedding_dtype
-            ).requires_grad_(train_embedding),
+            embed_tokens=_embedding(arch, tokens, "embed_tokens" in trained, device, dtype),
             layers=[_decoder_layer(arch, index, linear, norm) for index in range(arch.num_layers)],
             norm=norm("norm"),
             rotary=RotaryEmbedding(_frequencies(arch)),
@@ -116,11 +116,36 @@ def llama(
         )
         model = CausalLM(
             model=decoder,
-            lm_head=linear("lm_head", arch.hidden_size, arch.vocab_size),
+            lm_head=_token_head(arch, device, dtype)
+            if tokens and arch.tie_word_embeddings
+            else linear("lm_head", arch.hidden_size, arch.vocab_size),
             tie_word_embeddings=arch.tie_word_embeddings,
         )
     model.spec = LlamaSpec(arch=arch, components=tuple(rules), train=tuple(train), dtype=dtype)
     return model
+
+
+def _embedding(
+    arch: LlamaArch,
+    tokens: Sequence[int],
+    trains: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype,
+) -> nn.Module:
+    if not tokens:
+        dtype = torch.float32 if trains else dtype
+        embedding = nn.Embedding(arch.vocab_size, arch.hidden_size, device=device, dtype=dtype)
+        return embedding.requires_grad_(trains)
+    if trains:
+        raise PlanError("train names both embed_tokens and some of its rows; drop one of them")
+    return TokenEmbedding(arch.vocab_size, arch.hidden_size, tokens, device=device, dtype=dtype)
+
+
+def _token_head(
+    arch: LlamaArch, device: torch.device | str | None, dtype: torch.dtype
+) -> nn.Module:
+    head = TokenHead(arch.hidden_size, arch.vocab_size, bias=False, device=device, dtype=dtype)
+    return head.requires_grad_(False)
 
 
 class _SkipMetaInit(TorchFunctionMode):
@@ -195,6 +220,36 @@ def _resolve_train(train: Sequence[str], arch: LlamaArch) -> list[str]:
                 "linear slot trains with a rule {match: ..., kind: linear, trainable: true}"
             ) from error
     return names
+
+
+def _resolve_tokens(
+    train: Sequence[str], arch: LlamaArch, plan: Mapping[str, ComponentRule]
+) -> list[int]:
+    """The tokens whose rows train."""
+    tokens = [token for pattern in train for token in token_ids(pattern) or ()]
+    if not tokens:
+        return tokens
+    outside = [token for token in tokens if token >= arch.vocab_size]
+    if outside:
+        raise PlanError(
+            f"train embed_tokens[...]: there is no token {outside[0]}; the vocabulary has "
+            f"{arch.vocab_size}"
+        )
+    if len(set(tokens)) < len(tokens):
+        repeated = sorted({token for token in tokens if tokens.count(token) > 1})
+        raise PlanError(f"train embed_tokens[...]: named twice: {repeated[:5]}")
+    if not any(rule.kind in ("lora", "qlora") for rule in plan.values()):
+        raise PlanError(
+            "train embed_tokens[...] is stored with an adapter, and the plan has none; add a rule "
+            "of kind 'lora' or 'qlora'"
+        )
+    head = plan["lm_head"]
+    if arch.tie_word_embeddings and (head.kind != "linear" or head.trainable):
+        raise PlanError(
+            f"rule {head.match!r}: lm_head shares the embedding's weight in this model, some rows "
+            "of which train; leave the head to them"
+        )
+    return tokens
 
 
 def _check_tied_head(rule: ComponentRule, *, embedding_trains: bool) -> None:

@@ -51,6 +51,26 @@ def expand(pattern: str) -> list[str]:
     return alternatives
 
 
+def token_ids(pattern: str) -> list[int] | None:
+    """The tokens of `embed_tokens[5,128256-128260]`; None for a pattern that is none of these.
+
+    Raises:
+        PlanError: for something else between the brackets.
+    """
+    match = re.fullmatch(r"embed_tokens\[(.*)\]", pattern)
+    if match is None:
+        return None
+    tokens: list[int] = []
+    for part in match[1].split(","):
+        span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if span is None:
+            raise PlanError(
+                f"train {pattern!r}: {part!r} is no token id or range; write embed_tokens[5,8-11]"
+            )
+        tokens += range(int(span[1]), int(span[2] or span[1]) + 1)
+    return tokens
+
+
 def _choices(group: re.Match[str], pattern: str) -> list[str]:
     if group[1] is not None:
         return [choice.strip() for choice in group[1].split(",")]

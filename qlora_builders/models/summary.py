@@ -57,8 +57,10 @@ def _row(
 ) -> SummaryRow:
     base = adapter = base_bytes = adapter_bytes = trainable = 0
     for parameter_name, parameter in module.named_parameters():
+        if tied and parameter_name.startswith("token_adapter."):
+            continue  # counted with the embedding
         trainable += parameter.numel() if parameter.requires_grad else 0
-        if parameter_name.startswith("lora_"):
+        if parameter_name.startswith(("lora_", "token_adapter.")):
             adapter += parameter.numel()
             adapter_bytes += parameter.nbytes
         elif not (tied and parameter_name == "weight"):  # counted with the embedding

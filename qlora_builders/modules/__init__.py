@@ -6,13 +6,8 @@ from qlora_builders.modules.checkpointing import CHECKPOINTING_MODES
 from qlora_builders.modules.decoder import CausalLM, Decoder, DecoderLayer
 from qlora_builders.modules.feed_forward import ACTIVATIONS, FeedForward
 from qlora_builders.modules.kv_cache import KVCache
-from qlora_builders.modules.linear import (
-    FrozenNF4Linear,
-    Linear,
-    LoRALinear,
-    check_lora_options,
-    quantize_,
-)
+from qlora_builders.modules.linear import FrozenNF4Linear, Linear, quantize_
+from qlora_builders.modules.lora import LoRALinear, check_lora_options, is_adapter
 from qlora_builders.modules.loss import (
     IGNORE_INDEX,
     chunked_next_token_loss,
@@ -27,6 +22,7 @@ from qlora_builders.modules.rope import (
     llama3_scaled,
     rope_frequencies,
 )
+from qlora_builders.modules.token_rows import TokenEmbedding, TokenHead
 
 __all__ = [
     "ACTIVATIONS",
@@ -43,9 +39,12 @@ __all__ = [
     "LoRALinear",
     "RMSNorm",
     "RotaryEmbedding",
+    "TokenEmbedding",
+    "TokenHead",
     "adapters_disabled",
     "check_lora_options",
     "chunked_next_token_loss",
+    "is_adapter",
     "linear_scaled",
     "llama3_scaled",
     "next_token_loss",

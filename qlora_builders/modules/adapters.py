@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from qlora_builders.modules.linear import LoRALinear
+from qlora_builders.modules.lora import LoRALinear
 
 
 @contextmanager

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from qlora_builders.modules.checkpointing import input_on_host, run_checkpointed
 from qlora_builders.modules.documents import Documents, find_documents
 from qlora_builders.modules.kv_cache import KVCache
+from qlora_builders.modules.lora import LoRALinear
 from qlora_builders.modules.loss import chunked_next_token_loss, sequence_log_probs
+from qlora_builders.modules.token_rows import TokenEmbedding, TokenHead
 
 
 class DecoderLayer(nn.Module):
@@ -142,6 +144,8 @@ class CausalLM(nn.Module):
         self.tie_word_embeddings = tie_word_embeddings
         if tie_word_embeddings:
             self.tie_weights()
+            if isinstance(lm_head, LoRALinear):
+                lm_head.init_from_base()
             self.register_load_state_dict_pre_hook(_tie_state_dict)
             self.register_load_state_dict_post_hook(_tie_after_load)
 
@@ -149,6 +153,11 @@ class CausalLM(nn.Module):
         """Make the head share the embedding's weight; call it after replacing either."""
         if self.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+            if isinstance(self.lm_head, LoRALinear):
+                self.lm_head.base_changed()
+            embedding = self.model.embed_tokens
+            if isinstance(self.lm_head, TokenHead) and isinstance(embedding, TokenEmbedding):
+                self.lm_head.token_adapter = embedding.token_adapter
 
     def forward(
         self,

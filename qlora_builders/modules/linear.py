@@ -1,14 +1,13 @@
-"""What can fill a linear slot: Linear, FrozenNF4Linear, LoRALinear, and their state_dict hooks.
+"""Linear, FrozenNF4Linear, and the state_dict hooks of NF4 weights; LoRALinear is in `lora.py`.
 
 Every component computes in the dtype of its input and casts its parameters where they are used, so
 one rule serves a bfloat16 base under float32 compute and float32 adapters under bfloat16 compute.
 
-Shapes: in = in_features, out = out_features, r = rank.
+Shapes: in = in_features, out = out_features.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -64,134 +63,14 @@ class FrozenNF4Linear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        _add_frozen_base(self, bias=bias, device=device, dtype=dtype)
+        add_frozen_base(self, bias=bias, device=device, dtype=dtype)
         quantize_weight_(self, **nf4_options)
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        return _describe(self)
-
-
-class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trained low-rank update (https://arxiv.org/abs/2106.09685).
-
-        y = x W^T + b + scaling * dropout(x) A^T B^T
-
-    with scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`
-    (https://arxiv.org/abs/2312.03732). B starts at zero, so an untrained adapter changes nothing.
-
-    Parameters: `weight` [out, in] (NF4 with `quantize_base`), `bias` [out],
-    `lora_A.weight` [r, in] and `lora_B.weight` [out, r], both float32 and never quantized; with
-    `lora_bias` also `lora_B.bias` [out], trained from zero and scaled like the rest of the update.
-
-    Attributes:
-        adapter_enabled: off, the layer is its base alone; see `adapters_disabled`.
-
-    Args:
-        rank: r >= 1.
-        alpha: numerator of the scaling, > 0.
-        dropout: probability of dropping an input of the adapter, in [0, 1).
-        quantize_base: store `weight` in NF4.
-        dtype: dtype of the base weight; None is torch's default dtype.
-        nf4_options: as for `FrozenNF4Linear`; only with `quantize_base`.
-
-    Raises:
-        ValueError: for a rank, alpha or dropout out of range, or NF4 options on a plain base.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    adapter_enabled = True
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        alpha: float,
-        *,
-        dropout: float = 0.0,
-        bias: bool = False,
-        quantize_base: bool = False,
-        use_rslora: bool = False,
-        lora_bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **nf4_options: Any,
-    ) -> None:
-        super().__init__()
-        check_lora_options(rank=rank, alpha=alpha, dropout=dropout)
-        if nf4_options and not quantize_base:
-            names = ", ".join(sorted(nf4_options))
-            raise ValueError(f"{names} need quantize_base=True; the base weight is not quantized")
-        self.in_features = in_features
-        self.out_features = out_features
-        self.rank = rank
-        self.alpha = alpha
-        self.use_rslora = use_rslora
-        _add_frozen_base(self, bias=bias, device=device, dtype=dtype)
-        if quantize_base:
-            quantize_weight_(self, **nf4_options)
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self.lora_A = Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = Linear(rank, out_features, bias=lora_bias, device=device, dtype=torch.float32)
-        self.reset_lora_parameters()
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-    def reset_lora_parameters(self) -> None:
-        """A as PEFT and the LoRA authors' code draw it, B zero."""
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        for parameter in self.lora_B.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, input: Tensor) -> Tensor:
-        rows = input.reshape(-1, self.in_features)  # [n, in]
-        if not self.adapter_enabled:
-            output = linear(rows, self.weight, self.bias)  # [n, out]
-            return output.view(*input.shape[:-1], self.out_features)
-        down = self.lora_A(self.dropout(rows))  # [n, r]
-        output = linear(rows, self.weight, self._whole_bias())  # [n, out]
-        up = self.lora_B.weight.to(down.dtype).t()  # [r, out]
-        output = output.addmm_(down, up, alpha=self.scaling)
-        return output.view(*input.shape[:-1], self.out_features)
-
-    def _whole_bias(self) -> Tensor | None:
-        update = self.lora_bias_delta()
-        if update is None or self.bias is None:
-            return self.bias if update is None else update
-        return self.bias.float() + update
-
-    def lora_delta(self) -> Tensor:
-        """scaling * B A, the float32 [out, in] update that merging adds to the weight."""
-        return self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
-
-    def lora_bias_delta(self) -> Tensor | None:
-        """What merging adds to the bias: float32 [out], or None without `lora_bias`."""
-        bias = self.lora_B.bias
-        return None if bias is None else self.scaling * bias.float()
-
-    def extra_repr(self) -> str:
-        return f"{_describe(self)}, rank={self.rank}, alpha={self.alpha}"
-
-
-def check_lora_options(*, rank: int, alpha: float, dropout: float) -> None:
-    """
-    Raises:
-        ValueError: naming the option, the value and the allowed range.
-    """
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank is {rank!r}; it must be an integer >= 1")
-    if not 0 < alpha < math.inf:
-        raise ValueError(
-            f"alpha is {alpha!r}; it must be > 0 and finite (the update is scaled by alpha / rank)"
-        )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout!r}; it must be in [0, 1)")
+        return describe_linear(self)
 
 
 # ---- quantized weights in modules ---------------------------------------------------------------
@@ -217,17 +96,11 @@ def quantize_(
         ValueError: if no layer is selected, or a selected weight is shared with another module (a
             tied head), or holds NaN or infinity; the message names the layer.
     """
-    adapters = {
-        adapter
-        for lora in module.modules()
-        if isinstance(lora, LoRALinear)
-        for adapter in (lora.lora_A, lora.lora_B)
-    }
     layers = [
         (name, layer)
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear)
-        and layer not in adapters
+        and name.rpartition(".")[2] not in ("lora_A", "lora_B")
         and not isinstance(layer.weight, NF4Tensor)
         and (filter_fn is None or filter_fn(name, layer))
     ]
@@ -330,7 +203,7 @@ def quantize_state_dict(
         error_msgs.append(f"{key}: {error}")
 
 
-def _add_frozen_base(
+def add_frozen_base(
     module: Any, *, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> None:
     """`weight` and `bias` initialised as `nn.Linear` does it, frozen."""
@@ -339,7 +212,12 @@ def _add_frozen_base(
     module.register_parameter("bias", layer.bias.requires_grad_(False) if bias else None)
 
 
-def _describe(module: Any) -> str:
+def plain(weight: Tensor) -> Tensor:
+    """The weight itself, or what its codes stand for, in its own dtype."""
+    return weight.dequantize() if isinstance(weight, NF4Tensor) else weight
+
+
+def describe_linear(module: Any) -> str:
     weight = "NF4" if isinstance(module.weight, NF4Tensor) else str(module.weight.dtype)
     return (
         f"in_features={module.in_features}, out_features={module.out_features}, "

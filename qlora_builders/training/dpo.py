@@ -123,5 +123,5 @@ def check_reference(model: nn.Module) -> None:
         raise PlanError(
             f"dpo trains adapters only: its reference is the base without them, and the plan "
             f"trains {others[0]}{more} of the base; use method=qlora or method=lora, without "
-            "`train` and `trainable`"
+            "`train`, `train_tokens` and `trainable`"
         )

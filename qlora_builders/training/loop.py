@@ -154,15 +154,21 @@ def evaluate_objective(
 def check_adapters_learned(model: nn.Module, *, gather: Gather = alone) -> None:
     """
     Raises:
-        TrainingError: if every lora_B is still zero, so that the run changed nothing.
+        TrainingError: if every lora_B is still zero, or what PiSSA started it from, so that the run
+            changed nothing.
     """
     adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    learned = any(bool(local_part(module.lora_B.weight).any()) for module in adapters)
+    learned = any(_learned(module) for module in adapters)
     if adapters and not any(gather(learned)):
         raise TrainingError(
-            "all lora_B weights are zero after training, so the adapter does nothing; "
+            "all lora_B weights are what they were before training, so the adapter does nothing; "
             "check optimizer.lr and lr_schedule"
         )
+
+
+def _learned(module: LoRALinear) -> bool:
+    weight, start = local_part(module.lora_B.weight), module.lora_B_init
+    return bool(weight.any() if start is None else (weight != start).any())
 
 
 def all_finite(parameters: Iterable[Tensor], *, gather: Gather = alone) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qlora_builders.modules import CausalLM, Decoder, DecoderLayer
+from qlora_builders.modules import CausalLM, Decoder, DecoderLayer, is_adapter
 from qlora_builders.tensor.sharded import held_bytes
 from qlora_builders.training.memory_trace import (
     MemoryTracer,
@@ -178,10 +178,6 @@ def _gathered_bytes(model: CausalLM) -> int:
     layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
     ends = [*model.model.norm.parameters(), *model.lm_head.parameters()]
     return 3 * max(layers) + sum(p.nbytes for p in ends)
-
-
-def is_adapter(name: str) -> bool:
-    return ".lora_" in name
 
 
 def is_packed(parameter: nn.Parameter) -> bool:

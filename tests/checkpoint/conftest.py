@@ -141,6 +141,8 @@ def randomize_adapters() -> Callable[[nn.Module], None]:
                 nn.init.normal_(module.lora_A.weight, std=0.15)
                 for parameter in module.lora_B.parameters():
                     nn.init.normal_(parameter, std=0.15)
+                if module.lora_magnitude_vector is not None:
+                    nn.init.uniform_(module.lora_magnitude_vector, 1.0, 3.0)
 
     return randomize
 

@@ -221,7 +221,9 @@ def test_a_plan_that_is_not_that_of_the_weights(
     content["components"][1]["rank"] = 10**12
     file.write_text(json.dumps(content))
     monkeypatch.setattr("qlora_builders.checkpoint.with_adapter.load_checkpoint", None)
-    message = r"plans other adapters or ranks than .* holds: model\.layers\.0\.mlp\.up_proj$"
+    message = (
+        r"plans other adapters, ranks or use_dora than .* holds: model\.layers\.0\.mlp\.up_proj$"
+    )
     with pytest.raises(CheckpointError, match=message):
         load_with_adapter(checkpoints(), adapter)
 

@@ -34,14 +34,19 @@ CLOSE = {"rtol": 1e-5, "atol": 5e-5}
 Build = Callable[..., CausalLM]
 
 
+DORA = [rule | {"use_dora": True} if rule["kind"] != "frozen_nf4" else rule for rule in QLORA]
+
+
+@pytest.mark.parametrize("plan", [QLORA, DORA])
 @pytest.mark.parametrize("variant", ["gqa", "biased", "tied"])
 def test_merged_model_computes_base_plus_adapter(
     adapted: Build,
     checkpoints: Callable[..., Path],
     logits: Callable[[nn.Module], Tensor],
     variant: str,
+    plan: list,
 ) -> None:
-    model = adapted(variant)
+    model = adapted(variant, plan)
     merged = merge_adapter(model)
     assert not any(isinstance(m, LoRALinear) for m in merged.modules())
     assert not any(isinstance(p, NF4Tensor) for p in merged.parameters())
@@ -118,6 +123,26 @@ def test_original_weights_as_base(
     torch.testing.assert_close(merged[DOWN], originals[DOWN] + delta)
     dequantized = dict(merge_adapter(model).named_parameters())
     assert not torch.equal(dequantized[UP], originals[UP])
+
+
+# PEFT asks transformers for an attribute that transformers renamed
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_dora_onto_the_originals_is_peft_on_them(
+    adapted: Build,
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], nn.Module],
+    logits: Callable[[nn.Module], Tensor],
+    tmp_path: Path,
+) -> None:
+    """Lengths are those that were trained, directions those of the originals and the update."""
+    plan = [rule for rule in DORA if rule["kind"] != "frozen_nf4"]
+    model = adapted("gqa", plan)
+    save_adapter(model, tmp_path / "adapter")
+    report = save_merged(model, tmp_path / "out", base=checkpoints())
+    theirs = PeftModel.from_pretrained(reference(checkpoints()), tmp_path / "adapter")
+    torch.testing.assert_close(logits(reference(tmp_path / "out")), logits(theirs), **CLOSE)
+    assert report.total.relative_delta > 0.1
+    assert report.logits.error > 0.01  # the originals are another base
 
 
 def test_merged_model_does_not_depend_on_the_file(

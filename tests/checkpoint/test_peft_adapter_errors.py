@@ -68,19 +68,27 @@ def test_intact(build: Callable[..., CausalLM], adapter: Path) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA is read"),
-        ({"use_dora": True}, "use_dora=True: DoRA is not supported yet"),
+        ({"use_dora": "yes"}, "use_dora is 'yes'; it must be true or false"),
+        (
+            {"use_dora": True},
+            "lora_magnitude_vector is missing, but .* says use_dora=True, so .96.",
+        ),
+        ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias exclude each other"),
         ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
         ({"lora_bias": True}, "lora_B.bias is missing, but adapter_config.json says .*so .96."),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication=.* is not supported"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices=.* is not supported"),
+        ({"trainable_token_indices": [1]}, r"tokens_delta is missing, but .* is \[1\]"),
+        ({"trainable_token_indices": {"lm_head": [1]}}, "indices of lm_head is not supported"),
+        ({"trainable_token_indices": [1, 1]}, "it must be token ids >= 0, none twice"),
+        ({"trainable_token_indices": {"embed_tokens": [-1]}}, "must be token ids >= 0, none twice"),
         ({"target_parameters": ["x"]}, "target_parameters=.* is not supported"),
         ({"use_qalora": True}, "use_qalora=True is not supported"),
         ({"use_bdlora": {"nblocks": 2}}, "use_bdlora=.* is not supported"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=.* is not supported"),
         ({"arrow_config": {"top_k": 1}}, "arrow_config=.* is not supported"),
         ({"kasa_config": {"beta": 1}}, "kasa_config=.* is not supported"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+        ({"init_lora_weights": "pissa"}, "='pissa' is not supported: .* path_initial_model"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' is not supported"),
         ({"r": None}, "r is missing; it must be an integer >= 1"),
         ({"lora_alpha": None}, "lora_alpha is missing; it must be a finite number > 0"),
@@ -134,7 +142,7 @@ def test_inits_that_leave_the_base_alone(adapter: Path, init: Any) -> None:
         ({UP_A: torch.ones(4)}, "got lora_A \\[4\\] and lora_B \\[96, 4\\]"),
         (
             {f"{PREFIX}{UP}.lora_magnitude_vector": torch.ones(96)},
-            f"DoRA is not supported yet .lora_magnitude_vector.: {UP}.lora_magnitude_vector",
+            f"{UP}.lora_magnitude_vector is .96., but adapter_config.json says use_dora=False",
         ),
         (
             {f"{PREFIX}{UP}.lora_B.bias": torch.ones(96)},
@@ -203,6 +211,16 @@ def test_missing_files(adapter: Path, tmp_path: Path) -> None:
 
 def rule(match: str, **options: Any) -> dict[str, Any]:
     return {"match": match, "kind": "lora", "rank": 4, "alpha": 8} | options
+
+
+def test_dora_into_lora_and_back(build: Callable[..., CausalLM], tmp_path: Path) -> None:
+    dora = [PLAN[0] | {"use_dora": True}]
+    save_adapter(build(dora), tmp_path / "dora")
+    save_adapter(build(), tmp_path / "lora")
+    with pytest.raises(CheckpointError, match=f"in the file but not in the model: {UP}, {Q}"):
+        load_adapter(build(), tmp_path / "dora")
+    with pytest.raises(CheckpointError, match=f"DoRA magnitudes .* not in the file: {UP}, {Q}"):
+        load_adapter(build(dora), tmp_path / "lora")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -63,6 +64,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "saved_slot": {"target_modules": ["q_proj"], "modules_to_save": ["down_proj"]},
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "lora_bias": {"target_modules": ["q_proj", "up_proj"], "lora_bias": True},
+    "dora": {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
+    "dora_patterns": {
+        "target_modules": ["q_proj", "up_proj", "lm_head"],
+        "use_dora": True,
+        "use_rslora": True,
+        "rank_pattern": {"up_proj": 9},
+        "modules_to_save": ["norm"],
+    },
     "excluded": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["0.self_attn.k_proj"]},
     "dropout": {"target_modules": ["q_proj"], "lora_dropout": 0.5},
 }
@@ -125,6 +134,53 @@ def test_nf4_base(
     if name == "saved_slot":  # it was trained from the dequantized weight, and is plain here
         assert not isinstance(ours.model.layers[0].mlp.down_proj.weight, NF4Tensor)
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_magnitudes_as_a_state_dict_names_them(
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], LlamaForCausalLM],
+    logits: Callable[[nn.Module], Tensor],
+    tmp_path: Path,
+) -> None:
+    """In memory PEFT keeps them in a module; save_pretrained drops its `.weight`, others do not."""
+    theirs = train(reference(checkpoints()), target_modules=["q_proj"], use_dora=True)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    names = [name for name in tensors if name.endswith(".lora_magnitude_vector")]
+    assert len(names) == 2
+    save_file(tensors | {f"{n}.weight": tensors.pop(n) for n in names}, file)
+    assert not any(name.endswith("vector") for name in load_file(file))
+    ours = load_with_adapter(checkpoints(), tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights of the model")
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_pissa_that_peft_converted(
+    checkpoints: Callable[..., Path],
+    reference: Callable[[Path], LlamaForCausalLM],
+    logits: Callable[[nn.Module], Tensor],
+    tmp_path: Path,
+    use_rslora: bool,
+) -> None:
+    """Its adapter belongs to a base that PEFT changed; what PEFT makes of it, to the original."""
+    base = reference(checkpoints())
+    pissa = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": "pissa"}
+    start = get_peft_model(
+        copy.deepcopy(base),
+        LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", use_rslora=use_rslora, **pissa),
+    )
+    start.peft_config["default"].init_lora_weights = True  # as PEFT's documentation has it
+    start.save_pretrained(tmp_path / "start")
+    theirs = train(base, use_rslora=use_rslora, **pissa)
+    theirs.save_pretrained(
+        tmp_path / "trained", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    ours = load_with_adapter(checkpoints(), tmp_path / "trained", dtype=torch.float32)
+    assert ours.model.layers[0].self_attn.q_proj.rank == 8
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-3, atol=1e-3)
+    assert (logits(theirs) - logits(base)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

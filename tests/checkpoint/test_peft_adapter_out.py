@@ -52,7 +52,28 @@ PLANS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     ),
     "rslora_in_some": ("gqa", [ALL, ATTENTION | {"rank": 3, "use_rslora": True}], []),
     "lora_bias": ("biased", [ALL | {"lora_bias": True}], []),
+    "dora": ("biased", [ALL | {"use_dora": True}], []),
+    "dora_plain_base": ("gqa", [ALL | {"kind": "lora", "use_dora": True}], []),
+    "dora_rslora_mixed_ranks": (
+        "gqa",
+        [
+            ALL | {"use_dora": True},
+            ATTENTION | {"rank": 3, "use_rslora": True, "use_dora": True, "kind": "lora"},
+        ],
+        ["norm"],
+    ),
+    "dora_tied_head": ("tied", [ALL | {"use_dora": True}, HEAD | {"use_dora": True}], []),
     "lora_bias_in_some": ("biased", [ALL, ATTENTION | {"lora_bias": True}], []),
+    "pissa": ("gqa", [ALL | {"init_lora_weights": "pissa"}], []),
+    "pissa_plain_base": ("gqa", [ALL | {"kind": "lora", "init_lora_weights": "pissa"}], []),
+    "pissa_dora_rslora": (
+        "biased",
+        [ALL | {"init_lora_weights": "pissa_niter_2", "use_dora": True, "use_rslora": True}],
+        [],
+    ),
+    "pissa_in_some": ("gqa", [ALL, ATTENTION | {"rank": 2, "init_lora_weights": "pissa"}], []),
+    "pissa_tied_head": ("tied", [ALL, HEAD | {"init_lora_weights": "pissa"}], []),
+    "loftq": ("gqa", [ALL | {"init_lora_weights": "loftq"}], []),
     "one_layer": ("gqa", [ALL | {"match": "layers.1.**"}], []),
     "one_projection_of_one_layer": ("gqa", [ALL | {"match": "layers.1.self_attn.q_proj"}], []),
     "plain_base": ("gqa", [ALL | {"kind": "lora"}], []),
@@ -143,8 +164,9 @@ def test_read_back(
 
     (tmp_path / "adapter/qlora_base.json").unlink()
     info = read_adapter(tmp_path / "adapter")
-    quantize = "none" if name == "plain_base" else "nf4"
-    if name != "mixed_bases":  # which slots were plain is only in the plan
+    quantize = "none" if name.endswith("plain_base") else "nf4"
+    # which slots were plain is only in the plan
+    if name not in ("mixed_bases", "dora_rslora_mixed_ranks"):
         rules, patterns = adapter_plan(info, quantize=quantize)
         derived = load_checkpoint(
             checkpoints(variant), [*rules, *_plain_slots(name)], train=patterns, dtype=torch.float32
@@ -186,6 +208,36 @@ def test_layout(build: Callable[[str], CausalLM], tmp_path: Path) -> None:
     a, b = (tensors[f"base_model.model.{q_proj}.lora_{part}.weight"] for part in "AB")
     assert (a.shape, b.shape) == ((3, 64), (64, 3))
     assert a.dtype == b.dtype == torch.float32
+
+
+def test_dora_layout(build: Callable[[str], CausalLM], tmp_path: Path) -> None:
+    save_adapter(build("dora"), tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["use_dora"] is True
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert len(tensors) == 3 * 14
+    magnitudes = tensors["base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"]
+    assert (magnitudes.dtype, list(magnitudes.shape)) == (torch.float32, [96])
+
+
+def test_pissa_is_written_as_a_lora_of_twice_the_rank(
+    build: Callable[[str], CausalLM], tmp_path: Path
+) -> None:
+    model = build("pissa_in_some")
+    save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["init_lora_weights"] is True
+    assert (config["r"], config["lora_alpha"]) == (4, 16)
+    mlp = {f"model.layers.{i}.mlp.{n}_proj" for i in (0, 1) for n in ("gate", "up", "down")}
+    assert config["rank_pattern"] == {}  # 2 * 2 is 4
+    assert config["alpha_pattern"] == dict.fromkeys(mlp, 8)
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    q_proj = model.model.layers[0].self_attn.q_proj
+    a, b = (
+        tensors[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight"]
+        for part in "AB"
+    )
+    assert torch.equal(a, torch.cat([q_proj.lora_A.weight, q_proj.lora_A_init]))
+    assert torch.equal(b, torch.cat([q_proj.lora_B.weight, -q_proj.lora_B_init], dim=1))
 
 
 def test_alphas_are_written_as_given(checkpoints: Callable[..., Path], tmp_path: Path) -> None:

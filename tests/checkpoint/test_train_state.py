@@ -35,6 +35,9 @@ QLORA = [{"match": "layers.**", "kind": "qlora", "rank": 2, "alpha": 4, "dropout
 FULL = [{"match": "**", "kind": "linear", "trainable": True}]
 PLANS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "adapters": (QLORA, []),
+    "dora": ([QLORA[0] | {"use_dora": True}], []),
+    "pissa": ([QLORA[0] | {"use_dora": True, "init_lora_weights": "pissa_niter_2"}], []),
+    "token rows": (QLORA, ["embed_tokens[3,7-9]"]),
     "adapters and whole parameters": (QLORA, ["norm", "embed_tokens"]),
     "whole weights": (FULL, ["norm", "embed_tokens"]),
     "a part of them": ([{"match": "**", "kind": "frozen_nf4"}, FULL[0] | {"match": "lm_head"}], []),

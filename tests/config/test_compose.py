@@ -110,6 +110,8 @@ def test_method_qlora() -> None:
             "alpha": 32.0,
             "dropout": 0.0,
             "use_rslora": False,
+            "use_dora": False,
+            "init_lora_weights": "default",
             "block_size": 64,
         },
     ]
@@ -125,6 +127,8 @@ def test_method_lora() -> None:
             "alpha": 32.0,
             "dropout": 0.1,
             "use_rslora": False,
+            "use_dora": False,
+            "init_lora_weights": "default",
         }
     ]
     assert train_patterns(cfg) == []

@@ -121,7 +121,7 @@ def test_method_options_without_effect() -> None:
     cfg.method.name = "lora"
     assert check(cfg) == ["method.block_size=64 has no effect: method=lora does not take it"]
     cfg.method.name = "full"
-    assert len(check(cfg)) == 6
+    assert len(check(cfg)) == 8
     cfg.method.name = "a_preset_of_my_own"
     assert check(cfg) == []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,12 +39,23 @@ on_each_device = pytest.mark.parametrize(
 )
 
 
-def build(device: str) -> CausalLM:
+# DoRA, and a start whose frozen half the forward pass subtracts
+VARIANT = {
+    "match": "layers.*.*.{q,up}_proj",
+    "use_dora": True,
+    "init_lora_weights": "pissa",
+}
+
+
+def build(device: str, options: dict[str, Any]) -> CausalLM:
     torch.manual_seed(0)
-    model = llama(ARCH, PLAN, device=device, dtype=torch.float32)
+    plan = [PLAN[0], PLAN[1] | options]
+    model = llama(ARCH, plan, device=device, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
+        if "magnitude" in name:
+            nn.init.uniform_(parameter, 0.5, 1.0)
     return model
 
 
@@ -51,8 +64,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 @on_each_device
-def test_a_decoder_layer_compiles_whole_and_computes_the_same(device: str) -> None:
-    model = build(device)
+@pytest.mark.parametrize("options", [{}, VARIANT])
+def test_a_decoder_layer_compiles_whole_and_computes_the_same(
+    device: str, options: dict[str, Any]
+) -> None:
+    model = build(device, options)
     layer = model.model.layers[0]
     torch.manual_seed(1)
     x = torch.randn(2, 10, ARCH.hidden_size, device=device)
@@ -69,14 +85,16 @@ def test_a_decoder_layer_compiles_whole_and_computes_the_same(device: str) -> No
     torch.testing.assert_close(output, eager, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(input_grad, eager_input, rtol=1e-4, atol=1e-4)
     assert grads.keys() == eager_grads.keys()
-    assert len(grads) == 8  # lora_A and lora_B of four projections
+    # lora_A and lora_B of four projections, or those and the magnitudes of two
+    assert len(grads) == (6 if options else 8)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, eager_grads[name], rtol=1e-4, atol=1e-4)
 
 
 @on_each_device
-def test_the_model_exports(device: str) -> None:
-    model = build(device).eval()
+@pytest.mark.parametrize("options", [{}, VARIANT])
+def test_the_model_exports(device: str, options: dict[str, Any]) -> None:
+    model = build(device, options).eval()
     ids = torch.randint(ARCH.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))
     ids = ids.to(device)
     exported = torch.export.export(model, (ids,))

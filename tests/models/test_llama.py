@@ -233,6 +233,15 @@ def test_tied_head_takes_an_adapter_on_a_frozen_embedding_only() -> None:
         llama(TIED, [rule], train=["embed_tokens"], device="meta")
 
 
+def test_dora_is_for_all_adapters_or_none() -> None:
+    """A PEFT file has one switch."""
+    adapter = {"match": "layers.**", "kind": "qlora", "rank": 2, "alpha": 4}
+    head = {"match": "lm_head", "kind": "lora", "rank": 2, "alpha": 4, "use_dora": True}
+    with pytest.raises(PlanError, match=r"'lm_head' has use_dora and rule 'layers\.\*\*' has not"):
+        llama(ARCH, [adapter, head], device="meta")
+    llama(ARCH, [adapter | {"use_dora": True}, head], device="meta")
+
+
 # ---- numerics -----------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_chunked_loss import BATCH, HEADS, HIDDEN, SEQ, VOCAB, make_labels
@@ -97,8 +99,11 @@ def test_a_head_with_dropout_drops_the_same_in_backward() -> None:
     torch.testing.assert_close(leaf.grad[:, 0], expected.grad)
 
 
-def test_adapters_are_off_inside_and_as_before_after() -> None:
-    layers = nn.ModuleList([LoRALinear(6, 5, 2, 4.0, bias=True, lora_bias=True) for _ in range(2)])
+@pytest.mark.parametrize(
+    "options", [{"lora_bias": True}, {"use_dora": True}, {"init_lora_weights": "pissa"}]
+)
+def test_adapters_are_off_inside_and_as_before_after(options: dict[str, Any]) -> None:
+    layers = nn.ModuleList([LoRALinear(6, 5, 2, 4.0, bias=True, **options) for _ in range(2)])
     for layer in layers:
         for parameter in layer.lora_B.parameters():
             nn.init.normal_(parameter)

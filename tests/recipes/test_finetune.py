@@ -175,7 +175,7 @@ def test_an_adapter_that_learned_nothing_is_an_error(
     checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert finetune(checkpoint, rows, tmp_path / "run", "optimizer.lr=1e-60") == 2
-    assert "all lora_B weights are zero after training" in capsys.readouterr().err
+    assert "all lora_B weights are what they were before training" in capsys.readouterr().err
     assert not (tmp_path / "run" / "adapter").exists()
 
 

@@ -143,8 +143,8 @@ def test_a_merge_that_is_not_the_adapted_model_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    delta = "qlora_builders.modules.linear.LoRALinear.lora_delta"
-    monkeypatch.setattr(delta, lambda self: torch.zeros(self.out_features, self.in_features))
+    delta = "qlora_builders.modules.lora.LoRALinear.lora_delta"
+    monkeypatch.setattr(delta, lambda self, _: torch.zeros(self.out_features, self.in_features))
     argv = ["merge", f"checkpoint.dir={checkpoint}", f"adapter.path={adapter}"]
     assert cli.main([*argv, f"output_dir={tmp_path / 'merged'}"]) == 2
     captured = capsys.readouterr()

@@ -244,6 +244,7 @@ def test_it_learns_and_evaluation_changes_nothing() -> None:
     ("plan", "train", "name"),
     [
         ([*PLAN, {"match": "lm_head", "kind": "linear", "trainable": True}], [], "lm_head.weight"),
+        (PLAN, ["embed_tokens[3,4]"], r"model\.embed_tokens\.token_adapter\.\w+"),
         (PLAN, ["norm"], r"model\.norm\.weight"),
         (PLAN, ["layers.*.*norm"], r"model\.layers\.0\.input_layernorm\.weight and 3 more"),
     ],

@@ -1,0 +1,322 @@
+"""LoRALinear: a frozen linear layer, plain or NF4, and the low-rank update that trains on it.
+
+Shapes: n = product of the input's leading axes, in = in_features, out = out_features, r = rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_builders.modules.dora import row_squares, updated_norms
+from qlora_builders.modules.linear import (
+    Linear,
+    add_frozen_base,
+    describe_linear,
+    linear,
+    plain,
+    quantize_weight_,
+)
+from qlora_builders.modules.lora_init import (
+    DEFAULT,
+    LOFTQ,
+    check_init,
+    is_pissa,
+    low_rank,
+    stored_rank,
+)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trained low-rank update (https://arxiv.org/abs/2106.09685).
+
+        y = x W^T + b + scaling * dropout(x) A^T B^T
+
+    with scaling = alpha / rank, or alpha / sqrt(rank) with `use_rslora`
+    (https://arxiv.org/abs/2312.03732). B starts at zero, so an untrained adapter changes nothing.
+
+    Parameters: `weight` [out, in] (NF4 with `quantize_base`), `bias` [out],
+    `lora_A.weight` [r, in] and `lora_B.weight` [out, r], both float32 and never quantized; with
+    `lora_bias` also `lora_B.bias` [out], trained from zero and scaled like the rest of the update;
+    with `use_dora` also `lora_magnitude_vector` [out], the trained lengths of the rows of
+    W + scaling * B A (see `dora.py`), which start as those of W; with a PiSSA start also the frozen
+    `lora_A_init` and `lora_B_init`, which the update subtracts (see `lora_init.py`).
+
+    Attributes:
+        adapter_enabled: off, the layer computes as its base does; see `adapters_disabled`.
+
+    Args:
+        rank: r >= 1.
+        alpha: numerator of the scaling, > 0.
+        dropout: probability of dropping an input of the adapter, in [0, 1).
+        quantize_base: store `weight` in NF4.
+        init_lora_weights: `default` is as above; `pissa` or `pissa_niter_N`; `loftq`, only with
+            `quantize_base`.
+        dtype: dtype of the base weight; None is torch's default dtype.
+        nf4_options: as for `FrozenNF4Linear`; only with `quantize_base`.
+
+    Raises:
+        ValueError: for a rank, alpha or dropout out of range, options that exclude each other, or
+            NF4 options on a plain base.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    adapter_enabled = True
+    lora_magnitude_vector: Tensor | None
+    lora_A_init: Tensor | None
+    lora_B_init: Tensor | None
+    base_squares: Tensor | None  # of the weight's rows, for DoRA; follows the weight, never saved
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float,
+        *,
+        dropout: float = 0.0,
+        bias: bool = False,
+        quantize_base: bool = False,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: str = DEFAULT,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **nf4_options: Any,
+    ) -> None:
+        super().__init__()
+        check_lora_options(
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            lora_bias=lora_bias,
+            use_dora=use_dora,
+            init_lora_weights=init_lora_weights,
+            quantize_base=quantize_base,
+        )
+        if nf4_options and not quantize_base:
+            names = ", ".join(sorted(nf4_options))
+            raise ValueError(f"{names} need quantize_base=True; the base weight is not quantized")
+        if init_lora_weights != DEFAULT and rank > min(in_features, out_features):
+            raise ValueError(
+                f"rank is {rank}; with init_lora_weights={init_lora_weights!r} a weight "
+                f"[{out_features}, {in_features}] allows {min(in_features, out_features)} at most"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.alpha = alpha
+        self.use_rslora = use_rslora
+        self.init_lora_weights = init_lora_weights
+        add_frozen_base(self, bias=bias, device=device, dtype=dtype)
+        original = self.weight
+        if quantize_base:
+            quantize_weight_(self, **nf4_options)
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.lora_A = Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = Linear(rank, out_features, bias=lora_bias, device=device, dtype=torch.float32)
+        lengths = torch.empty(out_features, device=device, dtype=torch.float32)
+        magnitudes = nn.Parameter(lengths) if use_dora else None
+        self.register_parameter("lora_magnitude_vector", magnitudes)
+        self.register_buffer("base_squares", None, persistent=False)
+        if use_dora:
+            self.register_load_state_dict_post_hook(_after_load)
+        for name, part in (("lora_A_init", self.lora_A), ("lora_B_init", self.lora_B)):
+            start = _frozen_like(part.weight) if is_pissa(init_lora_weights) else None
+            self.register_parameter(name, start)
+        self.reset_lora_parameters(original)
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def stored_rank(self) -> int:
+        """The rank in an adapter file, where the frozen start of PiSSA is part of the adapter."""
+        return stored_rank(self.rank, self.init_lora_weights)
+
+    @property
+    def stored_alpha(self) -> float:
+        """The alpha that gives `scaling` with `stored_rank`."""
+        ratio = self.stored_rank / self.rank
+        return self.alpha * (math.sqrt(ratio) if self.use_rslora else ratio)
+
+    def stored_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as an adapter file has them: [stored_rank, in] and [out, stored_rank]."""
+        a, b = self.lora_A.weight, self.lora_B.weight
+        if self.lora_A_init is None or self.lora_B_init is None:
+            return a, b
+        return torch.cat([a, self.lora_A_init]), torch.cat([b, -self.lora_B_init], dim=1)
+
+    def reset_lora_parameters(self, original: Tensor | None = None) -> None:
+        """A as PEFT and the LoRA authors' code draw it, B zero; then `init_from_base`."""
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        for parameter in self.lora_B.parameters():
+            nn.init.zeros_(parameter)
+        self.init_from_base(original)
+
+    @torch.no_grad()
+    def init_from_base(self, original: Tensor | None = None) -> None:
+        """What starts from the base weight: A and B under PiSSA and LoftQ, magnitudes under DoRA.
+
+        Args:
+            original: [out, in], the weight before it was quantized; LoftQ needs it.
+        """
+        self.base_changed()
+        if self.weight.is_meta:
+            return
+        if self.init_lora_weights != DEFAULT:
+            a, b = low_rank(self._start(original), self.rank, self.scaling, self.init_lora_weights)
+            self.lora_A.weight.copy_(a)
+            self.lora_B.weight.copy_(b)
+            if self.lora_A_init is not None:
+                self.lora_A_init = nn.Parameter(a.clone(), requires_grad=False)
+                self.lora_B_init = nn.Parameter(b.clone(), requires_grad=False)
+        if self.lora_magnitude_vector is not None:
+            # replaced, not written to, because it may still be on meta
+            self.lora_magnitude_vector = nn.Parameter(self._lengths(torch.float32))
+
+    def _start(self, original: Tensor | None) -> Tensor:
+        """The matrix whose best approximation the adapter starts from, [out, in]."""
+        base = plain(self.weight)
+        if self.init_lora_weights != LOFTQ:
+            return base
+        if original is None:
+            raise ValueError("init_lora_weights='loftq' needs the weight before quantization")
+        return original.to(base.device).float() - base.float()
+
+    @torch.no_grad()
+    def base_changed(self) -> None:
+        """To be called after `weight` was replaced or written to; loading a state_dict does it."""
+        if self.lora_magnitude_vector is None:
+            return
+        if self.weight.is_meta:
+            self.base_squares = torch.empty(self.out_features, device="meta")
+        else:
+            self.base_squares = row_squares(plain(self.weight))
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, self.in_features)  # [n, in]
+        if not self.adapter_enabled:
+            output = linear(rows, self.weight, self.bias)  # [n, out]
+            return output.view(*input.shape[:-1], self.out_features)
+        dropped = self.dropout(rows)  # [n, in]
+        down = self.lora_A(dropped)  # [n, r]
+        up = self.lora_B.weight.to(down.dtype).t()  # [r, out]
+        magnitudes = self.lora_magnitude_vector
+        bias = self._whole_bias() if magnitudes is None else None
+        output = self._base(rows, bias).addmm_(down, up, alpha=self.scaling)  # [n, out]
+        if magnitudes is not None:
+            scaled = output  # [n, out], what the magnitudes act on
+            if self.training and not isinstance(self.dropout, nn.Identity):
+                scaled = self._base(dropped, None).addmm_(down, up, alpha=self.scaling)
+            # not by stretch itself, which is 1.0078 in bfloat16 for 1.005
+            stretch = magnitudes / self._lengths(rows.dtype)
+            output = torch.addcmul(output, scaled, (stretch - 1).to(output.dtype))
+            output = output if self.bias is None else output + self.bias.to(output.dtype)
+        return output.view(*input.shape[:-1], self.out_features)
+
+    def _base(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """What the adapter is added to: the base, less what PiSSA trains of it. [n, out]"""
+        output = linear(rows, self.weight, bias)
+        if self.lora_A_init is None or self.lora_B_init is None:
+            return output
+        down = linear(rows, self.lora_A_init, None)  # [n, r]
+        up = self.lora_B_init.to(down.dtype).t()  # [r, out]
+        return output.addmm_(down, up, alpha=-self.scaling)
+
+    @torch.no_grad()
+    def _lengths(self, dtype: torch.dtype) -> Tensor:
+        """|W + scaling * B A| of each row, float32 [out]; the product with W is in `dtype`."""
+        assert self.base_squares is not None
+        a, b = (factor.float() for factor in self.stored_factors())
+        products = linear(a.to(dtype), self.weight, None)  # [r, out]
+        return updated_norms(self.base_squares, products, a, b, self.scaling)
+
+    def _whole_bias(self) -> Tensor | None:
+        update = self.lora_bias_delta()
+        if update is None or self.bias is None:
+            return self.bias if update is None else update
+        return self.bias.float() + update
+
+    def lora_delta(self, weight: Tensor | None = None) -> Tensor:
+        """The float32 [out, in] update that merging adds to `weight`, by default the layer's own.
+
+        That is scaling * B A. With DoRA it depends on the weight: W' - W, see `dora.py`.
+        """
+        a, b = self.stored_factors()
+        delta = self.scaling * (b.float() @ a.float())
+        if self.lora_magnitude_vector is None:
+            return delta
+        base = plain(self.weight if weight is None else weight).float()
+        whole = base + delta
+        stretch = self.lora_magnitude_vector.float() / row_squares(whole).sqrt()
+        # a row of zeros stays one
+        return whole.mul_(stretch.nan_to_num_(nan=0.0)[:, None]).sub_(base)
+
+    def lora_bias_delta(self) -> Tensor | None:
+        """What merging adds to the bias: float32 [out], or None without `lora_bias`."""
+        bias = self.lora_B.bias
+        return None if bias is None else self.scaling * bias.float()
+
+    def extra_repr(self) -> str:
+        described = f"{describe_linear(self)}, rank={self.rank}, alpha={self.alpha}"
+        if self.lora_magnitude_vector is not None:
+            described += ", use_dora=True"
+        if self.init_lora_weights != DEFAULT:
+            described += f", init_lora_weights={self.init_lora_weights!r}"
+        return described
+
+
+def _frozen_like(parameter: Tensor) -> nn.Parameter:
+    """Not by zeros_like, which has torch import its compiler on meta."""
+    zeros = torch.zeros(parameter.shape, device=parameter.device, dtype=parameter.dtype)
+    return nn.Parameter(zeros, requires_grad=False)
+
+
+def _after_load(module: LoRALinear, incompatible_keys: Any) -> None:
+    """load_state_dict post-hook. A model on meta is being filled, and asks when it is whole."""
+    if module.lora_magnitude_vector is not None and not module.lora_magnitude_vector.is_meta:
+        module.base_changed()
+
+
+def is_adapter(parameter_name: str) -> bool:
+    """Whether a parameter of a model belongs to an adapter, by its name."""
+    return ".lora_" in parameter_name or ".token_adapter." in parameter_name
+
+
+def check_lora_options(
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    lora_bias: bool = False,
+    use_dora: bool = False,
+    init_lora_weights: str = DEFAULT,
+    quantize_base: bool = True,
+) -> None:
+    """
+    Raises:
+        ValueError: naming the option, the value and the allowed range.
+    """
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank is {rank!r}; it must be an integer >= 1")
+    if not 0 < alpha < math.inf:
+        raise ValueError(
+            f"alpha is {alpha!r}; it must be > 0 and finite (the update is scaled by alpha / rank)"
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout!r}; it must be in [0, 1)")
+    if lora_bias and use_dora:
+        raise ValueError("lora_bias and use_dora exclude each other, here as in PEFT; drop one")
+    check_init(init_lora_weights)
+    if init_lora_weights == LOFTQ and not quantize_base:
+        raise ValueError(
+            "init_lora_weights='loftq' corrects a quantized base, and this one is not (kind lora, "
+            "quantize_base=False)"
+        )
