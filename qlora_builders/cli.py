@@ -17,6 +17,7 @@ from qlora_builders.errors import QLoRAError, did_you_mean
 
 VERBS = {
     "finetune": "train adapters or all weights on a data file",
+    "dpo": "train adapters on pairs of answers, one better than the other",
     "generate": "answer prompts with a checkpoint, or a checkpoint and an adapter",
     "evaluate": "loss, perplexity and exact match on a data file",
     "merge": "add an adapter to the weights and write a Hugging Face folder",
@@ -29,6 +30,7 @@ VERBS = {
 }
 # `python recipes/inspect.py` would hide the standard library's module from everything it imports.
 RECIPE_FILES = {"inspect": "inspect_plan.py"}
+LAUNCHED = ("finetune", "dpo")
 LAUNCH_OPTIONS = ("--nproc-per-node", "--max-restarts")
 
 
@@ -47,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if verb == "configs":
         return _browse(rest)
-    if verb == "finetune" and any(word.startswith(LAUNCH_OPTIONS) for word in rest):
-        return _launch(rest)
+    if verb in LAUNCHED and any(word.startswith(LAUNCH_OPTIONS) for word in rest):
+        return _launch(verb, rest)
     from qlora_builders.config.entry import run_recipe
 
     return run_recipe(lambda cfg: load_recipe(recipe_path(verb))(cfg), verb, rest)
@@ -60,7 +62,8 @@ def usage() -> str:
     return (
         "usage: qlora COMMAND [KEY=VALUE ...]\n\n"
         f"{verbs}\n\n"
-        "qlora finetune --nproc-per-node N [--max-restarts M] ... trains in N processes.\n"
+        "qlora finetune --nproc-per-node N [--max-restarts M] ... trains in N processes, as does\n"
+        "qlora dpo.\n"
         "qlora COMMAND --help lists the keys of a command; qlora --version prints the version.\n"
         "Try: qlora finetune experiment=demo_qlora"
     )
@@ -85,8 +88,8 @@ def load_recipe(path: Path) -> Callable[[Any], object]:
     return recipe_main
 
 
-def _launch(words: Sequence[str]) -> int:
-    """`qlora finetune` in several processes, once the config is known to be right."""
+def _launch(verb: str, words: Sequence[str]) -> int:
+    """A training verb in several processes, once the config is known to be right."""
     from qlora_builders.config.entry import OptionParser, report, run_recipe
     from qlora_builders.distributed.launch import launch
 
@@ -100,7 +103,7 @@ def _launch(words: Sequence[str]) -> int:
         return 2
 
     def start(cfg: Any) -> None:
-        command = ["-m", "qlora_builders.cli", "finetune", *rest]
+        command = ["-m", "qlora_builders.cli", verb, *rest]
         if not any(word.startswith("output_dir=") for word in rest):
             command.append(f"output_dir={cfg.output_dir}")  # a restart goes on in the same
         sys.exit(
@@ -111,7 +114,7 @@ def _launch(words: Sequence[str]) -> int:
             )
         )
 
-    return run_recipe(start, "finetune", rest)
+    return run_recipe(start, verb, rest)
 
 
 def _count(text: str) -> int:

@@ -58,8 +58,8 @@ def check_run(
         longest = min(dataset.report.longest_row, cfg.data.max_seq_len)
         peak = predicted_peak(
             model,
-            batch_size=cfg.training.batch_size,
-            seq_len=cfg.data.max_seq_len if cfg.data.packing else longest,
+            batch_size=cfg.training.batch_size * dataset.per_row,
+            seq_len=longest if cfg.data.packing == "none" else cfg.data.max_seq_len,
             accumulate=cfg.training.grad_accumulation > 1,
             compiled=compiled == "on",
         )

@@ -54,13 +54,14 @@ def find_configs(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def validate(name: str, config_dir: str | Path | None = None) -> list[str]:
-    """Every problem of one config in each verb that can take it; required keys may be open."""
+    """Every problem of one config in the verb that it suits best; required keys may be open."""
     group, _, option = name.rpartition("/")
     verbs = [verb for verb in ROOTS if group in groups(verb) or name == primary_config(verb)]
     if not verbs:
         return [f"{name}.yaml: no command uses it; groups are method, optimizer, data, experiment"]
-    problems = []
+    found = []
     for verb in verbs:
+        problems: list[str] = []
         overrides = [f"{group}={option}"] if group else []
         try:
             tree = compose_tree(verb, overrides, config_dir=config_dir)
@@ -70,7 +71,9 @@ def validate(name: str, config_dir: str | Path | None = None) -> list[str]:
                 check_components(cfg)
         except ConfigError as error:
             problems += str(error).splitlines()
-    return [f"{name}.yaml: {p.removeprefix(f'{name}.yaml: ')}" for p in dict.fromkeys(problems)]
+        found.append(problems)
+    fewest = min(found, key=len)  # data=preference is for dpo, data=chat for the others
+    return [f"{name}.yaml: {p.removeprefix(f'{name}.yaml: ')}" for p in dict.fromkeys(fewest)]
 
 
 def _dispatch(options: argparse.Namespace) -> int:

@@ -11,18 +11,17 @@ from typing import Any
 
 from qlora_builders.config.knobs import Knob, knobs
 from qlora_builders.config.schema import (
-    REQUIRED,
-    DataConfig,
+    DPOConfig,
     EstimateConfig,
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
     MergeConfig,
-    MethodConfig,
     PlanConfig,
     QuantizeConfig,
     ReportConfig,
 )
+from qlora_builders.config.sections import REQUIRED, DataConfig, MethodConfig
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError, nearest
 
@@ -43,6 +42,8 @@ def check(cfg: Any) -> list[str]:
         problems += _check_device(cfg.device)
     if isinstance(cfg, FinetuneConfig):
         problems += _check_method(cfg.method) + _check_finetune(cfg)
+    if isinstance(cfg, FinetuneConfig | EvaluateConfig):
+        problems += _check_dpo(cfg) if isinstance(cfg, DPOConfig) else _check_no_pairs(cfg.data)
     if isinstance(cfg, GenerateConfig):
         problems += _check_generate(cfg)
     if isinstance(cfg, EstimateConfig) and cfg.memory is not None:
@@ -74,7 +75,7 @@ def required(cfg: Any) -> list[str]:
             needed += _demo_rows("data.eval", cfg.data.eval, cfg.data)
     if isinstance(cfg, ReportConfig) and not cfg.runs:
         needed.append(
-            "a run is required: write qlora report RUN, with the output_dir of a finetune"
+            "a run is required: write qlora report RUN, with the output_dir of a finetune or dpo"
         )
     if isinstance(cfg, GenerateConfig) and cfg.prompt is None and cfg.prompts_file is None:
         needed.append("a prompt is required: write prompt='...' or prompts_file=FILE")
@@ -196,6 +197,33 @@ def _check_finetune(cfg: FinetuneConfig) -> list[str]:
     return problems
 
 
+def _check_no_pairs(data: DataConfig) -> list[str]:
+    if data.format != "preference":
+        return []
+    return ["data.format=preference holds pairs of answers, which only `qlora dpo` takes"]
+
+
+def _check_dpo(cfg: DPOConfig) -> list[str]:
+    problems = []
+    if cfg.data.format != "preference":
+        problems.append(
+            f"data.format={cfg.data.format} holds no pairs of answers; dpo takes preference"
+        )
+    if cfg.data.packing != "none":
+        problems.append(f"data.packing={cfg.data.packing}: dpo does not pack pairs; write none")
+    if cfg.data.train_on == "all":
+        problems.append("data.train_on=all has no effect: dpo compares the last answers")
+    if cfg.dpo.loss_type == "hinge" and cfg.dpo.label_smoothing:
+        problems.append(
+            f"dpo.label_smoothing={cfg.dpo.label_smoothing} has no effect with dpo.loss_type=hinge"
+        )
+    if cfg.method.name == "full":
+        problems.append(
+            "method=full trains the base, which is the reference of dpo; use qlora or lora"
+        )
+    return problems
+
+
 def _check_generate(cfg: GenerateConfig) -> list[str]:
     problems = []
     if cfg.prompt is not None and cfg.prompts_file is not None:
@@ -233,8 +261,9 @@ def _check_size(parse: Callable[[str], int], size: str) -> list[str]:
 
 
 def _demo_rows(key: str, source: str, data: DataConfig) -> list[str]:
-    """The demo holds instruct rows only, so another format means that a file was forgotten."""
-    if data.format == "instruct" or not source.startswith(str(demo_path(""))):
+    """These hold instruct rows, so another format means that a file was forgotten."""
+    instruct_rows = [str(demo_path(name)) for name in ("train.jsonl", "eval.jsonl")]
+    if data.format == "instruct" or source not in instruct_rows:
         return []
     return [
         f"{key} is required: the demo file has instruct rows, but data.format={data.format};"

@@ -19,7 +19,7 @@ OPTIONS = """\
   --config-dir DIR    a folder with configs of your own
   --allow PREFIX      a package whose classes configs may name, like torch.optim
   --print-config      print the resolved config and stop
-  --dry-run           finetune: load and check everything, train and write nothing"""
+  --dry-run           finetune, dpo: load and check everything, train and write nothing"""
 
 EXAMPLES = {
     "finetune": (
@@ -28,6 +28,10 @@ EXAMPLES = {
         "qlora finetune output_dir=runs/NAME training.save_every=50 training.resume=auto",
         "qlora finetune method=lora method.rank=8 method.targets=[q_proj,v_proj]",
         "qlora finetune 'components=[{match: \"layers.0.**\", kind: linear}]'",
+    ),
+    "dpo": (
+        "qlora dpo experiment=demo_dpo",
+        "qlora dpo checkpoint.dir=Llama-3.2-1B data.train=pairs.jsonl dpo.beta=0.05",
     ),
     "inspect": (
         "qlora inspect model.arch=llama3_1_8b method.rank=64",
@@ -83,7 +87,10 @@ def help_text(verb: str, summary: str) -> str:
     choices = {group: group_options(group, folders) for group in groups(verb)}
     if choices:
         lines.append("groups (GROUP=NAME):")
-        lines += [f"  {group + '=':<14}{' | '.join(names)}" for group, names in choices.items()]
+        for group, names in choices.items():
+            head = f"  {group + '=':<14}"
+            text = fill(" | ".join(names), 96, initial_indent=head, subsequent_indent=" " * 16)
+            lines += text.splitlines()
         lines.append("")
     written = OmegaConf.to_container(defaults, resolve=False)
     lines.append("keys (KEY=VALUE):")

@@ -59,29 +59,3 @@ def knobs(root: type, prefix: str = "") -> dict[str, Knob]:
         default = item.default if factory is NO_DEFAULT else factory()
         found[key] = Knob(key, hints[item.name], default, **item.metadata)
     return found
-
-
-# ---- knobs of several sections ------------------------------------------------------------------
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def device_knob() -> Any:
-    return knob("auto", "auto, cpu, cuda or cuda:N; auto: the GPU if there is one")
-
-
-def compute_dtype_knob() -> Any:
-    meaning = "dtype of matmuls; auto: bfloat16 where native, else float32"
-    return knob("auto", meaning, choices=("auto", *DTYPES))
-
-
-def base_dtype_knob() -> Any:
-    meaning = "dtype of the base; auto: as its adapter was trained (no adapter: bfloat16)"
-    return knob("auto", meaning, choices=("auto", *DTYPES))
-
-
-def quantize_knob() -> Any:
-    meaning = (
-        "the base in memory: nf4, none, or auto: as its adapter was trained (no adapter: none)"
-    )
-    return knob("auto", meaning, choices=("auto", "nf4", "none"))

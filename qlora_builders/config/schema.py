@@ -1,8 +1,8 @@
 """Every config key: its type, its one default, its unit and meaning, and the values it may take.
 
-One dataclass per section and one root per verb. Recipes receive instances of the roots, so they
-read `cfg.training.batch_size` and never a string key with a second default. What a field may hold
-is written beside it (`knob`); what several fields may hold together is in `checks.py`.
+One dataclass per section (in `sections.py`) and one root per verb. Recipes receive instances of
+the roots, so they read `cfg.training.batch_size` and never a string key with a second default. What
+a field may hold is written beside it (`knob`); what several may hold together is in `checks.py`.
 `qlora VERB --help` prints this file.
 """
 
@@ -13,205 +13,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_builders.config.knobs import (
+from qlora_builders.config.knobs import knob
+from qlora_builders.config.sections import (
     DTYPES,
+    REQUIRED,
+    AdapterConfig,
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    DPOLossConfig,
+    LRScheduleConfig,
+    MethodConfig,
+    ModelConfig,
+    RequiredAdapterConfig,
+    TokenizerConfig,
+    TrainingConfig,
     base_dtype_knob,
     compute_dtype_knob,
     device_knob,
-    knob,
     quantize_knob,
 )
-
-# Marks a key that the user has to set. OmegaConf's own mark, ???, cannot replace a default.
-REQUIRED = "<required>"
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass
-class CheckpointConfig:
-    """The base weights."""
-
-    dir: str = knob("${demo:base}", "folder of the base weights; default: the shipped demo base")
-    format: str = knob(
-        "auto", "layout of that folder", choices=("auto", "hf", "meta", "bnb-4bit", "nf4")
-    )
-
-
-@dataclass
-class ModelConfig:
-    """The architecture."""
-
-    arch: str | None = knob(None, "name of a published size; null: the checkpoint's config.json")
-
-
-@dataclass
-class MethodConfig:
-    """A preset that writes the component plan; an option that the preset does not take is null."""
-
-    name: str = knob("qlora", "name of the preset: qlora, lora or full")
-    rank: int | None = knob(16, "rank of the adapters", at_least=1)
-    alpha: float | None = knob(32.0, "adapter scale: alpha / rank multiplies B A x", above=0)
-    dropout: float | None = knob(0.0, "adapter input dropout, probability", at_least=0, below=1)
-    use_rslora: bool | None = knob(False, "scale by alpha / sqrt(rank) instead")
-    use_dora: bool | None = knob(False, "DoRA: train the lengths of the weights' rows too")
-    init_lora_weights: str | None = knob(
-        "default", "where A and B start: default (B is zero), pissa, pissa_niter_N or loftq"
-    )
-    block_size: int | None = knob(64, "weights per NF4 scale", at_least=1)
-    targets: list[str] = knob(list(PROJECTIONS), "projections that get an adapter")
-    components: list[dict[str, Any]] = knob([], "rules of the preset")
-    train: list[str] = knob([], "parameters the preset trains beside adapters, as patterns")
-
-
-def allow_base_mismatch_knob() -> Any:
-    return knob(False, "load it onto another base than the one recorded with it")
-
-
-@dataclass
-class AdapterConfig:
-    """The adapter on top of the base."""
-
-    path: str | None = knob(None, "adapter folder (PEFT layout); null: the base alone")
-    allow_base_mismatch: bool = allow_base_mismatch_knob()
-
-
-@dataclass
-class RequiredAdapterConfig:
-    """The adapter to merge."""
-
-    path: str = knob(REQUIRED, "adapter folder (PEFT layout)")
-    allow_base_mismatch: bool = allow_base_mismatch_knob()
-
-
-@dataclass
-class TokenizerConfig:
-    """The tokenizer."""
-
-    path: str | None = knob(
-        None, "folder with tokenizer.json; null: checkpoint.dir", shapes_curve=False
-    )
-
-
-@dataclass
-class ColumnsConfig:
-    """Which columns of the data hold what."""
-
-    prompt: str = knob("prompt", "format=instruct: the question")
-    completion: str = knob("completion", "format=instruct: the answer")
-    system: str | None = knob(None, "format=instruct: the system message; null: none")
-    text: str = knob("text", "format=text: the text")
-
-
-@dataclass
-class DataConfig:
-    """Training and evaluation rows."""
-
-    train: str = knob("${demo:train.jsonl}", "file or hub id to train on; plan calibrates on it")
-    eval: str | None = knob(
-        "${demo_eval:${data.train}}",
-        "file or hub id for the eval loss; null: none; default: the demo's with its data.train",
-    )
-    format: str = knob("instruct", "what a row holds", choices=("chat", "instruct", "text"))
-    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    max_seq_len: int = knob(512, "tokens per row; longer rows are cut and counted", at_least=2)
-    train_on: str = knob(
-        "assistant",
-        "tokens that carry loss: every answer, the last answer, everything (format=text: always)",
-        choices=("assistant", "completion", "all"),
-    )
-    packing: str = knob(
-        "none",
-        "an example per row, or as many whole ones as fit into max_seq_len, unseen by each other",
-        choices=("none", "best_fit"),
-    )
-    max_rows: int | None = knob(None, "rows read from each file; null: all", at_least=1)
-
-
-@dataclass
-class LRScheduleConfig:
-    """The learning rate over the run, as a factor of optimizer.lr."""
-
-    name: str = knob("cosine", "shape after warm-up", choices=("cosine", "linear", "constant"))
-    warmup_ratio: float = knob(0.03, "warm-up, fraction of all steps", at_least=0, at_most=1)
-    warmup_steps: int | None = knob(
-        None, "warm-up, optimizer steps; null: from warmup_ratio", at_least=0
-    )
-    min_lr_ratio: float = knob(0.0, "factor at the last step", at_least=0, at_most=1)
-
-
-@dataclass
-class TrainingConfig:
-    """The loop. A step is one optimizer step: batch_size * grad_accumulation rows."""
-
-    batch_size: int = knob(8, "rows per forward pass, over all processes", at_least=1)
-    grad_accumulation: int = knob(1, "forward passes per step", at_least=1)
-    max_steps: int | None = knob(
-        None,
-        "steps to train, whatever epochs says; null: as many as epochs takes",
-        at_least=1,
-        shapes_curve=False,  # but for the learning rate, which is compared by itself
-    )
-    epochs: int = knob(1, "passes over data.train", at_least=1, shapes_curve=False)
-    seed: int = knob(0, "fixes init, data order and dropout", at_least=0)
-    dtype: str = knob("bfloat16", "dtype of frozen weights", choices=DTYPES)
-    compute_dtype: str = compute_dtype_knob()
-    activation_checkpointing: str = knob(
-        "none",
-        "what layers keep for backward: all, input and attention, input, input on the host (GPUs);"
-        " true is full",
-        choices=("none", "selective", "full", "offload"),
-    )
-    compile: str = knob(
-        "auto",
-        "torch.compile for the layers; auto: where the run is long enough to gain time",
-        choices=("auto", "on", "off"),
-    )
-    log_every: int = knob(1, "steps between lines in metrics.jsonl", at_least=1, shapes_curve=False)
-    eval_every: int | None = knob(
-        None, "steps between eval losses; null: only at the end", at_least=1, shapes_curve=False
-    )
-    save_every: int | None = knob(
-        None,
-        "steps between checkpoints to resume from; null: only when a signal stops the run",
-        at_least=1,
-        shapes_curve=False,
-    )
-    keep_last: int = knob(
-        1, "checkpoints kept; a new one is written first", at_least=1, shapes_curve=False
-    )
-    resume: str | None = knob(
-        None,
-        "null: a new run; auto: go on from the newest good checkpoint in output_dir, or start if "
-        "there is none; or the path of a checkpoints/step_N",
-        shapes_curve=False,
-    )
-    samples: int = knob(
-        0,
-        "rows of data.eval answered before and after training, for the report; 0: none",
-        at_least=0,
-        shapes_curve=False,
-    )
-    clip_grad_norm: float | None = knob(1.0, "largest gradient norm; null: no clipping", above=0)
-    lora_plus_ratio: float | None = knob(None, "LoRA+: lr of lora_B / optimizer.lr", above=0)
-
-    def __post_init__(self) -> None:
-        """`compile: off` is a boolean in YAML; checkpointing was one before it had modes."""
-        switch, mode = {"true": "on", "false": "off"}, {"true": "full", "false": "none"}
-        self.compile = switch.get(self.compile.lower(), self.compile)
-        checkpointing = self.activation_checkpointing
-        self.activation_checkpointing = mode.get(checkpointing.lower(), checkpointing)
-
-
-@dataclass
-class DistributedConfig:
-    """Several processes (--nproc-per-node, or torchrun). Losses do not depend on their number."""
-
-    shard: int | None = knob(
-        None, "ranks that share one copy; null: all; 1: one each", at_least=1, shapes_curve=False
-    )
-    cpu_offload: bool = knob(
-        False, "keep a rank's share and the optimizer in host memory", shapes_curve=False
-    )
 
 
 @dataclass
@@ -250,6 +71,13 @@ class FinetuneConfig:
     dry_run: bool = knob(
         False, "load and check everything (--dry-run), train and write nothing", shapes_curve=False
     )
+
+
+@dataclass
+class DPOConfig(FinetuneConfig):
+    """Train adapters on preferences: a chosen and a rejected answer per row."""
+
+    dpo: DPOLossConfig = field(default_factory=DPOLossConfig)
 
 
 @dataclass
@@ -389,6 +217,7 @@ class ReportConfig:
 
 ROOTS: dict[str, type] = {
     "finetune": FinetuneConfig,
+    "dpo": DPOConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "merge": MergeConfig,

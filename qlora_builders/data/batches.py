@@ -19,9 +19,9 @@ class Batches:
     step's batches, and there is no position to save.
 
     Args:
-        batch_size: rows per batch, over all ranks.
+        batch_size: rows per batch, over all ranks; a preference row is two sequences.
         packing: "none": a row is an example; "best_fit": as many as fit into `max_seq_len` tokens,
-            each a document of its own.
+            each a document of its own (not for preference rows).
         max_seq_len: what `dataset` was cut to.
         shuffle: off, every epoch is the same, in the order of the source.
         rank, num_ranks: which part of every batch to give, of how many; see `Batch.part`.
@@ -53,7 +53,7 @@ class Batches:
         self.num_ranks = num_ranks
         self._rows: list[list[int]] = []
         self._use_epoch(0)
-        self.rows_per_epoch = len(self._rows) or len(dataset)
+        self.rows_per_epoch = len(self._rows) or len(dataset) // dataset.per_row
         self.per_epoch = len(self._order)
 
     def batch(self, number: int) -> Batch:
@@ -62,8 +62,10 @@ class Batches:
             self._use_epoch(epoch)
         pad_token_id = self.dataset.tokenizer.pad_token_id
         if self.packing == "none":
-            examples = [self.dataset[i] for i in self._order[index]]
-            batch = collate(examples, pad_token_id=pad_token_id)
+            per_row = self.dataset.per_row
+            first = [row * per_row for row in self._order[index]]
+            examples = [self.dataset[i + j] for i in first for j in range(per_row)]
+            batch = collate(examples, pad_token_id=pad_token_id, per_row=per_row)
         else:
             rows = [[self.dataset[i] for i in self._rows[row]] for row in self._order[index]]
             batch = collate_packed(rows, pad_token_id=pad_token_id)
@@ -91,7 +93,7 @@ class Batches:
 
     def _use_epoch(self, epoch: int) -> None:
         """Set the packed rows of an epoch, and its batches of row (or example) indices."""
-        count = len(self.dataset)
+        count = len(self.dataset) // self.dataset.per_row
         if self.packing != "none":
             in_order = list(range(count))
             order = shuffled(count, f"{self.seed}/{epoch}/packing") if self.shuffle else in_order

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,28 +35,30 @@ class Batch:
     labels: Tensor  # [batch, seq] int64, -100 on padding
     rows: list[int]  # of all examples, in order
     document_ids: Tensor | None = None  # [batch, seq] int64, growing along a row; None: one each
+    per_row: int = 1  # sequences that stay together: 2 where chosen and rejected answers alternate
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`."""
         ids = None if self.document_ids is None else self.document_ids.to(device)
-        return Batch(self.input_ids.to(device), self.labels.to(device), self.rows, ids)
+        inputs, labels = self.input_ids.to(device), self.labels.to(device)
+        return replace(self, input_ids=inputs, labels=labels, document_ids=ids)
 
     def part(self, rank: int, num_ranks: int) -> Batch:
         """Every `num_ranks`-th row from `rank` on; one row without targets where there is none.
 
         `rows` stays that of the whole batch, of which packed rows hold several.
         """
-        mine = slice(rank, None, num_ranks)
-        ids, labels, documents = self.input_ids[mine], self.labels[mine], self.document_ids
-        if not len(ids):
-            ids, labels = self.input_ids[:1], torch.full_like(self.labels[:1], IGNORE_INDEX)
-        if documents is not None:
-            documents = documents[mine] if len(documents[mine]) else documents[:1]
-        return Batch(ids, labels, self.rows, documents)
+        mine = [i for i in range(len(self.labels)) if i // self.per_row % num_ranks == rank]
+        labels = self.labels[mine]
+        if not mine:
+            mine = list(range(self.per_row))
+            labels = torch.full_like(self.labels[mine], IGNORE_INDEX)
+        documents = None if self.document_ids is None else self.document_ids[mine]
+        return replace(self, input_ids=self.input_ids[mine], labels=labels, document_ids=documents)
 
 
-def collate(examples: Sequence[Example], *, pad_token_id: int) -> Batch:
-    """Pad on the right.
+def collate(examples: Sequence[Example], *, pad_token_id: int, per_row: int = 1) -> Batch:
+    """Pad on the right. Every `per_row` examples belong together.
 
     Attention is causal, so what stands behind a sequence cannot reach it and no mask is needed:
     padding is left out of the loss by its label, never by its id.
@@ -73,7 +75,8 @@ def collate(examples: Sequence[Example], *, pad_token_id: int) -> Batch:
     for i, example in enumerate(examples):
         input_ids[i, : len(example.input_ids)] = example.input_ids
         labels[i, : len(example.labels)] = example.labels
-    return Batch(input_ids, labels, [example.row for example in examples])
+    rows = [example.row for example in examples[::per_row]]
+    return Batch(input_ids, labels, rows, per_row=per_row)
 
 
 def collate_packed(rows: Sequence[Sequence[Example]], *, pad_token_id: int) -> Batch:

@@ -20,10 +20,17 @@ from tokenizers import Encoding
 
 from qlora_builders.data.collate import IGNORE_INDEX, Example
 from qlora_builders.data.files import Row, describe_row, load_rows
-from qlora_builders.data.formats import Document, check_format, prompt_and_answer, to_document
+from qlora_builders.data.formats import (
+    Document,
+    check_format,
+    documents_per_row,
+    prompt_and_answer,
+    to_documents,
+)
 from qlora_builders.data.tokenizer import Tokenizer
 from qlora_builders.errors import DataError
 
+_SAME = "both answers are the same"
 _CHUNK = 512  # rows per call of the Rust tokenizer: enough to keep all cores busy
 
 Ids = npt.NDArray[np.int32]
@@ -32,7 +39,10 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass
 class DatasetReport:
-    """What became of the rows. Token counts are those kept, after truncation."""
+    """What became of the rows. Token counts are those kept, after truncation.
+
+    A preference row is one example, of two sequences.
+    """
 
     source: str
     rows: int = 0
@@ -61,7 +71,8 @@ class DatasetReport:
 class TokenizedDataset(Sequence[Example]):
     """Examples in a few flat arrays (5 bytes per token, 16 per example), sliced on access.
 
-    `report` counts what was kept, cut and dropped.
+    `report` counts what was kept, cut and dropped. `per_row` examples come from each row, one
+    after the other: the chosen and the rejected answer in format `preference`, else one.
     """
 
     def __init__(
@@ -83,6 +94,7 @@ class TokenizedDataset(Sequence[Example]):
         self.row_numbers = row_numbers  # [examples], in the source, counted from 0
         self.report = report
         self.tokenizer = tokenizer
+        self.per_row = documents_per_row(format)
         self._rows = rows
         self._format = format
         self._columns = columns
@@ -144,7 +156,8 @@ def build_dataset(
     """Read, render and tokenize the rows of `source` (see `load_rows` for what it can be).
 
     A row longer than `max_seq_len` tokens is cut at its end. If nothing trained is left of it, it
-    is dropped. Both are counted in `.report`. `max_rows` takes the first rows only.
+    is dropped, as is a preference row whose two answers are the same. All is counted in `.report`.
+    `max_rows` takes the first rows only.
 
     Raises:
         DataError: if a row is broken or trains on nothing even uncut, if there are no rows, or if
@@ -159,15 +172,15 @@ def build_dataset(
         tokenizer.render_chat([])  # raises, and says what to do
     rows = load_rows(source, split=split)
     builder = _Builder(tokenizer, max_seq_len, str(source), rows)
-    pending: list[Document] = []
+    pending: list[list[Document]] = []
     for number, row in enumerate(islice(iter(rows), max_rows)):
         try:
-            document = to_document(
+            documents = to_documents(
                 row, tokenizer, format=format, train_on=train_on, columns=all_columns
             )
         except DataError as error:
             raise DataError(f"{describe_row(rows, source, number)}: {error}") from error
-        pending.append(document)
+        pending.append(documents)
         if len(pending) == _CHUNK:
             builder.add(pending)
             pending = []
@@ -214,35 +227,44 @@ class _Builder:
         self.lengths: list[int] = []
         self.row_numbers: list[int] = []
 
-    def add(self, documents: list[Document]) -> None:
+    def add(self, rows: list[list[Document]]) -> None:
         """Encode the documents of the next rows and keep what is left after truncation."""
-        kept_ids, kept_trained = [], []
-        encodings = self.tokenizer.encode_batch([document.text for document in documents])
-        for document, encoding in zip(documents, encodings, strict=True):
+        kept: list[tuple[Ids, Mask]] = []
+        texts = [document.text for documents in rows for document in documents]
+        encodings = iter(self.tokenizer.encode_batch(texts))
+        for documents in rows:
             number = self.report.rows
             self.report.rows += 1
-            ids, trained = self._encode(document, encoding)
-            if not trained.any():
+            parts = [self._encode(document, next(encodings)) for document in documents]
+            if not all(trained.any() for _, trained in parts):
                 where = describe_row(self.rows, self.report.source, number)
                 raise DataError(
                     f"{where}: no token is trained on; remove the row, or set data.train_on=all"
                 )
-            length = len(ids)
-            self.report.longest_row = max(self.report.longest_row, length)
-            if length > self.max_seq_len:
-                self.report.truncated_rows += 1
-                self.report.cut_tokens += length - self.max_seq_len
-                ids, trained = ids[: self.max_seq_len], trained[: self.max_seq_len]
-                if not trained.any():
-                    self.report.dropped[f"nothing trained in {self.max_seq_len} tokens"] += 1
-                    continue
-            kept_ids.append(ids)
-            kept_trained.append(trained)
-            self.lengths.append(len(ids))
-            self.row_numbers.append(number)
-        if kept_ids:
-            self.ids.append(np.concatenate(kept_ids))
-            self.trained.append(np.concatenate(kept_trained))
+            reason = self._truncate(parts)
+            if reason is not None:
+                self.report.dropped[reason] += 1
+                continue
+            kept += parts
+            self.lengths += [len(ids) for ids, _ in parts]
+            self.row_numbers += [number] * len(parts)
+        if kept:
+            self.ids.append(np.concatenate([ids for ids, _ in kept]))
+            self.trained.append(np.concatenate([trained for _, trained in kept]))
+
+    def _truncate(self, parts: list[tuple[Ids, Mask]]) -> str | None:
+        """Cut what comes from one row, in place; why it is not to be kept, if so."""
+        longest = max(len(ids) for ids, _ in parts)
+        self.report.longest_row = max(self.report.longest_row, longest)
+        if longest > self.max_seq_len:
+            self.report.truncated_rows += 1
+            self.report.cut_tokens += sum(max(0, len(i) - self.max_seq_len) for i, _ in parts)
+            parts[:] = [(i[: self.max_seq_len], t[: self.max_seq_len]) for i, t in parts]
+            if not all(trained.any() for _, trained in parts):
+                return f"nothing trained in {self.max_seq_len} tokens"
+        if len(parts) == 2 and np.array_equal(parts[0][0], parts[1][0]):
+            return _SAME
+        return None
 
     def finish(self, format: str, columns: Mapping[str, str | None]) -> TokenizedDataset:
         """The dataset of everything added.
@@ -254,13 +276,18 @@ class _Builder:
         if not report.rows:
             raise DataError(f"{report.source}: there are no rows")
         if not self.lengths:
+            if _SAME in report.dropped:
+                raise DataError(
+                    f"{report.source}: in none of the {report.rows} rows the two answers differ "
+                    f"in the first data.max_seq_len={self.max_seq_len} tokens"
+                )
             raise DataError(
                 f"{report.source}: none of the {report.rows} rows has anything left to train on "
                 f"after truncation to data.max_seq_len={self.max_seq_len}: the prompts alone are "
                 f"longer; raise it (the longest row has {report.longest_row} tokens)"
             )
         input_ids, trained = np.concatenate(self.ids), np.concatenate(self.trained)
-        report.examples = len(self.lengths)
+        report.examples = len(self.lengths) // documents_per_row(format)
         report.tokens = len(input_ids)
         report.trained_tokens = int(trained.sum())
         return TokenizedDataset(

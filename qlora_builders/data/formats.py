@@ -1,7 +1,8 @@
 """One row to one document: text, and which of its characters are trained on.
 
 Three formats: `text` (one column), `instruct` (a prompt and a completion column) and `chat`
-(a column of messages, OpenAI's or ShareGPT's).
+(a column of messages, OpenAI's or ShareGPT's). A row of the fourth, `preference`, becomes two
+documents: the same conversation with the chosen and with the rejected answer at its end.
 """
 
 from __future__ import annotations
@@ -15,9 +16,16 @@ from qlora_builders.data.files import Row
 from qlora_builders.data.tokenizer import Tokenizer
 from qlora_builders.errors import DataError, did_you_mean, nearest
 
-FORMATS = ("chat", "instruct", "text")
+FORMATS = ("chat", "instruct", "text", "preference")
 TRAIN_ON = ("assistant", "completion", "all")
-DEFAULT_COLUMNS = {"prompt": "prompt", "completion": "completion", "system": None, "text": "text"}
+DEFAULT_COLUMNS = {
+    "prompt": "prompt",
+    "completion": "completion",
+    "system": None,
+    "text": "text",
+    "chosen": "chosen",
+    "rejected": "rejected",
+}
 
 _OPENAI_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 _SHAREGPT_ROLES = {
@@ -63,6 +71,33 @@ def check_format(
     return {**DEFAULT_COLUMNS, **(columns or {})}
 
 
+def documents_per_row(format: str) -> int:
+    return 2 if format == "preference" else 1
+
+
+def to_documents(
+    row: Row,
+    tokenizer: Tokenizer,
+    *,
+    format: str,
+    train_on: str,
+    columns: Mapping[str, str | None],
+) -> list[Document]:
+    """`documents_per_row` documents: one, or the chosen and the rejected one, of which the last
+    answer is trained. `columns` is what `check_format` gives.
+
+    Raises:
+        DataError: if a column or a role is not there, or nothing in the row could be trained on.
+    """
+    if format != "preference":
+        return [to_document(row, tokenizer, format=format, train_on=train_on, columns=columns)]
+    plain = _is_plain(row, tokenizer, columns)
+    return [
+        _conversation(messages, tokenizer, train_on="completion", plain=plain, tools=_tools(row))
+        for messages in to_pair(row, columns=columns)
+    ]
+
+
 def to_document(
     row: Row,
     tokenizer: Tokenizer,
@@ -80,8 +115,22 @@ def to_document(
         text = _text(row, _column(columns, "text"), empty_allowed=False)
         return Document(text, None, add_special_tokens=True, append_eos=True)
     messages = to_messages(row, format=format, columns=columns)
+    plain = format == "instruct" and tokenizer.chat_template is None
+    tools = None if plain else _tools(row)
+    return _conversation(messages, tokenizer, train_on=train_on, plain=plain, tools=tools)
+
+
+def _conversation(
+    messages: list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    train_on: str,
+    plain: bool,
+    tools: list[Mapping[str, Any]] | None,
+) -> Document:
+    """Through the chat template, or `plain`: a line per message before the last one."""
     last = messages[-1]
-    if format == "instruct" and tokenizer.chat_template is None:
+    if plain:
         prompt = _plain_prompt(messages[:-1])
         text = prompt + last["content"]
         spans = None if train_on == "all" else [(len(prompt), len(text))]
@@ -92,11 +141,11 @@ def to_document(
             "row or set data.train_on=all"
         )
     if train_on == "all":
-        text = tokenizer.render_chat(messages, tools=_tools(row))
+        text = tokenizer.render_chat(messages, tools=tools)
         closed = last["role"] != "assistant" or text.rstrip().endswith(tokenizer.stop_strings)
         return Document(text, None, add_special_tokens=False, append_eos=not closed)
     chat = tokenizer.render_chat_with_spans(
-        messages, last_only=train_on == "completion", tools=_tools(row)
+        messages, last_only=train_on == "completion", tools=tools
     )
     if not chat.spans:
         raise DataError(
@@ -109,19 +158,24 @@ def to_document(
 def prompt_and_answer(
     row: Row, tokenizer: Tokenizer, *, format: str, columns: Mapping[str, str | None]
 ) -> tuple[list[int], str]:
-    """Token ids up to where the last assistant turn begins, and the text of that turn.
+    """Token ids up to where the last assistant turn begins, and the text of that turn (the chosen
+    one, where there are two).
 
     Raises:
         DataError: if the format has no answers, or the row none.
     """
     if format == "text":
         raise DataError("data.format=text has no prompts to answer; use instruct or chat")
-    messages = to_messages(row, format=format, columns=columns)
+    if format == "preference":
+        messages, plain = to_pair(row, columns=columns)[0], _is_plain(row, tokenizer, columns)
+    else:
+        messages = to_messages(row, format=format, columns=columns)
+        plain = format == "instruct" and tokenizer.chat_template is None
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise DataError("the conversation has no assistant turn to compare an answer with")
     before, answer = messages[: turns[-1]], messages[turns[-1]].get("content") or ""
-    if format == "instruct" and tokenizer.chat_template is None:
+    if plain:
         ids = tokenizer.encode(_plain_prompt(before), add_special_tokens=False)
         return [*tokenizer.special_tokens_around(ids)[0], *ids], answer
     text = tokenizer.render_chat(before, add_generation_prompt=True, tools=_tools(row))
@@ -137,10 +191,7 @@ def to_messages(
         DataError: for a missing column, an unknown role, or content that is no text.
     """
     if format == "instruct":
-        messages = []
-        system = columns["system"]
-        if system is not None and _value(row, system):  # an empty cell: no system message
-            messages.append({"role": "system", "content": _text(row, system)})
+        messages = _system(row, columns)
         messages.append({"role": "user", "content": _text(row, _column(columns, "prompt"))})
         completion = _text(row, _column(columns, "completion"), empty_allowed=False)
         messages.append({"role": "assistant", "content": completion})
@@ -151,9 +202,78 @@ def to_messages(
             "no column 'messages' or 'conversations', one of which data.format=chat reads "
             f"(there are: {', '.join(sorted(row))})"
         )
-    value = row[name]
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise DataError(f"column {name!r} has to be a list of messages that is not empty")
+    return _messages(row[name], name)
+
+
+def to_pair(
+    row: Row, *, columns: Mapping[str, str | None]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The conversation with the chosen answer at its end, and with the rejected one.
+
+    Each column holds text or a list of messages. `chosen` and `rejected` are the answers, and
+    `prompt` what comes before; or they are whole conversations, and then there may be no `prompt`,
+    or one that only repeats their beginning.
+
+    Raises:
+        DataError: as `to_messages`, and if the two differ in more than the last answer.
+    """
+    names = [_column(columns, key) for key in ("chosen", "rejected")]
+    chosen, rejected = (_with_prompt(row, name, columns) for name in names)
+    for name, messages in zip(names, (chosen, rejected), strict=True):
+        if messages[-1]["role"] != "assistant":
+            raise DataError(
+                f"column {name!r} ends with a {messages[-1]['role']} message; it has to end with "
+                "the assistant's answer, which is what is compared"
+            )
+    if chosen[:-1] != rejected[:-1]:
+        pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        where = f"in message {first}" if first is not None else "in their number of messages"
+        raise DataError(
+            f"columns {names[0]!r} and {names[1]!r} differ {where}; they have to be one "
+            "conversation with two different last answers"
+        )
+    return chosen, rejected
+
+
+def _with_prompt(row: Row, name: str, columns: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    if isinstance(_value(row, name), str):
+        content = _text(row, name, empty_allowed=False)
+        answer = [{"role": "assistant", "content": content}]
+    else:
+        answer = _messages(row[name], name)
+    is_whole = answer[0]["role"] != "assistant"
+    column = _column(columns, "prompt")
+    if is_whole and not _is_list(row.get(column)):
+        return answer
+    if _is_list(_value(row, column)):
+        prompt = _messages(row[column], column)
+        return answer if answer[: len(prompt)] == prompt else prompt + answer
+    prompt = [{"role": "user", "content": _text(row, column)}]
+    return _system(row, columns) + prompt + answer
+
+
+def _is_plain(row: Row, tokenizer: Tokenizer, columns: Mapping[str, str | None]) -> bool:
+    """Whether a preference row is text without a template to put it in."""
+    names = (_column(columns, key) for key in ("prompt", "chosen", "rejected"))
+    return tokenizer.chat_template is None and all(isinstance(row.get(n), str) for n in names)
+
+
+def _system(row: Row, columns: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    """No message for an empty cell."""
+    column = columns["system"]
+    if column is None or not _value(row, column):
+        return []
+    return [{"role": "system", "content": _text(row, column)}]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _messages(value: Any, column: str) -> list[dict[str, Any]]:
+    if not _is_list(value) or not value:
+        raise DataError(f"column {column!r} has to be a list of messages that is not empty")
     return [_message(message, index) for index, message in enumerate(value)]
 
 

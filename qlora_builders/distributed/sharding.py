@@ -78,7 +78,8 @@ def shard_model(model: CausalLM, mesh: DeviceMesh, *, cpu_offload: bool = False)
     policy = offload if cpu_offload else OffloadPolicy()
     for module in _groups(model):
         fully_shard(module, mesh=mesh, offload_policy=policy)
-    register_fsdp_forward_method(model, "loss")
+    for method in ("loss", "log_probs"):
+        register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

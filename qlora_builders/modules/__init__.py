@@ -1,5 +1,6 @@
 """Layers: flat keyword arguments and finished submodules in, no config objects."""
 
+from qlora_builders.modules.adapters import adapters_disabled
 from qlora_builders.modules.attention import Attention
 from qlora_builders.modules.checkpointing import CHECKPOINTING_MODES
 from qlora_builders.modules.decoder import CausalLM, Decoder, DecoderLayer
@@ -12,6 +13,7 @@ from qlora_builders.modules.loss import (
     chunked_next_token_loss,
     next_token_loss,
     num_target_tokens,
+    sequence_log_probs,
 )
 from qlora_builders.modules.rms_norm import RMSNorm
 from qlora_builders.modules.rope import (
@@ -39,6 +41,7 @@ __all__ = [
     "RotaryEmbedding",
     "TokenEmbedding",
     "TokenHead",
+    "adapters_disabled",
     "check_lora_options",
     "chunked_next_token_loss",
     "is_adapter",
@@ -48,4 +51,5 @@ __all__ = [
     "num_target_tokens",
     "quantize_",
     "rope_frequencies",
+    "sequence_log_probs",
 ]

@@ -15,7 +15,7 @@ from qlora_builders.modules.checkpointing import input_on_host, run_checkpointed
 from qlora_builders.modules.documents import Documents, find_documents
 from qlora_builders.modules.kv_cache import KVCache
 from qlora_builders.modules.lora import LoRALinear
-from qlora_builders.modules.loss import chunked_next_token_loss
+from qlora_builders.modules.loss import chunked_next_token_loss, sequence_log_probs
 from qlora_builders.modules.token_rows import TokenEmbedding, TokenHead
 
 
@@ -199,6 +199,10 @@ class CausalLM(nn.Module):
         """
         hidden = self.model(input_ids, position_ids=position_ids, document_ids=document_ids)
         return chunked_next_token_loss(hidden, labels, self.lm_head)
+
+    def log_probs(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """`sequence_log_probs` of the model, float32 [b]; the arguments are those of `loss`."""
+        return sequence_log_probs(self.model(input_ids), labels, self.lm_head)
 
 
 def _positions(input_ids: Tensor, document_ids: Tensor | None, past: int) -> Tensor:

@@ -45,6 +45,9 @@ class LoRALinear(nn.Module):
     W + scaling * B A (see `dora.py`), which start as those of W; with a PiSSA start also the frozen
     `lora_A_init` and `lora_B_init`, which the update subtracts (see `lora_init.py`).
 
+    Attributes:
+        adapter_enabled: off, the layer computes as its base does; see `adapters_disabled`.
+
     Args:
         rank: r >= 1.
         alpha: numerator of the scaling, > 0.
@@ -62,6 +65,7 @@ class LoRALinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    adapter_enabled = True
     lora_magnitude_vector: Tensor | None
     lora_A_init: Tensor | None
     lora_B_init: Tensor | None
@@ -198,6 +202,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, self.in_features)  # [n, in]
+        if not self.adapter_enabled:
+            output = linear(rows, self.weight, self.bias)  # [n, out]
+            return output.view(*input.shape[:-1], self.out_features)
         dropped = self.dropout(rows)  # [n, in]
         down = self.lora_A(dropped)  # [n, r]
         up = self.lora_B.weight.to(down.dtype).t()  # [r, out]

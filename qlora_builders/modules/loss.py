@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_builders.modules.checkpointing import run_checkpointed
+
 IGNORE_INDEX = -100  # label of a token that is not trained on
 
 # Logits held at once: 128 MiB in float32. Fewer would cast or decode the head's weight more often.
@@ -39,6 +41,46 @@ def num_target_tokens(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
+def sequence_log_probs(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    """log p(trained tokens | tokens before) of each sequence, float32 [b], for any loss of them.
+
+    The logits of a chunk of positions are there at a time. What its gradient is multiplied with is
+    not known before backward, so that runs the head again.
+
+    Args:
+        hidden: [b, s, hidden], the final hidden states.
+        labels: [b, s], the token ids with `IGNORE_INDEX` where not trained.
+        head: as for `chunked_next_token_loss`.
+    """
+    rows, targets, positions = _trained_rows(hidden, labels)
+    num_chunks = max(1, -(-len(rows) * cast(int, head.out_features) // _CHUNK_ELEMENTS))
+
+    def log_probs(rows: Tensor, targets: Tensor) -> Tensor:
+        return -F.cross_entropy(head(rows).float(), targets, reduction="none")  # [c]
+
+    parts = [
+        run_checkpointed("full", log_probs, chunk, chunk_targets)
+        for chunk, chunk_targets in zip(
+            rows.chunk(num_chunks), targets.chunk(num_chunks), strict=True
+        )
+    ]
+    sequences = positions // (labels.shape[1] - 1)  # [n]
+    sums = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
+    return sums.index_add(0, sequences, torch.cat(parts))
+
+
+def _trained_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The hidden states [n, hidden] that predict a trained token, that token, their positions in
+    hidden[:, :-1]."""
+    targets = labels[:, 1:].flatten()
+    positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # [n]
+    targets = targets[positions]
+    rows = hidden[:, :-1].flatten(0, 1)
+    if len(positions) < len(rows):
+        rows = rows.index_select(0, positions)  # [n, hidden]
+    return rows, targets, positions
+
+
 def chunked_next_token_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     """`next_token_loss(head(hidden), labels)` without the logits of all tokens at once.
 
@@ -52,12 +94,7 @@ def chunked_next_token_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> 
         head: [c, hidden] -> logits [c, vocab], of any kind with `out_features`; those of its
             parameters that train get their gradients.
     """
-    targets = labels[:, 1:].flatten()
-    positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # [n]
-    targets = targets[positions]
-    rows = hidden[:, :-1].flatten(0, 1)
-    if len(positions) < len(rows):
-        rows = rows.index_select(0, positions)  # [n, hidden]
+    rows, targets, _ = _trained_rows(hidden, labels)
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     if torch.is_grad_enabled() and (rows.requires_grad or trained):
         return _ChunkedLoss.apply(head, targets, rows, *trained)

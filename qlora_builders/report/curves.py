@@ -13,7 +13,12 @@ from qlora_builders.report.layers import LayerFigures
 from qlora_builders.report.run import Run
 from qlora_builders.report.series import Series, spell
 
-LOSSES = ("loss", "eval_loss")
+# metric, whose evaluation is eval_METRIC -> title, unit, options of Chart
+_EVALUATED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "loss": ("Loss", "nats per token", {"wide": True}),
+    "rewards/margins": ("Reward margin", "nats per pair, chosen less rejected", {}),
+    "rewards/accuracies": ("Reward accuracy", "share of pairs", {"from_zero": True}),
+}
 # metric -> title, unit, options of Chart
 _CHARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lr": ("Learning rate", "", {"from_zero": True}),
@@ -31,9 +36,11 @@ _MOST_OTHER_METRICS = 12
 def step_section(runs: Sequence[Run]) -> Element:
     """Loss first; metrics that we do not know, which another recipe logged, folded at the end."""
     limit = max(100, min(_MOST_POINTS, _MOST_POINTS_OF_ALL // len(runs)))
-    known = [chart for chart in (_losses(runs), *(_metric(key, runs) for key in _CHARTS)) if chart]
+    evaluated = (_evaluated(key, runs) for key in _EVALUATED)
+    known = [chart for chart in (*evaluated, *(_metric(key, runs) for key in _CHARTS)) if chart]
     names = dict.fromkeys(key for run in runs for key in run.metrics)
-    others = [key for key in names if key not in (*LOSSES, *_CHARTS)]
+    drawn = {*_EVALUATED, *(f"eval_{key}" for key in _EVALUATED), *_CHARTS}
+    others = [key for key in names if key not in drawn]
     figures = [draw(chart, name=f"chart-{i}", limit=limit) for i, chart in enumerate(known)]
     if not figures:
         figures = [element("p", "No step has been logged yet.", class_="empty")]
@@ -67,11 +74,11 @@ def layer_section(runs: Sequence[Run], layers: Sequence[LayerFigures]) -> Elemen
     )
 
 
-def _losses(runs: Sequence[Run]) -> Chart | None:
+def _evaluated(metric: str, runs: Sequence[Run]) -> Chart | None:
     """One colour per run; one per curve where there is one run."""
     series = []
     for index, run in enumerate(runs):
-        for kind, key in enumerate(LOSSES):
+        for kind, key in enumerate((metric, f"eval_{metric}")):
             if key in run.metrics:
                 steps, values = run.metrics[key]
                 what = ("training", "evaluation")[kind]
@@ -81,7 +88,11 @@ def _losses(runs: Sequence[Run]) -> Chart | None:
                 series.append(Series(name, steps, values, kind if single else index, dots))
     if not series:
         return None
-    return Chart("Loss", "nats per token", series, marks=_resumes(runs), smooth=True, wide=True)
+    title, unit, options = _EVALUATED[metric]
+    if metric == "loss" and any(run.compares_pairs for run in runs):
+        alone = all(run.compares_pairs for run in runs)
+        unit = "nats per pair" if alone else "nats per token, or per pair"
+    return Chart(title, unit, series, marks=_resumes(runs), smooth=True, **options)
 
 
 def _metric(key: str, runs: Sequence[Run]) -> Chart | None:

@@ -61,6 +61,11 @@ class Run:
             return f"finished, {at}"
         return f"stopped after {at}" if self.last_step else "stopped before the first step"
 
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether it is a run of `dpo`, whose loss is one of pairs of answers."""
+        return "dpo.beta" in self.config
+
     def resumed_at(self) -> list[int]:
         steps = [process.get("first_step") for process in self.processes]
         return [step for step in steps if isinstance(step, int) and step > 0]
@@ -92,7 +97,7 @@ def read_run(path: str | Path, *, is_going: bool | None = None) -> Run:
     if not any(_is_file(path / name) for name in (METRICS_FILE, CONFIG_FILE)):
         raise ConfigError(
             f"{str(path)!r} is no run directory: it has neither {METRICS_FILE} nor {CONFIG_FILE}; "
-            "give the output_dir of a finetune"
+            "give the output_dir of a finetune or dpo"
         )
     notes: list[str] = []
     results = [path / name for name in ("adapter", "model") if (path / name).is_dir()]

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from qlora_builders.config.compose import compose
+from qlora_builders.config.compose import compose_tree, to_config
 from qlora_builders.config.resume import flatten
 from qlora_builders.report.html import element, fold, table
 from qlora_builders.report.run import Run, spell_value
@@ -48,7 +48,9 @@ def _final_figures(run: Run) -> dict[str, str]:
         f"loss, mean of the last {_LAST}": spell(statistics.fmean(losses)) if losses else _NOTHING,
         "evaluation loss, last": spell(evals[-1][1]) if evals else _NOTHING,
         "evaluation loss, lowest": f"{spell(best[1])} at step {best[0]:,}" if best else _NOTHING,
-        "perplexity, last": spell(math.exp(min(evals[-1][1], 600))) if evals else _NOTHING,
+        "perplexity, last": _NOTHING
+        if run.compares_pairs or not evals
+        else spell(math.exp(min(evals[-1][1], 600))),
         "tokens/s, median": median("tokens_per_s"),
         "seconds per step, median": median("step_s"),
         "peak memory, MiB": spell(max(memory)) if memory else _NOTHING,
@@ -83,7 +85,8 @@ def sample_section(runs: Sequence[Run]) -> Element | None:
 
 def config_section(runs: Sequence[Run]) -> Element:
     """What was chosen, beside the default that it replaces; then everything."""
-    defaults = flatten(asdict(compose("finetune")))
+    verb = "dpo" if any(run.compares_pairs for run in runs) else "finetune"
+    defaults = flatten(asdict(to_config(compose_tree(verb))))
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     chosen = [
         key

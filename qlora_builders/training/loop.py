@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qlora_builders.errors import PlanError, TrainingError
 from qlora_builders.modules import CausalLM, LoRALinear, num_target_tokens
 from qlora_builders.tensor.sharded import local_part, whole_tensor
+from qlora_builders.training.objective import Batch, NextToken, Objective
 
 # value -> everybody's values, by rank: how the processes of a run agree
 Gather = Callable[[Any], list[Any]]
@@ -25,25 +26,20 @@ def alone(value: Any) -> list[Any]:
     return [value]
 
 
-class Batch(Protocol):
-    """What a step needs of a batch."""
-
-    @property
-    def input_ids(self) -> Tensor: ...  # [batch, seq]
-    @property
-    def labels(self) -> Tensor: ...  # [batch, seq], IGNORE_INDEX where not trained
-    @property
-    def rows(self) -> list[int]: ...  # where in the data the sequences come from
-    @property
-    def document_ids(self) -> Tensor | None: ...  # [batch, seq] where a row holds several
-
-
 @dataclass(frozen=True)
 class StepResult:
-    loss: float  # mean over the step's target tokens
+    loss: float  # mean over the step's target tokens, or what else the objective counts
     grad_norm: float  # before clipping
     target_tokens: int
     tokens: int  # padding included: what the hardware had to compute
+    figures: Mapping[str, float] = field(default_factory=dict)  # means of what the objective logs
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    loss: float
+    target_tokens: int
+    figures: Mapping[str, float]
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -67,6 +63,7 @@ def train_step(
     *,
     clip_grad_norm: float | None,
     gather: Gather = alone,
+    objective: Objective | None = None,
 ) -> StepResult:
     """Accumulate gradients over `batches`, clip, update.
 
@@ -74,20 +71,27 @@ def train_step(
 
     Args:
         batches: this rank's part of the step; as many as every other rank has.
+        objective: by default `NextToken`.
 
     Raises:
         TrainingError: if the loss or the gradient is not finite; nothing is updated then.
     """
-    total = sum(gather(sum(num_target_tokens(batch.labels) for batch in batches)))
+    objective = objective or NextToken()
+    total = sum(gather(sum(map(objective.count, batches))))
     loss_sum, problem = 0.0, None
+    sums: dict[str, float] = {}
     for batch in batches:
-        loss = model.loss(batch.input_ids, batch.labels, document_ids=batch.document_ids) / total
+        batch_sum, figures = objective.sums(model, batch)
+        loss = batch_sum / total
         loss_sum += loss.item()
         if not math.isfinite(loss_sum):
             problem = problem or f"the loss is {loss.item()} on rows {batch.rows}"
         loss.backward()  # all ranks have to, even then
+        _add(sums, figures)
     tokens = sum(batch.input_ids.numel() for batch in batches)
-    problems, losses, counts = zip(*gather((problem, loss_sum, tokens)), strict=True)
+    targets = sum(num_target_tokens(batch.labels) for batch in batches)
+    parts = gather((problem, loss_sum, tokens, targets, sums))
+    problems, losses, counts, target_counts, all_sums = zip(*parts, strict=True)
     if any(problems):
         raise TrainingError(next(filter(None, problems)))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -98,26 +102,53 @@ def train_step(
         raise TrainingError(f"the gradient norm is {grad_norm} on rows {rows}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(sum(losses), grad_norm, total, sum(counts))
+    figures = _means(all_sums, total)
+    return StepResult(sum(losses), grad_norm, sum(target_counts), sum(counts), figures)
 
 
-@torch.no_grad()
+def _means(sums: Iterable[Mapping[str, float]], count: int) -> dict[str, float]:
+    """Of what each rank has added up."""
+    totals: dict[str, float] = {}
+    for part in sums:
+        _add(totals, part)
+    return {key: value / count for key, value in totals.items()}
+
+
+def _add(totals: dict[str, float], part: Mapping[str, float]) -> None:
+    for key, value in part.items():
+        totals[key] = totals.get(key, 0.0) + value
+
+
 def evaluate_loss(
     model: CausalLM, batches: Iterable[Batch], *, gather: Gather = alone
 ) -> tuple[float, int]:
-    """(mean loss over all target tokens, their number); dropout off, the mode restored after."""
+    """(mean loss over all target tokens, their number), as `evaluate_objective` finds them."""
+    result = evaluate_objective(model, batches, NextToken(), gather=gather)
+    return result.loss, result.target_tokens
+
+
+@torch.no_grad()
+def evaluate_objective(
+    model: CausalLM, batches: Iterable[Batch], objective: Objective, *, gather: Gather = alone
+) -> EvalResult:
+    """The mean over all batches; dropout off, the mode restored after."""
     training = model.training
     model.eval()
-    loss_sum, total = 0.0, 0
+    loss_sum, count, targets = 0.0, 0, 0
+    sums: dict[str, float] = {}
     for batch in batches:
-        loss = model.loss(batch.input_ids, batch.labels, document_ids=batch.document_ids)
+        loss, figures = objective.sums(model, batch)
         loss_sum += loss.item()
-        total += num_target_tokens(batch.labels)
+        count += objective.count(batch)
+        targets += num_target_tokens(batch.labels)
+        _add(sums, figures)
     model.train(training)
-    losses, totals = zip(*gather((loss_sum, total)), strict=True)
-    if sum(totals) == 0:
+    parts = gather((loss_sum, count, targets, sums))
+    losses, counts, target_counts, all_sums = zip(*parts, strict=True)
+    total = sum(counts)
+    if total == 0:
         raise TrainingError("no token to evaluate on: the data has no target tokens")
-    return sum(losses) / sum(totals), sum(totals)
+    return EvalResult(sum(losses) / total, sum(target_counts), _means(all_sums, total))
 
 
 def check_adapters_learned(model: nn.Module, *, gather: Gather = alone) -> None:

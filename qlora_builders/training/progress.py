@@ -36,6 +36,7 @@ def step_row(
         "tokens_per_s": round(result.tokens / seconds, 1),
         "step_s": round(seconds, 4),
         "peak_memory_mib": round(memory, 1),
+        **result.figures,
     }
 
 
@@ -214,7 +215,8 @@ def plot_losses(directory: Path) -> Path:
     figure_module = optional_import("matplotlib.figure", "plot")
     rows = read_rows(directory / METRICS_FILE)
     figure = figure_module.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss per token (nats)")
+    per = "pair" if any("rewards/margins" in row for row in rows) else "token"
+    axes = figure.add_subplot(xlabel="step", ylabel=f"loss per {per} (nats)")
     for key, style in (("loss", "-"), ("eval_loss", "o-")):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:

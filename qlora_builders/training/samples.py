@@ -23,6 +23,8 @@ class Answerable(Protocol):
 
     @property
     def tokenizer(self) -> Any: ...
+    @property
+    def per_row(self) -> int: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Any: ...
     def prompt_and_answer(self, index: int) -> tuple[Sequence[int], str]: ...
@@ -46,7 +48,7 @@ def answer_rows(
 def _answers(
     model: CausalLM, data: Answerable, count: int, max_new_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    for index in range(min(count, len(data))):
+    for index in range(0, len(data), data.per_row)[:count]:
         prompt_ids, reference = data.prompt_and_answer(index)
         tokens = generate(
             model,

@@ -14,13 +14,13 @@ from qlora_builders.config.browse import find_configs, validate
 from qlora_builders.config.compose import compose, config_folders, save_config
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.schema import (
-    PROJECTIONS,
     ROOTS,
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
     MergeConfig,
 )
+from qlora_builders.config.sections import PROJECTIONS
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError
 

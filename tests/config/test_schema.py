@@ -78,7 +78,7 @@ def set_key(cfg: object, key: str, value: object) -> None:
     ("key", "value", "message"),
     [
         ("checkpoint.format", "hff", "checkpoint.format='hff' is not allowed; allowed: auto, hf"),
-        ("data.format", "chatt", "allowed: chat, instruct, text; did you mean 'chat'?"),
+        ("data.format", "chatt", "allowed: chat, instruct, text, preference; did you mean 'chat'?"),
         ("data.train_on", "prompt", "allowed: assistant, completion, all"),
         ("data.max_seq_len", 1, "data.max_seq_len=1 must be >= 2"),
         ("data.max_rows", 0, "data.max_rows=0 must be >= 1"),

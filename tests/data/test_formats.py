@@ -215,6 +215,8 @@ def test_check_format() -> None:
         "completion": "completion",
         "system": None,
         "text": "text",
+        "chosen": "chosen",
+        "rejected": "rejected",
     }
     with pytest.raises(DataError, match=r"data\.format is 'instrct'; did you mean 'instruct'"):
         check_format("instrct", "all", None)

@@ -25,7 +25,7 @@ def test_there_are_some() -> None:
 def test_experiment_builds(experiment: str) -> None:
     demo = experiment.startswith("demo")
     overrides = [f"experiment={experiment}", *([] if demo else PLACEHOLDERS)]
-    cfg = compose("finetune", overrides)
+    cfg = compose("dpo" if experiment == "demo_dpo" else "finetune", overrides)
     arch = get_arch(cfg.model.arch) if cfg.model.arch else read_arch(cfg.checkpoint.dir)
     model = llama(arch, plan_rules(cfg), train=train_patterns(cfg), device="meta")
     assert trainable_parameters(model)

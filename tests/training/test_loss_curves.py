@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_builders.checkpoint import arch_from_config
-from qlora_builders.config.schema import PROJECTIONS
+from qlora_builders.config.sections import PROJECTIONS
 from qlora_builders.data import Batch
 from qlora_builders.models import llama
 from qlora_builders.modules import CHECKPOINTING_MODES, CausalLM

@@ -1,0 +1,39 @@
+"""What the training recipes are made of: a config becomes a run, the run its result.
+
+run = begin(cfg, ranks)                      # its folder, where it starts, device, seed
+data = load_data(run)                        # what it trains and evaluates on, how many steps
+model = load_model(run, data)                # the base under the plan, over the ranks
+optimizer, schedule = make_optimizer(run, data, model)
+with open_log(run, data, model) as log:      # metrics, progress, signals
+    train(run, data, model, optimizer, schedule, log, objective)
+    save_result(run, model, log)
+show_result(run, log)
+"""
+
+from qlora_builders.runs.log import Log, open_log
+from qlora_builders.runs.loop import train
+from qlora_builders.runs.results import save_result, show_result
+from qlora_builders.runs.setup import (
+    Data,
+    Run,
+    begin,
+    load_data,
+    load_model,
+    look_ahead,
+    make_optimizer,
+)
+
+__all__ = [
+    "Data",
+    "Log",
+    "Run",
+    "begin",
+    "load_data",
+    "load_model",
+    "look_ahead",
+    "make_optimizer",
+    "open_log",
+    "save_result",
+    "show_result",
+    "train",
+]

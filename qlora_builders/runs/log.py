@@ -1,0 +1,61 @@
+"""Where a run reports, and how it hears that it is to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_builders.checkpoint.run_dir import run_directory
+from qlora_builders.config.compose import save_config
+from qlora_builders.modules import CausalLM
+from qlora_builders.runs.setup import Data, Run
+from qlora_builders.training.environment import add_environment, describe_environment
+from qlora_builders.training.loop import StopRequest, stop_on_signal
+from qlora_builders.training.progress import MetricsLog, ProgressReport
+
+
+@dataclass(frozen=True)
+class Log:
+    metrics: MetricsLog
+    progress: ProgressReport
+    stop: StopRequest
+
+
+@contextmanager
+def open_log(run: Run, data: Data, model: CausalLM, lines: Sequence[str]) -> Iterator[Log]:
+    """Take the run's folder, say `lines` and what trains, listen to signals."""
+    ranks, start = run.ranks, run.start
+    environment = describe_environment(run.device, run.compute_dtype)
+    environment |= {"total_steps": data.total_steps}
+    quiet = not ranks.is_main
+    with (
+        _open_folder(run, environment) as metrics,
+        stop_on_signal(ranks.gather) as stop,
+        ProgressReport(data.total_steps, steps_done=start.step, quiet=quiet) as progress,
+    ):
+        about_model = f"{_summary(model)}, on {ranks.size} x {run.device.type}, in {run.folder}"
+        for line in (*lines, about_model):
+            progress.say(line)
+        yield Log(metrics, progress, stop)
+
+
+@contextmanager
+def _open_folder(run: Run, environment: dict[str, Any]) -> Iterator[MetricsLog]:
+    """The run directory and what goes there all the time, from the main rank alone."""
+    cfg, ranks, folder, start, loggers = run.cfg, run.ranks, run.folder, run.start, run.loggers
+    if not ranks.is_main:
+        yield MetricsLog(folder, step=start.step, source=start.run_dir, writes=False)
+        return
+    overwrite = start.step == 0 and (cfg.overwrite or ranks.restarts > 0)
+    keep_last = cfg.training.keep_last
+    with run_directory(folder, start, overwrite=overwrite, keep_last=keep_last), closing(loggers):
+        save_config(cfg, folder / "config.yaml")
+        add_environment(folder, environment, first_step=start.step)
+        yield MetricsLog(folder, step=start.step, source=start.run_dir, loggers=loggers)
+
+
+def _summary(model: CausalLM) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train"

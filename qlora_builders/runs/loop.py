@@ -1,0 +1,147 @@
+"""The loop of a run: steps, evaluations, checkpoints, and leaving when a signal asks for it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import NoReturn
+
+import torch
+
+from qlora_builders.checkpoint.run_dir import (
+    add_step,
+    last_checkpoint,
+    remove_old_steps,
+    step_folder,
+    step_folders,
+)
+from qlora_builders.distributed import whole_state
+from qlora_builders.errors import TrainingError
+from qlora_builders.modules import CausalLM
+from qlora_builders.runs.log import Log
+from qlora_builders.runs.results import write_whole
+from qlora_builders.runs.setup import Data, Run
+from qlora_builders.training.device import peak_memory_mib
+from qlora_builders.training.loop import (
+    all_finite,
+    evaluate_objective,
+    train_step,
+    trainable_parameters,
+    until_stopped,
+)
+from qlora_builders.training.objective import Objective
+from qlora_builders.training.progress import step_row, write_csv
+from qlora_builders.training.samples import add_samples
+
+
+def train(
+    run: Run,
+    data: Data,
+    model: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    log: Log,
+    objective: Objective,
+) -> None:
+    """All steps that are left of the run.
+
+    Raises:
+        TrainingError: if the loss or the gradient is not finite, after a checkpoint was saved.
+        SystemExit: after a signal, with a checkpoint to go on from.
+    """
+    cfg, ranks, device, total_steps = run.cfg.training, run.ranks, run.device, data.total_steps
+    parameters = trainable_parameters(model)
+
+    def save(step: int) -> None:
+        _save(run, data, model, optimizer, log, step)
+
+    model.train()
+    step = run.start.step
+    _evaluate(run, data, model, log, objective, step)
+    while step < total_steps and not log.stop.agreed():
+        step += 1
+        ranks.seed_step(cfg.seed, step)
+        batches = data.train.of_step(step, cfg.grad_accumulation, device)
+        started = time.perf_counter()
+        try:
+            result = train_step(
+                model,
+                batches,
+                optimizer,
+                clip_grad_norm=cfg.clip_grad_norm,
+                gather=ranks.gather,
+                objective=objective,
+            )
+        except TrainingError as error:
+            saved = ranks.on_main(lambda: bool(step_folders(run.folder)))
+            if step > 1 and not saved and all_finite(parameters, gather=ranks.gather):
+                save(step - 1)
+            raise _with_advice(error, run, step) from error
+        lr = float(schedule.get_last_lr()[0])
+        schedule.step()
+        if step % cfg.log_every == 0 or step == total_steps:
+            seconds, memory = time.perf_counter() - started, peak_memory_mib(device)
+            row = step_row(step, result, lr=lr, seconds=seconds, memory=memory)
+            log.metrics.write(**row)
+            log.progress.step(row)
+        if _is_due(step, cfg.save_every):
+            save(step)
+        _evaluate(run, data, model, log, objective, step)
+    ranks.on_main(lambda: write_csv(run.folder))
+    if log.stop.agreed():
+        if step and not ranks.on_main(step_folder(run.folder, step).exists):
+            save(step)
+        _leave(run, log, step)
+
+
+def _with_advice(error: TrainingError, run: Run, step: int) -> TrainingError:
+    last = run.ranks.on_main(lambda: last_checkpoint(run.folder))
+    return TrainingError(
+        f"step {step}: {error} of {run.cfg.data.train}. {last}; "
+        "lower optimizer.lr or look at these rows"
+    )
+
+
+def _leave(run: Run, log: Log, step: int) -> NoReturn:
+    log.progress.say(f"stopped by signal {log.stop.signal_number} after step {step}")
+    last = last_checkpoint(run.folder)
+    log.progress.say(f"{last}; training.resume=auto takes the run up again")
+    sys.exit(log.stop.exit_code)
+
+
+def _evaluate(
+    run: Run, data: Data, model: CausalLM, log: Log, objective: Objective, step: int
+) -> None:
+    """Where it is due and has not been done; nothing is said of one that a signal ends."""
+    cfg, gather = run.cfg.training, run.ranks.gather
+    due = step in (0, data.total_steps) or _is_due(step, cfg.eval_every)
+    if data.eval is None or not due or log.metrics.has_eval(step):
+        return
+    batches = until_stopped(data.eval.of_epoch(0, run.device), log.stop)
+    result = evaluate_objective(model, batches, objective, gather=gather)
+    if log.stop.agreed():
+        return
+    figures = {f"eval_{key}": value for key, value in result.figures.items()}
+    log.metrics.write(step=step, eval_loss=result.loss, eval_tokens=result.target_tokens, **figures)
+    log.progress.say(f"step {step}: eval loss {result.loss:.4f}")
+    if cfg.samples and step in (0, data.total_steps):
+        folder = run.folder if run.ranks.is_main else None
+        add_samples(folder, step, model, data.eval.dataset, cfg.samples)
+
+
+def _save(
+    run: Run, data: Data, model: CausalLM, optimizer: torch.optim.Optimizer, log: Log, step: int
+) -> None:
+    base_model = run.cfg.checkpoint.dir
+
+    def write() -> None:
+        log.metrics.sync()
+        add_step(run.folder, step, model, state, about=data.about, base_model=base_model)
+        remove_old_steps(run.folder, run.cfg.training.keep_last)
+
+    state = whole_state(optimizer, run.ranks)
+    write_whole(model, run.ranks, write)
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,233 @@
+"""From a config to what a step needs: the run's folder and start, data, model, optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_builders.checkpoint import load_checkpoint
+from qlora_builders.checkpoint.run_dir import AUTO, Start, find_start, step_folders
+from qlora_builders.checkpoint.train_state import load_step
+from qlora_builders.config.instantiate import instantiate
+from qlora_builders.config.plan import plan_rules, train_patterns
+from qlora_builders.config.resume import check_same_curve, curve_config
+from qlora_builders.config.schema import FinetuneConfig
+from qlora_builders.data import Batches, Tokenizer, build_dataset
+from qlora_builders.distributed import Ranks, sharding
+from qlora_builders.models import get_arch
+from qlora_builders.modules import CausalLM
+from qlora_builders.preflight import check_run
+from qlora_builders.training.compile import compile_layers
+from qlora_builders.training.device import (
+    bound_heap,
+    resolve_compute_dtype,
+    resolve_device,
+    resolve_dtype,
+    set_seed,
+)
+from qlora_builders.training.loggers import Loggers
+from qlora_builders.training.loop import trainable_parameters
+from qlora_builders.training.lr_schedule import check_same_past, lr_factor
+from qlora_builders.training.param_groups import lora_plus_groups
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run before anything is loaded."""
+
+    cfg: FinetuneConfig
+    ranks: Ranks
+    folder: Path
+    start: Start
+    loggers: Loggers
+    device: torch.device
+    compute_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Data:
+    """This rank's part of the batches, and how many steps they make.
+
+    Attributes:
+        about: what a checkpoint says about its run: all that its loss curve depends on.
+    """
+
+    train: Batches
+    eval: Batches | None
+    total_steps: int
+    about: dict[str, Any]
+
+
+def begin(cfg: FinetuneConfig, ranks: Ranks) -> Run:
+    """Find the run's folder and start, set its seed.
+
+    Raises:
+        ConfigError: if the folder holds something else, or the device is not there.
+    """
+    folder = Path(ranks.on_main(lambda: cfg.output_dir))  # its default holds the time
+    start = ranks.on_main(lambda: _first_step(cfg, folder, ranks))
+    loggers = _make_loggers(cfg, ranks, folder, start)
+    device = resolve_device(cfg.device, local_rank=ranks.local_rank)
+    compute_dtype = resolve_compute_dtype(cfg.training.compute_dtype, device)
+    set_seed(cfg.training.seed)
+    return Run(cfg, ranks, folder, start, loggers, device, compute_dtype)
+
+
+def load_data(run: Run) -> Data:
+    """
+    Raises:
+        DataError: for rows that cannot be trained on.
+        ConfigError: if the run goes on from a checkpoint with other data or another config.
+    """
+    cfg = run.cfg
+    tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
+    train = _load_batches(cfg.data.train, run, tokenizer, shuffle=True)
+    evaluated = None
+    if cfg.data.eval is not None:
+        evaluated = _load_batches(cfg.data.eval, run, tokenizer, shuffle=False)
+    total_steps = _count_steps(cfg, train)
+    about = _describe(run, train, total_steps)
+    _check_resume(run.start, about, cfg)
+    return Data(train, evaluated, total_steps, about)
+
+
+def load_model(run: Run, data: Data) -> CausalLM:
+    """The base under the plan, over the ranks; whether it is compiled goes to `data.about`."""
+    cfg, ranks, device = run.cfg, run.ranks, run.device
+    model = load_checkpoint(
+        cfg.checkpoint.dir,
+        plan_rules(cfg),
+        format=cfg.checkpoint.format,
+        arch=get_arch(cfg.model.arch) if cfg.model.arch else None,
+        train=train_patterns(cfg),
+        device="cpu" if cfg.distributed.cpu_offload else device,
+        dtype=resolve_dtype(cfg.training.dtype),
+        compute_dtype=run.compute_dtype,
+        shard=sharding(ranks, device.type, **asdict(cfg.distributed)),
+    )
+    data.about["compile"] = _prepare_layers(model, run, data.total_steps)
+    return model
+
+
+def make_optimizer(
+    run: Run, data: Data, model: CausalLM
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """The optimizer and the schedule of its learning rate; with the model as the checkpoint left
+    them, where the run goes on from one."""
+    cfg, start = run.cfg, run.start
+    optimizer = instantiate(cfg.optimizer, _optimizer_groups(model, cfg), key="optimizer")
+    if start.folder is not None:
+        load_step(start.folder, model, optimizer)
+    factor = lr_factor(total_steps=data.total_steps, **asdict(cfg.lr_schedule))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=start.step - 1)
+    return optimizer, schedule
+
+
+def look_ahead(
+    run: Run, data: Data, model: CausalLM, optimizer: torch.optim.Optimizer
+) -> list[str]:
+    """Lines about the run: how it starts, its data, what looks wrong.
+
+    Raises:
+        DataError: for rows with ids or positions that the model does not have.
+    """
+    compiled = data.about["compile"]
+    checked = check_run(run.cfg, model, data.train, data.eval, optimizer, compiled)
+    return [*run.start.messages, *checked, f"{data.total_steps} steps to do"]
+
+
+def _first_step(cfg: FinetuneConfig, folder: Path, ranks: Ranks) -> Start:
+    """As the config says; a run that was restarted after a failure goes on where it was."""
+    if ranks.restarts and step_folders(folder):
+        return find_start(folder, resume=AUTO, overwrite=False)
+    overwrite = cfg.overwrite or ranks.restarts > 0
+    return find_start(folder, resume=cfg.training.resume, overwrite=overwrite)
+
+
+def _make_loggers(cfg: FinetuneConfig, ranks: Ranks, folder: Path, start: Start) -> Loggers:
+    about: dict[str, Any] = {"run_dir": folder, "first_step": start.step}
+    return Loggers(
+        [
+            instantiate(node, key=f"loggers[{index}]", config=asdict(cfg), **about)
+            for index, node in enumerate(cfg.loggers if ranks.is_main else [])
+        ]
+    )
+
+
+def _load_batches(source: str, run: Run, tokenizer: Tokenizer, *, shuffle: bool) -> Batches:
+    cfg = run.cfg
+    data = build_dataset(
+        source,
+        tokenizer,
+        format=cfg.data.format,
+        max_seq_len=cfg.data.max_seq_len,
+        train_on=cfg.data.train_on,
+        columns=asdict(cfg.data.columns),
+        max_rows=cfg.data.max_rows,
+    )
+    return Batches(
+        data,
+        batch_size=cfg.training.batch_size,
+        packing=cfg.data.packing,
+        max_seq_len=cfg.data.max_seq_len,
+        seed=cfg.training.seed,
+        shuffle=shuffle,
+        rank=run.ranks.rank,
+        num_ranks=run.ranks.size,
+    )
+
+
+def _count_steps(cfg: FinetuneConfig, data: Batches) -> int:
+    if cfg.training.max_steps is not None:
+        return cfg.training.max_steps
+    return ceil(data.per_epoch * cfg.training.epochs / cfg.training.grad_accumulation)
+
+
+def _describe(run: Run, data: Batches, total_steps: int) -> dict[str, Any]:
+    resolved = {
+        "data.train": data.dataset.fingerprint(),
+        "device": run.device.type,
+        "training.compute_dtype": str(run.compute_dtype).removeprefix("torch."),
+    }
+    return {"total_steps": total_steps, "config": curve_config(run.cfg) | resolved}
+
+
+def _check_resume(start: Start, about: dict[str, Any], cfg: FinetuneConfig) -> None:
+    """The run that goes on has to be the run that was stopped."""
+    if start.folder is not None:
+        check_same_curve(start.about["config"], about["config"], str(start.folder))
+        check_same_past(
+            asdict(cfg.lr_schedule),
+            total_steps=about["total_steps"],
+            before=start.about["total_steps"],
+            steps_done=start.step,
+        )
+
+
+def _prepare_layers(model: CausalLM, run: Run, total_steps: int) -> str:
+    """What the layers keep for backward, and whether they are compiled: "on" or "off".
+
+    A resumed run has what it had before, for the same losses to the last bit.
+    """
+    cfg = run.cfg
+    model.model.activation_checkpointing = cfg.training.activation_checkpointing
+    bound_heap(model)
+    mode, before = cfg.training.compile, run.start.about.get("compile")
+    if mode == "auto" and before is not None:
+        mode = before
+    rows = total_steps * cfg.training.batch_size * cfg.training.grad_accumulation
+    num_tokens = rows * cfg.data.max_seq_len // run.ranks.size  # at most
+    compiled = compile_layers(model, mode, num_tokens=num_tokens, gather=run.ranks.gather)
+    return "on" if compiled else "off"
+
+
+def _optimizer_groups(model: CausalLM, cfg: FinetuneConfig) -> list[Any]:
+    parameters = trainable_parameters(model)
+    ratio = cfg.training.lora_plus_ratio
+    if ratio is None:
+        return parameters
+    return lora_plus_groups(model, lr=cfg.optimizer["lr"], ratio=ratio)
