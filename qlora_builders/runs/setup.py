@@ -153,7 +153,7 @@ def _make_loggers(cfg: FinetuneConfig, ranks: Ranks, folder: Path, start: Start)
     return Loggers(
         [
             instantiate(node, key=f"loggers[{index}]", config=asdict(cfg), **about)
-            for index, node in enumerate(cfg.loggers if ranks.is_main else [])
+            for index, node in enumerate(cfg.loggers if ranks.is_main and not cfg.dry_run else [])
         ]
     )
 
