@@ -1,6 +1,7 @@
-"""Chat templates: jinja2 in its immutable sandbox, with what Hugging Face templates expect.
+"""Chat templates: jinja2 in a sandbox, with what templates of Hugging Face expect.
 
-A template comes with a checkpoint, so it is untrusted code. The environment offers the extras that
+A template comes with a checkpoint, so it is untrusted code. The environment (`template_sandbox.py`)
+offers the extras that
 published templates use: `raise_exception`, `strftime_now`, a plain `tojson`, loop controls and the
 `{% generation %}` tag, which marks the text that an assistant wrote.
 """
@@ -18,8 +19,9 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import SecurityError
 
+from qlora_builders.data.template_sandbox import BoundedEnvironment
 from qlora_builders.errors import DataError
 
 Message = Mapping[str, Any]
@@ -69,7 +71,8 @@ class ChatTemplate:
         self.marks_generation = _GENERATION_TAG.search(source) is not None
         self._variables = dict(special_tokens)
         try:
-            self._template = _environment(datetime.now()).from_string(source)
+            self._environment = _environment(datetime.now())
+            self._template = self._environment.from_string(source)
         except jinja2.TemplateError as error:
             raise DataError(f"{origin}: the chat template does not compile: {error}") from error
 
@@ -110,6 +113,7 @@ class ChatTemplate:
         # `is defined` would otherwise write the word None.
         present = [{k: v for k, v in m.items() if v is not None} for m in messages]
         variables.setdefault("add_generation_prompt", False)
+        self._environment.start()
         try:
             return self._template.render(
                 messages=present, documents=None, **{**self._variables, **variables}
@@ -126,11 +130,11 @@ class ChatTemplate:
             ) from error
 
 
-def _environment(now: datetime) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment(now: datetime) -> BoundedEnvironment:
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.add_filter("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = now.strftime
     return environment

@@ -1,0 +1,89 @@
+"""A template that loops or grows without end is stopped, quickly; one that is only long is not."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import pytest
+
+from qlora_builders.data.chat_template import ChatTemplate, UnsafeTemplateError
+from qlora_builders.errors import DataError
+
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+ENDLESS = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loops without calls": (
+        "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}"
+    ),
+    "long range": "{% for i in range(10**12) %}{% endfor %}",
+    "concatenation": (
+        "{% set ns = namespace(s='x') %}"
+        "{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
+    ),
+    "addition": (
+        "{% set ns = namespace(s='x') %}"
+        "{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}"
+    ),
+    "repetition": "{{ 'x' * 10**10 }}",
+    "repeated list": "{{ 10**10 * [0] }}",
+    "power": "{{ 9**(9**9) }}",
+    "power of a power": (
+        "{% set ns = namespace(n=9) %}{% for i in range(9) %}{% set ns.n = ns.n**64 %}{% endfor %}"
+    ),
+    "width": "{{ 'x'.ljust(10**10) }}",
+    "filter": "{{ 'x'|center(10**10) }}",
+    "indent": "{{ 'x\\ny'|indent(10**10) }}",
+    "percent": "{{ '%9999999999d' % 1 }}",
+    "format": "{{ '{:>9999999999}'.format(1) }}",
+    "format filter": "{{ '%9999999999d'|format(1) }}",
+    "replace": (
+        "{% set s = 'x' * 99999 %}{% for i in range(9999) %}"
+        "{% set t = s.replace('x', s) %}{% endfor %}"
+    ),
+    "output": "{% set s = 'x' * 999999 %}{% for i in range(9999) %}{{ s }}{% endfor %}",
+    "output in a block": (
+        "{% set s = 'x' * 999999 %}{% set t %}{% for i in range(9999) %}{{ s }}{% endfor %}"
+        "{% endset %}"
+    ),
+    "join": "{% set s = 'x' * 99999 %}{{ s.join(s) }}{{ s|join(s) }}",
+    "tabs": "{{ ('\\t' * 99999).expandtabs(99999) }}",
+    "macro": "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_it_is_stopped(name: str) -> None:
+    template = ChatTemplate(ENDLESS[name], special_tokens={}, origin="chat_template.jinja")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.process_time()
+    with pytest.raises(DataError, match=r"^chat_template\.jinja: the chat template "):
+        template.render(MESSAGES)
+    assert time.process_time() - started < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 2**10  # KiB
+
+
+def test_each_conversation_has_a_budget_of_its_own() -> None:
+    source = "{% for i in range(99999) %}{% for j in range(4) %}{% endfor %}{% endfor %}"
+    template = ChatTemplate(source, special_tokens={}, origin="x")
+    for _ in range(3):
+        assert template.render(MESSAGES) == ""
+
+
+def test_long_conversations_and_large_numbers_are_welcome() -> None:
+    source = (
+        "{% for m in messages %}{{ m.role ~ ': ' ~ m.content + '\n' }}"
+        "{{ m.at | string }} {{ loop.index }}/{{ loop.length }}{% if not loop.last %};{% endif %}"
+        "{% endfor %}{% set ns = namespace(at=1700000000) %}{{ ns.at + 1 }}"
+    )
+    content = "a long text " * 200_000  # 2.4 MB
+    messages = [{"role": "user", "content": content, "at": 1_700_000_000}] * 3
+    text = ChatTemplate(source, special_tokens={}, origin="x").render(messages)
+    row = f"user: {content}\n1700000000 "
+    assert text == ";".join(f"{row}{i}/3" for i in (1, 2, 3)) + "1700000001"
+
+
+def test_what_leaves_the_sandbox_says_so() -> None:
+    template = ChatTemplate("{{ ''.__class__.__mro__ }}", special_tokens={}, origin="x")
+    with pytest.raises(UnsafeTemplateError, match="tries to leave its sandbox"):
+        template.render(MESSAGES)
