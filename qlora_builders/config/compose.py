@@ -8,7 +8,8 @@ spelling; what hydra and OmegaConf still refuse is translated into the same kind
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, ValidationError
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.omegaconf import register_default_resolvers
 from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # a dependency of omegaconf
 
 from qlora_builders.config.checks import check, required
@@ -34,6 +36,16 @@ from qlora_builders.config.shipped import demo_path, shipped_dir
 from qlora_builders.errors import ConfigError, did_you_mean
 
 WITHOUT_FILES = ("inspect", "estimate")  # a plan can be shown without what training needs
+
+_OMEGACONF_RESOLVERS = (
+    "oc.create",
+    "oc.decode",
+    "oc.deprecated",
+    "oc.dict.keys",
+    "oc.dict.values",
+    "oc.env",
+    "oc.select",
+)
 
 
 def compose(
@@ -74,7 +86,8 @@ def compose_tree(
         prepared = [prepare_override(override, verb, folders) for override in overrides]
         if others:
             prepared.append(f"hydra.searchpath=[{','.join(quote('file://' + o) for o in others)}]")
-        with hydra.initialize_config_dir(config_dir=main, version_base="1.3"):
+        initialized = hydra.initialize_config_dir(config_dir=main, version_base="1.3")
+        with initialized, _no_foreign_resolvers():
             return hydra.compose(primary_config(verb), overrides=prepared)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_translate(error, verb)) from error
@@ -85,7 +98,8 @@ def compose_tree(
 def to_config(tree: DictConfig) -> Any:
     """Resolve every interpolation and turn the tree into dataclass instances."""
     try:
-        return OmegaConf.to_object(tree)
+        with _no_foreign_resolvers():
+            return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error, error.full_key)) from error
 
@@ -170,6 +184,18 @@ def _demo_eval(train: str) -> str | None:
 def _any_of(names: Sequence[str]) -> str:
     """`[q_proj, v_proj]` -> `{q_proj,v_proj}`, the choice of the rule language."""
     return names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
+
+
+@contextmanager
+def _no_foreign_resolvers() -> Iterator[None]:
+    """Without OmegaConf's own (`oc.env`, `oc.decode` ...): a config may come from anywhere, and is
+    not to read the environment into a file."""
+    for name in _OMEGACONF_RESOLVERS:
+        OmegaConf.clear_resolver(name)
+    try:
+        yield
+    finally:
+        register_default_resolvers()
 
 
 def _register() -> None:
