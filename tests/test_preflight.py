@@ -52,7 +52,7 @@ ROW = {"prompt": "two red dresses", "completion": "- quantity: 2"}
 
 
 def batches(dataset: TokenizedDataset) -> Batches:
-    return Batches(dataset, batch_size=2, packing=False, max_seq_len=256, seed=0, shuffle=False)
+    return Batches(dataset, batch_size=2, packing="none", max_seq_len=256, seed=0, shuffle=False)
 
 
 def adamw(model: CausalLM, lr: float = 2e-4) -> torch.optim.Optimizer:
@@ -152,7 +152,7 @@ def test_a_step_that_cannot_fit(
 ) -> None:
     monkeypatch.setattr(preflight, "free_memory", lambda device: 2**30)
     cfg = FinetuneConfig()
-    cfg.training.batch_size, cfg.data.packing, cfg.data.max_seq_len = 4096, True, 512
+    cfg.training.batch_size, cfg.data.packing, cfg.data.max_seq_len = 4096, "best_fit", 512
     rows = batches(data(ROW))
     _, warning = check_run(cfg, model, rows, None, adamw(model), "off")
     assert warning.startswith("warning: a step is predicted to take ")

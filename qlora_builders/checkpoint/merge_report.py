@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.checkpoint.formats import read_arch
-from qlora_builders.checkpoint.peft_export import adapters_of
 from qlora_builders.checkpoint.safetensors_io import find_tensors, read_tensor
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import llama
 from qlora_builders.modules import CausalLM
+from qlora_builders.modules.adapters import adapters_disabled
 from qlora_builders.tensor import NF4Tensor, to_nf4
 
 # Largest |error| / |delta| that a merge may have unless told otherwise. On normal weights, rounding
@@ -206,7 +206,7 @@ def logit_agreement(
 
     with float32_eval(adapted), float32_eval(merged):
         expected, got = logits(adapted), logits(merged)
-        with without_adapters(adapted):
+        with adapters_disabled(adapted):
             bare = logits(adapted)
     difference = _norm(got - expected)
     return LogitAgreement(
@@ -227,21 +227,6 @@ def float32_eval(model: CausalLM) -> Iterator[None]:
     finally:
         model.train(training)
         model.model.compute_dtype = dtype
-
-
-@contextmanager
-def without_adapters(model: CausalLM) -> Iterator[None]:
-    adapters = adapters_of(model).values()
-    before = [(module.alpha, module.lora_magnitude_vector) for module in adapters]
-    try:
-        for module in adapters:
-            module.alpha = 0.0
-            if module.base_squares is not None:
-                module.lora_magnitude_vector = nn.Parameter(module.base_squares.sqrt())
-        yield
-    finally:
-        for module, (alpha, magnitudes) in zip(adapters, before, strict=True):
-            module.alpha, module.lora_magnitude_vector = alpha, magnitudes
 
 
 def streamed_model(directory: Path) -> CausalLM:

@@ -1,9 +1,8 @@
 """Chat templates: jinja2 in a sandbox, with what templates of Hugging Face expect.
 
 A template comes with a checkpoint, so it is untrusted code. The environment (`template_sandbox.py`)
-offers the extras that
-published templates use: `raise_exception`, `strftime_now`, a plain `tojson`, loop controls and the
-`{% generation %}` tag, which marks the text that an assistant wrote.
+offers the extras that published templates use: `raise_exception`, `strftime_now`, a plain `tojson`,
+loop controls and the `{% generation %}` tag, which marks the text that an assistant wrote.
 """
 
 from __future__ import annotations

@@ -10,16 +10,19 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from string import Formatter
 from typing import Any
 
 from jinja2 import nodes
+from jinja2.filters import do_format
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 1_000_000
 _CHARACTERS_PER_STEP = 64
 _MAX_SIZE = 200_000_000  # of what one function could make: bytes, elements
-_FORMAT_WIDTH = re.compile(r"[%{][^%{}]{0,20}\d{7,}")
+_PERCENT_WIDTH = re.compile(r"[%)][-+ #0]*(\d*\.)?(\*|\d{7,})")  # after % or %(name)
+_BRACE_WIDTH = re.compile(r"\d{7,}|\{")
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -44,6 +47,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str | list | tuple):  # "x".ljust(width)
             self._check(owner, (*args, *kwargs.values()))
+        if isinstance(owner, str) and method.__name__ in ("format", "format_map"):
+            for _, _, width, _ in Formatter().parse(owner):
+                _check_width(_BRACE_WIDTH, width)
         return self._charged(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -53,6 +59,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             for value, other in ((left, right), (right, left)):
                 if isinstance(value, str | list | tuple):
                     self._check(value, (other,))
+        if operator == "%":
+            _check_width(_PERCENT_WIDTH, left)
         return self._charged(super().call_binop(context, operator, left, right))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -65,6 +73,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         @functools.wraps(filter)  # with the mark of filters that take the context
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self._check(args[skipped - 1], (*args[skipped:], *kwargs.values()))
+            if filter is do_format:
+                _check_width(_PERCENT_WIDTH, args[0])
             return self._charged(filter(*args, **kwargs))
 
         return bounded
@@ -89,11 +99,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise SecurityError(f"it takes more than {MAX_STEPS:,} steps for one conversation")
 
     def _check(self, value: Any, arguments: Iterable[Any]) -> None:
-        """Before a function makes more of `value`: replaces, repeats, pads, formats it."""
+        """Before a function makes more of `value`: replaces, repeats, pads it."""
         factor = sum(abs(x) if isinstance(x, int) else _length(x) for x in arguments)
         self._check_size((_length(value) + 1) * (factor + 1))
-        if isinstance(value, str) and _FORMAT_WIDTH.search(value):
-            raise SecurityError("it formats text to a width of millions")
 
     def _check_size(self, size: int) -> None:
         if size > _MAX_SIZE:
@@ -112,6 +120,11 @@ class _Counting(NodeTransformer):
         self.generic_visit(node)
         parts = nodes.Tuple(node.nodes, "load", lineno=node.lineno)
         return nodes.Filter(parts, "_joined", [], [], None, None, lineno=node.lineno)
+
+
+def _check_width(pattern: re.Pattern[str], text: Any) -> None:
+    if isinstance(text, str) and pattern.search(text):
+        raise SecurityError("it formats text to a width of millions, or of an argument")
 
 
 def _length(value: Any) -> int:

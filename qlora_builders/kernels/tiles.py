@@ -63,18 +63,19 @@ def tiled_matmul(
     if tile >= out_features:
         weight = decoded(slice(0, out_features))
         return linear(input, weight, bias) if transposed else matmul(input, weight)
-    output = input.new_empty(input.shape[0], width) if transposed else None
-    for first in range(0, out_features, tile):
-        rows = slice(first, min(first + tile, out_features))
-        weight = decoded(rows)
-        if output is None:
-            output = matmul(input[:, rows], weight).float()
-        elif transposed:
-            linear_out(input, weight, None if bias is None else bias[rows], out=output[:, rows])
-        else:
-            add_matmul(input[:, rows], weight, out=output)
-    assert output is not None
-    return output.to(input.dtype)
+    first, *others = (
+        slice(start, min(start + tile, out_features)) for start in range(0, out_features, tile)
+    )
+    if transposed:
+        output = input.new_empty(input.shape[0], width)
+        for rows in (first, *others):
+            part = None if bias is None else bias[rows]
+            linear_out(input, decoded(rows), part, out=output[:, rows])
+        return output
+    total = matmul(input[:, first], decoded(first)).float()
+    for rows in others:
+        add_matmul(input[:, rows], decoded(rows), out=total)
+    return total.to(input.dtype)
 
 
 def _buffer(numel: int, like: Tensor) -> Tensor:

@@ -69,8 +69,9 @@ def bound_heap(model: CausalLM) -> None:
 
     With activation checkpointing, which is there to save memory, tensors of 1 MiB and more get
     mappings of their own (for the whole process): 336 instead of 500 MiB at the peak (28M
-    parameters, 1536 tokens, float32), for about a tenth more time. Without it the holes go back
-    once per pass, before the loss: 940 instead of 1060 MiB (374M, 512 tokens), for 1 % more time.
+    parameters, 1536 tokens, float32), for a second more of system time in a step of eight. Without
+    it the holes go back once per pass, before the loss: 940 instead of 1060 MiB (374M, 512 tokens),
+    for 0.1 s more.
     Other C libraries are left as they are.
     """
     libc = ctypes.CDLL(None)

@@ -24,9 +24,7 @@ from qlora_builders.checkpoint.merge_report import streamed_model
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.tensor import NF4Tensor, to_nf4
 
-LORA_HEAD = [{"match": "lm_head", "kind": "lora", "rank": 4, "alpha": 8}]
-UP, DOWN = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "down"))
-CLOSE = {"rtol": 1e-5, "atol": 5e-5}
+DOWN = "model.layers.0.mlp.down_proj.weight"
 
 Build = Callable[..., CausalLM]
 

@@ -37,6 +37,9 @@ ENDLESS = {
     "percent": "{{ '%9999999999d' % 1 }}",
     "format": "{{ '{:>9999999999}'.format(1) }}",
     "format filter": "{{ '%9999999999d'|format(1) }}",
+    "percent of a tuple": "{{ '%*d' % (10**10, 1) }}",
+    "percent of a name": "{{ '%(a(b))9999999999d' % {'a(b)': 1} }}",
+    "format of a list": "{{ '{0[0]:{0[1]}}'.format([1, 10**10]) }}",
     "replace": (
         "{% set s = 'x' * 99999 %}{% for i in range(9999) %}"
         "{% set t = s.replace('x', s) %}{% endfor %}"
@@ -81,6 +84,17 @@ def test_long_conversations_and_large_numbers_are_welcome() -> None:
     text = ChatTemplate(source, special_tokens={}, origin="x").render(messages)
     row = f"user: {content}\n1700000000 "
     assert text == ";".join(f"{row}{i}/3" for i in (1, 2, 3)) + "1700000001"
+
+
+def test_numbers_in_text_are_no_widths() -> None:
+    source = (
+        "{% for m in messages %}{{ m.content|trim|replace('x', 'y') }}{{ m.content.strip() }}"
+        "{{ '{:>3}%5.2f'.format(7) % 1 }}{{ '%s %d'|format(m.content, 12345678) }}{% endfor %}"
+    )
+    template = ChatTemplate(source, special_tokens={}, origin="chat_template.jinja")
+    content = '{"id": 12345678, "at": {"s": 1700000000}, "share": "5% 12345678"}'
+    text = template.render([{"role": "user", "content": content}])
+    assert text == f"{content}{content}  7 1.00{content} 12345678"
 
 
 def test_what_leaves_the_sandbox_says_so() -> None:
