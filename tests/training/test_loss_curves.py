@@ -94,7 +94,7 @@ def test_fifty_steps_are_those_of_peft(options: dict[str, Any]) -> None:
     model = build(**options)
     expected = peft_curve(on_peft(model, **options), steps)
     assert curve(model, steps) == pytest.approx(expected, rel=1e-4)
-    assert expected[-1] < 0.6 * expected[0]
+    assert expected[-1] < (0.6 if "use_dora" in options else 0.5) * expected[0]
 
 
 def test_one_row_eight_times_is_eight_rows_once() -> None:
