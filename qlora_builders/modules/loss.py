@@ -52,7 +52,7 @@ def sequence_log_probs(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tenso
         labels: [b, s], the token ids with `IGNORE_INDEX` where not trained.
         head: as for `chunked_next_token_loss`.
     """
-    rows, targets, positions = _trained_rows(hidden, labels)
+    rows, targets, positions = trained_rows(hidden, labels)
     num_chunks = max(1, -(-len(rows) * cast(int, head.out_features) // _CHUNK_ELEMENTS))
 
     def log_probs(rows: Tensor, targets: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def sequence_log_probs(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tenso
     return sums.index_add(0, sequences, torch.cat(parts))
 
 
-def _trained_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def trained_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The hidden states [n, hidden] that predict a trained token, that token, their positions in
     hidden[:, :-1]."""
     targets = labels[:, 1:].flatten()
@@ -94,7 +94,7 @@ def chunked_next_token_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> 
         head: [c, hidden] -> logits [c, vocab], of any kind with `out_features`; those of its
             parameters that train get their gradients.
     """
-    rows, targets, _ = _trained_rows(hidden, labels)
+    rows, targets, _ = trained_rows(hidden, labels)
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     if torch.is_grad_enabled() and (rows.requires_grad or trained):
         return _ChunkedLoss.apply(head, targets, rows, *trained)

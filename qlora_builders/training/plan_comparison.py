@@ -24,9 +24,9 @@ from torch import Tensor
 from qlora_builders.errors import TrainingError
 from qlora_builders.models.precision import Choice
 from qlora_builders.modules import CausalLM
-from qlora_builders.modules.loss import IGNORE_INDEX
+from qlora_builders.modules.loss import IGNORE_INDEX, trained_rows
 from qlora_builders.training.loop import Batch
-from qlora_builders.training.sensitivity import draw_tokens, log_probabilities, target_rows
+from qlora_builders.training.sensitivity import draw_tokens, log_probabilities
 
 STANDARD_ERRORS = 2.0  # a smaller difference is a tie: 1 in 40 such wins would be luck
 
@@ -108,7 +108,7 @@ class HeldOut:
 def _rows(model: CausalLM, batch: Batch) -> Tensor:
     model.eval()
     hidden = model.model(batch.input_ids, document_ids=batch.document_ids)
-    return target_rows(hidden, batch.labels)
+    return trained_rows(hidden, batch.labels)[0]
 
 
 def _at(log_probs: Tensor, tokens: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from qlora_builders.errors import TrainingError
 from qlora_builders.modules import CausalLM, chunked_next_token_loss, num_target_tokens
-from qlora_builders.modules.loss import IGNORE_INDEX
+from qlora_builders.modules.loss import IGNORE_INDEX, trained_rows
 from qlora_builders.training.loop import Batch
 
 _ROWS_AT_ONCE = 1024
@@ -144,16 +144,11 @@ def _drawn_labels(
 ) -> Tensor:
     """`labels` [b, s] with every target replaced by a token drawn from the model's prediction."""
     replaced = labels.clone()
-    predictions = log_probabilities(head, target_rows(hidden, labels))
+    predictions = log_probabilities(head, trained_rows(hidden, labels)[0])
     drawn = [draw_tokens(log_probs, generator) for log_probs in predictions]
     if drawn:
         replaced[:, 1:][labels[:, 1:] != IGNORE_INDEX] = torch.cat(drawn)
     return replaced
-
-
-def target_rows(hidden: Tensor, labels: Tensor) -> Tensor:
-    """[n, hidden]: the final hidden states [b, s, hidden] that predict a target token."""
-    return hidden[:, :-1][labels[:, 1:] != IGNORE_INDEX]
 
 
 @torch.no_grad()
