@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import reduce
 from operator import getitem
 from textwrap import fill
@@ -12,14 +13,19 @@ from omegaconf import OmegaConf
 from qlora_builders.config.compose import compose_tree, config_folders
 from qlora_builders.config.knobs import Knob, knobs
 from qlora_builders.config.overrides import group_options, groups
-from qlora_builders.config.schema import ROOTS
+from qlora_builders.config.schema import ROOTS, SWEPT_VERBS, TRAINING_VERBS
 
-OPTIONS = """\
-  --help              this text
-  --config-dir DIR    a folder with configs of your own
-  --allow PREFIX      a package whose classes configs may name, like torch.optim
-  --print-config      print the resolved config and stop
-  --dry-run           finetune, dpo: load and check everything, train and write nothing"""
+# option -> its argument, what it does, and the verbs that take it
+OPTIONS: dict[str, tuple[str, str, Collection[str]]] = {
+    "--help": ("", "this text", ROOTS),
+    "--config-dir": ("DIR", "a folder with configs of your own", ROOTS),
+    "--allow": ("PREFIX", "a package whose classes configs may name, like torch.optim", ROOTS),
+    "--print-config": ("", "print the resolved config and stop", ROOTS),
+    "--dry-run": ("", "load and check everything, train and write nothing", TRAINING_VERBS),
+    "--multirun": ("", "a run for each combination of values: KEY=A,B (a sweep)", SWEPT_VERBS),
+    "--nproc-per-node": ("N", "train in N processes on this machine", TRAINING_VERBS),
+    "--max-restarts": ("M", "start all of them again, so often, when one fails", TRAINING_VERBS),
+}
 
 EXAMPLES = {
     "finetune": (
@@ -28,6 +34,7 @@ EXAMPLES = {
         "qlora finetune output_dir=runs/NAME training.save_every=50 training.resume=auto",
         "qlora finetune method=lora method.rank=8 method.targets=[q_proj,v_proj]",
         "qlora finetune 'components=[{match: \"layers.0.**\", kind: linear}]'",
+        "qlora finetune --multirun optimizer.lr=1e-4,2e-4 method.rank=8,16 output_dir=runs/SWEEP",
     ),
     "dpo": (
         "qlora dpo experiment=demo_dpo",
@@ -71,15 +78,21 @@ EXAMPLES = {
 }
 
 
+def options_of(verb: str) -> list[str]:
+    """The options that a verb takes."""
+    return [option for option, (_, _, verbs) in OPTIONS.items() if verb in verbs]
+
+
 def help_text(verb: str, summary: str) -> str:
     """The whole help page of a verb, made from the schema and the shipped configs."""
+    taken = options_of(verb)
     runs = " RUN [RUN ...]" if "runs" in knobs(ROOTS[verb]) else ""
     lines = [
         f"usage: qlora {verb}{runs} [OPTION ...] [KEY=VALUE ...]",
         "",
         summary,
         "",
-        OPTIONS,
+        *(f"  {f'{option} {OPTIONS[option][0]}':<22}{OPTIONS[option][1]}" for option in taken),
         "",
     ]
     folders = config_folders()
