@@ -66,6 +66,8 @@ def test_a_sweep_with_failing_jobs_goes_on_where_it_stopped(
     assert {job["status"] for job in second.values()} == {"finished"}
     assert all(second[job["name"]]["seconds"] == job["seconds"] for job in first[:2])
     check_files(folder, second)
+    runs = [f"{path}/" for path in folder.iterdir() if path.is_dir()]
+    assert cli.main(["report", *runs, f"output={folder / 'report.html'}"]) == 0
 
 
 def check_files(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
