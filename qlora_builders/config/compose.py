@@ -158,11 +158,16 @@ class Drafting:
         if self.cfg is None:  # nothing was right
             self._add([])
         if self._lacks_a_file:
-            found = check_values(self.cfg)
-        else:
-            found = check(self.cfg) + ([] if self.verb in WITHOUT_FILES else required(self.cfg))
+            return self.problems + self._of_other_keys(check_values(self.cfg))
+        wrong = self.problems + self._of_other_keys(check(self.cfg))
+        if self.verb in WITHOUT_FILES:
+            return wrong
+        self._open |= {text.partition("=")[0] for text in check_values(self.cfg)}
+        return wrong + self._of_other_keys(required(self.cfg))
+
+    def _of_other_keys(self, found: Sequence[str]) -> list[str]:
         about = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w.])") for key in self._open]
-        return [*self.problems, *(t for t in found if not any(key.search(t) for key in about))]
+        return [text for text in found if not any(key.search(text) for key in about)]
 
 
 def compose_tree(

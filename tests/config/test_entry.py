@@ -68,6 +68,15 @@ def test_one_line_per_problem(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_arguments_of_components_are_in_the_same_error(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["optimizer.lrr=1", "loggers=[{component: os.system}]", "training.sed=3"]
+    assert run_recipe(never, "finetune", argv) == 2
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: unknown key 'training.sed'; did you mean 'training.seed'?")
+    assert second.startswith("error: optimizer.lrr is not an argument of torch.optim.AdamW; did ")
+    assert third.startswith("error: loggers[0].component='os.system' is outside the allowed pack")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
