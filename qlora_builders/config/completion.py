@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
@@ -83,6 +84,7 @@ def all_values() -> dict[str, list[str]]:
     return found
 
 
+@cache
 def _keys(verb: str) -> dict[str, Knob | None]:
     """Every key that takes a value; those of a preset, such as optimizer.lr, have no knob."""
     defaults = compose_tree(verb)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 from textwrap import fill
 from typing import Any, get_origin
 
@@ -59,6 +61,7 @@ EXAMPLES = {
     "evaluate": (
         "qlora evaluate adapter.path=runs/NAME/adapter exact_match=20",
         "qlora evaluate checkpoint.dir=merged data.eval=rows.jsonl output=result.json",
+        "qlora evaluate --multirun adapter.path=runs/A/adapter,runs/B/adapter output=both.json",
     ),
     "merge": (
         "qlora merge adapter.path=runs/NAME/adapter output_dir=merged",
@@ -99,19 +102,19 @@ def help_text(verb: str, summary: str) -> str:
     defaults = compose_tree(verb)
     choices = {group: group_options(group, folders) for group in groups(verb)}
     if choices:
-        lines.append("groups (GROUP=NAME):")
+        lines.append("groups (GROUP=NAME; qlora configs ls says what each is for):")
         for group, names in choices.items():
             head = f"  {group + '=':<14}"
-            text = fill(" | ".join(names), 96, initial_indent=head, subsequent_indent=" " * 16)
-            lines += text.splitlines()
+            unbroken = " ".join(f"{name}\0|" for name in names).removesuffix("\0|")
+            text = fill(unbroken, 96, initial_indent=head, subsequent_indent=" " * 16)
+            lines += text.replace("\0", " ").splitlines()
         lines.append("")
     written = OmegaConf.to_container(defaults, resolve=False)
     lines.append("keys (KEY=VALUE):")
     for knob in knobs(ROOTS[verb]).values():
         lines += _knob_lines(knob, _default(knob, written))
         if get_origin(knob.type) is dict:
-            preset = OmegaConf.select(defaults, knob.key)
-            lines += [f"  {knob.key}.{name}={value}" for name, value in preset.items()]
+            lines += _preset_lines(knob.key, OmegaConf.select(defaults, knob.key), folders)
     lines += ["", "examples:", *(f"  {example}" for example in EXAMPLES[verb])]
     return "\n".join(lines)
 
@@ -120,6 +123,18 @@ def _default(knob: Knob, defaults: Any) -> Any:
     """A verb's own, as written: its YAML may differ from the schema in plain values."""
     value = reduce(getitem, knob.key.split("."), defaults)
     return knob.default if isinstance(value, list | dict) else value
+
+
+def _preset_lines(key: str, preset: Any, folders: Sequence[Path]) -> list[str]:
+    """Arguments of a component, with what the comments of the group's files say of them."""
+    lines = []
+    files = [file for folder in folders for file in sorted((folder / key).glob("*.yaml"))]
+    text = "".join(file.read_text("utf-8") for file in files)
+    for name, value in preset.items():
+        lines.append(f"  {key}.{name}={_spell(value)}")
+        comment = re.search(rf"^{name}:.* # (.*)$", text, re.MULTILINE)
+        lines += [f"      {comment[1]}"] if comment else []
+    return lines
 
 
 def _knob_lines(knob: Knob, default: Any) -> list[str]:
@@ -142,6 +157,6 @@ def _spell(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, dict):
         return "{...}"
-    if isinstance(value, list):
-        return f"[{','.join(value)}]"
+    if isinstance(value, Sequence) and not isinstance(value, str):  # also one of OmegaConf's
+        return f"[{','.join(map(_spell, value))}]"
     return str(value)
