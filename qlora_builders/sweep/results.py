@@ -56,10 +56,10 @@ class Result:
     status: str = "not started"
     seconds: float = 0.0
     error: str = ""
-    figures: dict[str, float | None] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
 
-def figures_of(verb: str, path: Path) -> dict[str, float | None]:
+def figures_of(verb: str, path: Path) -> dict[str, float]:
     """What can be read of a job, however far it came."""
     try:
         if verb in TRAINING_VERBS:
@@ -69,11 +69,12 @@ def figures_of(verb: str, path: Path) -> dict[str, float | None]:
         return {}
     if verb == "plan":
         content = next(row for row in content["comparison"] if row["plan"] == content["written"])
-    return _known({**content, "eval_loss": content["loss"], "loss": None})
+    return _known({**content, "eval_loss": content.get("loss"), "loss": None})
 
 
-def _known(figures: Mapping[str, Any]) -> dict[str, float | None]:
-    return {key: figures.get(key) for key in _COLUMNS}
+def _known(figures: Mapping[str, Any]) -> dict[str, float]:
+    found = {key: figures.get(key) for key in _COLUMNS}
+    return {key: value for key, value in found.items() if isinstance(value, int | float)}
 
 
 def write_results(folder: Path, verb: str, results: Sequence[Result]) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -77,14 +78,11 @@ class Terminal:
         os.close(self.file)
 
 
-@pytest.fixture(scope="module", params=SHELLS)
-def terminal(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Terminal]:
-    folder = tmp_path_factory.mktemp("home")
+@contextmanager
+def ready(shell: str, folder: Path) -> Iterator[Terminal]:
+    """A terminal with the script, a function called qlora, and some files."""
     (folder / "a_folder").mkdir()
     (folder / "a_folder" / "rows.jsonl").touch()
-    shell = str(request.param)
     (folder / "script").write_text(script([shell], VERBS))
     terminal = Terminal(shell, folder)
     terminal.type(f"{PREPARE[shell]}\n. ./script\nqlora ready\n")
@@ -93,11 +91,27 @@ def terminal(
     terminal.close()
 
 
+@pytest.fixture(scope="module", params=SHELLS)
+def terminal(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Terminal]:
+    with ready(request.param, tmp_path_factory.mktemp("home")) as terminal:
+        yield terminal
+
+
 @pytest.mark.parametrize("typed", TYPED)
 def test_tab(terminal: Terminal, typed: str) -> None:
     terminal.type(f"qlora {typed}\n")
     became = terminal.read_until(r"\nLINE:([^\r\n]*)")
     assert became.rstrip(" /") == TYPED[typed].rstrip("/")  # zsh takes a last / away
+
+
+def test_bash_where_an_equals_sign_ends_no_word(tmp_path: Path) -> None:
+    with ready("bash", tmp_path) as terminal:
+        terminal.type("COMP_WORDBREAKS=${COMP_WORDBREAKS//=/}\n")
+        terminal.type("qlora finetune training.compi\tof\tcheckpoint.dir=a_folder/r\t\n")
+        became = terminal.read_until(r"\nLINE:([^\r\n]*)").rstrip()
+    assert became == "finetune training.compile=off checkpoint.dir=a_folder/rows.jsonl"
 
 
 def test_every_key_is_a_word() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from qlora_builders import cli
 from qlora_builders.report import read_run
+from qlora_builders.sweep.results import figures_of
 
 
 def words(checkpoint: Path, rows: Path, folder: Path, *more: str) -> list[str]:
@@ -145,16 +146,23 @@ def test_a_bad_value_is_found_before_anything_runs(
     assert not folder.exists()
 
 
-def test_a_dry_run_lists_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_lists_the_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
     command = ["finetune", "--multirun", "--nproc-per-node", "2", "training.seed=0,1"]
-    assert cli.main([*command, "--dry-run", "output_dir=sweep"]) == 0
+    command += ["--config-dir=mine", "--allow", "a", "--allow", "b", "--dry-run"]
+    assert cli.main([*command, "output_dir=sweep"]) == 0
+    options = "--nproc-per-node=2 --config-dir mine --allow a --allow b"
     assert capsys.readouterr().out.splitlines() == [
         "nothing is wrong with the configs of these 2 jobs:",
         *(
-            f"qlora finetune --nproc-per-node=2 training.seed={seed} output_dir=sweep/seed_{seed}"
+            f"qlora finetune {options} training.seed={seed} output_dir=sweep/seed_{seed}"
             for seed in (0, 1)
         ),
     ]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +199,13 @@ def test_a_folder_of_something_else_is_left_alone(
     assert cli.main(command) == 2
     assert "--multirun starts its processes itself" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "sweep.json"]
+
+
+def test_figures_of_files_that_hold_none(tmp_path: Path) -> None:
+    for text in ('{"models": {"base": {"loss": 1.0}}}', '{"loss": "low"}', "{"):
+        (tmp_path / "e.json").write_text(text)
+        assert figures_of("evaluate", tmp_path / "e.json") == {}
+    assert figures_of("plan", tmp_path / "p.yaml") == figures_of("finetune", tmp_path) == {}
 
 
 @pytest.mark.slow
