@@ -13,6 +13,7 @@ from rich.console import Console
 
 from qlora_builders.config.entry import parse_options
 from qlora_builders.config.instantiate import allow_prefixes
+from qlora_builders.config.overrides import key_of
 from qlora_builders.config.schema import TRAINING_VERBS
 from qlora_builders.config.sweep import Job, differences, plan_sweep
 from qlora_builders.errors import ConfigError
@@ -57,7 +58,7 @@ def sweep(verb: str, words: Sequence[str], launch: Sequence[str] = ()) -> int:
     if getattr(jobs[0].cfg, "dry_run", False):
         print(f"nothing is wrong with the configs of these {len(jobs)} jobs:")
         for result in results:
-            print(shlex.join(["qlora", *(w for w in result.command if w != "dry_run=true")]))
+            print(shlex.join(["qlora", *(w for w in result.command if key_of(w) != "dry_run")]))
         return 0
     _check_folder(folder, jobs[0])
     _go_on(verb, folder, jobs, results)
