@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from qlora_builders.config.checks import check
-from qlora_builders.config.compose import compose_tree, config_folders, to_config
+from qlora_builders.config.compose import config_folders, draft
 from qlora_builders.config.entry import OptionParser, component_problems
 from qlora_builders.config.instantiate import allow_prefixes
 from qlora_builders.config.overrides import groups, primary_config
@@ -68,13 +67,9 @@ def validate(name: str, config_dir: str | Path | None = None) -> list[str]:
 
 
 def _problems(verb: str, overrides: list[str], config_dir: str | Path | None) -> list[str]:
-    try:
-        cfg = to_config(compose_tree(verb, overrides, config_dir=config_dir))
-        problems = check(cfg)
-        with suppress(ImportError):  # of an optional package; a run says how to install it
-            problems += component_problems(cfg)
-    except ConfigError as error:
-        return str(error).splitlines()
+    cfg, problems = draft(verb, overrides, config_dir=config_dir, for_run=False)
+    with suppress(ImportError):  # of an optional package; a run says how to install it
+        problems += component_problems(cfg)
     return problems
 
 

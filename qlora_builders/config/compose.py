@@ -74,6 +74,7 @@ def draft(
     overrides: Sequence[str] = (),
     *,
     config_dir: str | Path | None = None,
+    for_run: bool = True,
     known: dict[str, str] | None = None,
 ) -> tuple[Any, list[str]]:
     """The config of a verb without the overrides that are wrong, and everything that is wrong.
@@ -83,6 +84,7 @@ def draft(
     it: whoever writes `data.trian` need not hear that data.train is missing.
 
     Args:
+        for_run: what a run needs has to be there.
         known: overrides that are wrong, with their messages: those of earlier calls, to which this
             one adds. Saves the jobs of a sweep from finding the same mistake again.
 
@@ -91,7 +93,7 @@ def draft(
     """
     drafting = Drafting(verb, _folders_of(verb, config_dir), {} if known is None else known)
     drafting.add_what_is_right(sorted(overrides, key=lambda one: not drafting.is_group(one)))
-    return drafting.cfg, drafting.all_problems()
+    return drafting.cfg, drafting.all_problems(for_run and verb not in WITHOUT_FILES)
 
 
 class Drafting:
@@ -139,7 +141,7 @@ class Drafting:
         before = len(self.problems)
         if self.is_group(override):
             values = values_of_file(override, self.folders)
-            self.add_what_is_right(values, where=f"{override.partition('=')[2]}.yaml: ")
+            self.add_what_is_right(values, where=f"{override.replace('=', '/')}.yaml: ")
         if len(self.problems) == before:
             message = "\n".join(where + line for line in message.splitlines())
             self._note(override, message)
@@ -150,7 +152,7 @@ class Drafting:
         self._lacks_a_file |= self.is_group(override)
         self._open |= {key_of(override), *re.findall(r"did you mean '([^']+)'", message)}
 
-    def all_problems(self) -> list[str]:
+    def all_problems(self, for_run: bool) -> list[str]:
         """`problems`, and what the checks say of all that was taken.
 
         What follows from a mistake is not listed beside it.
@@ -160,7 +162,7 @@ class Drafting:
         if self._lacks_a_file:
             return self.problems + self._of_other_keys(check_values(self.cfg))
         wrong = self.problems + self._of_other_keys(check(self.cfg))
-        if self.verb in WITHOUT_FILES:
+        if not for_run:
             return wrong
         self._open |= {text.partition("=")[0] for text in check_values(self.cfg)}
         return wrong + self._of_other_keys(required(self.cfg))

@@ -62,10 +62,10 @@ class JobRunner:
                 tail = (tail + chunk)[-_KEPT:]
             code = process.wait()
             self._process = None
-        return code, time.monotonic() - started, _error_in(tail.decode(errors="replace"), code)
+        return code, time.monotonic() - started, error_in(tail.decode(errors="replace"), code)
 
 
-def _error_in(stderr: str, code: int) -> str:
+def error_in(stderr: str, code: int) -> str:
     """What a job said of its end: its lines with `error:`, else the last one of a traceback."""
     if code in (0, 128 + signal.SIGINT):
         return ""

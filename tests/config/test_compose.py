@@ -367,10 +367,10 @@ def test_all_mistakes_of_a_file_are_in_one_error(tmp_path: Path) -> None:
     write(tmp_path, "method/mine", "name: qlora\nrnak: 4\ntargets: q_proj\n")
     found = problems("finetune", ["method=mine", "experiment=mine", "training.epoch=2"], own)
     assert found == [
-        "mine.yaml: unknown key 'method.rnak'; did you mean 'method.rank'?",
-        "mine.yaml: method.targets: takes a list, such as [a,b]",
-        "mine.yaml: unknown key 'training.max_stps'; did you mean 'training.max_steps'?",
-        "mine.yaml: training.seed: Value 'x' could not be converted to Integer",
+        "method/mine.yaml: unknown key 'method.rnak'; did you mean 'method.rank'?",
+        "method/mine.yaml: method.targets: takes a list, such as [a,b]",
+        "experiment/mine.yaml: unknown key 'training.max_stps'; did you mean 'training.max_steps'?",
+        "experiment/mine.yaml: training.seed: Value 'x' could not be converted to Integer",
         "unknown key 'training.epoch'; did you mean 'training.epochs'?",
         "data.format='chatt' is not allowed; allowed: chat, instruct, text, preference; did you "
         "mean 'chat'?",

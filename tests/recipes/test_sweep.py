@@ -15,6 +15,7 @@ import pytest
 
 from qlora_builders import cli
 from qlora_builders.report import read_run
+from qlora_builders.sweep.process import error_in
 from qlora_builders.sweep.results import figures_of
 
 
@@ -199,6 +200,21 @@ def test_a_folder_of_something_else_is_left_alone(
     assert cli.main(command) == 2
     assert "--multirun starts its processes itself" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "sweep.json"]
+
+
+@pytest.mark.parametrize(
+    ("stderr", "code", "error"),
+    [
+        ("warning: a\nerror: b\nerror: c\n", 2, "b; c"),
+        ("Traceback (most recent call last):\n  f()\nRuntimeError: d\n", 1, "RuntimeError: d"),
+        ("", -9, "killed by SIGKILL"),
+        ("", 1, "exit code 1"),
+        ("warning: a\n", 0, ""),
+        ("interrupted\n", 130, ""),
+    ],
+)
+def test_what_is_said_of_the_end_of_a_job(stderr: str, code: int, error: str) -> None:
+    assert error_in(stderr, code) == error
 
 
 def test_figures_of_files_that_hold_none(tmp_path: Path) -> None:
