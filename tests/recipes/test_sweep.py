@@ -88,10 +88,10 @@ def check_files(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
 
 
 def test_ctrl_c_stops_the_job_with_a_checkpoint_and_starts_no_other(
-    checkpoint: Path, rows: Path, tmp_path: Path
+    checkpoint: Path, rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "sweep"
-    more = [f"data.train={rows}", "training.seed=0,1", "training.max_steps=2000"]
+    more = [f"data.train={rows}", "training.seed=0,1", "training.max_steps=150"]
     command = words(checkpoint, rows, folder, *more)
     process = subprocess.Popen(
         [sys.executable, "-m", "qlora_builders.cli", *command],
@@ -115,6 +115,10 @@ def test_ctrl_c_stops_the_job_with_a_checkpoint_and_starts_no_other(
     jobs = {job["name"]: job for job in jobs_of(folder)}
     assert jobs["seed_0"]["status"].startswith("stopped after step ")
     assert jobs["seed_1"]["status"] == "not started"
+    assert cli.main([*command, "training.resume=auto"]) == 0
+    assert "resumed after step " in capfd.readouterr().out
+    for seed in (0, 1):
+        assert read_run(folder / f"seed_{seed}").metrics["loss"][0] == [*range(1, 151)]
 
 
 def test_evaluate_sweeps(
