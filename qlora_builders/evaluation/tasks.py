@@ -1,0 +1,119 @@
+"""Tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
+
+A task may run Python of its own: through `!function` in its YAML file, and through jinja templates
+that no sandbox holds. That of the tasks inside the package comes with installing it; a folder of
+tasks is as trusted as a script, so its name is taken from whoever runs the command and no config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_builders.data import Tokenizer
+from qlora_builders.errors import ConfigError, did_you_mean, nearest, optional_import
+from qlora_builders.evaluation.figures import Figure
+from qlora_builders.modules import CausalLM
+
+EXTRA = "lm-eval"
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks by name, to run on any number of models.
+
+    Attributes:
+        num_fewshot: solved examples before each question; None: as each task says, or none.
+        limit: documents of each task; None: all.
+        apply_chat_template: ask as a user in the tokenizer's chat template.
+    """
+
+    names: Sequence[str]
+    manager: Any  # lm_eval's TaskManager
+    num_fewshot: int | None = None
+    limit: int | None = None
+    apply_chat_template: bool = False
+
+    def measure(
+        self, model: CausalLM, tokenizer: Tokenizer, *, batch_size: int
+    ) -> tuple[dict[str, Figure], dict[str, Any]]:
+        """Every metric as a figure, its parts being documents; and lm_eval's own results.
+
+        Raises:
+            QLoRAError: see `HarnessModel`.
+        """
+        # lm_eval is an extra
+        from qlora_builders.evaluation.harness_model import HarnessModel
+
+        simple_evaluate = optional_import("lm_eval", EXTRA).simple_evaluate
+        found = simple_evaluate(
+            model=HarnessModel(model, tokenizer, batch_size=batch_size),
+            tasks=list(self.names),
+            task_manager=self.manager,
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            apply_chat_template=self.apply_chat_template,
+            bootstrap_iters=0,  # Figure has the errors that can be paired
+        )
+        figures = {}
+        for task, metrics in found["results"].items():
+            for key, value in metrics.items():
+                metric, comma, filter_name = key.partition(",")
+                if comma and not metric.endswith("_stderr"):
+                    samples = found["samples"].get(task, [])
+                    parts = [s[metric] for s in samples if s["filter"] == filter_name]
+                    label = f"{task} {metric}" + f" ({filter_name})" * (filter_name != "none")
+                    figures[label] = _figure(value, parts)
+        kept = ("results", "versions", "n-shot", "n-samples", "higher_is_better")
+        return figures, {key: found[key] for key in kept}
+
+
+def _figure(value: float, parts: Sequence[Any]) -> Figure:
+    """With the documents' values as parts, if the metric is their mean."""
+    numbers = [float(part) for part in parts if isinstance(part, int | float)]
+    if len(numbers) == len(parts) > 0 and abs(sum(numbers) / len(numbers) - value) < 1e-9:
+        return Figure(value, numbers, [1] * len(numbers))
+    return Figure(value)
+
+
+def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None, **options: Any) -> Tasks:
+    """The tasks of these names, from a folder of YAML files or from inside lm_eval.
+
+    Nothing of a task runs yet, and nothing is loaded.
+
+    Args:
+        tasks_dir: searched first; its tasks may run Python, so name only folders that you trust.
+        options: those of `Tasks`.
+
+    Raises:
+        ConfigError: if the folder is missing, or there is no such task.
+        ImportError: if lm_eval is not installed.
+    """
+    manager_class = optional_import("lm_eval.tasks", EXTRA).TaskManager
+    if tasks_dir is not None and not Path(tasks_dir).is_dir():
+        raise ConfigError(f"lm_eval.tasks_dir={tasks_dir} is not a folder")
+    if tasks_dir is not None:  # reading all of lm_eval's 14,000 tasks takes seconds
+        own = manager_class(include_path=str(tasks_dir), include_defaults=False)
+        if set(tasks) <= set(own.all_subtasks):
+            return Tasks(tasks, own, **options)
+    manager = manager_class(include_path=None if tasks_dir is None else str(tasks_dir))
+    for name in tasks:
+        if name not in manager.task_index:  # lm_eval would take a path too, of any folder
+            raise ConfigError(f"lm_eval.tasks: {_no_task(name, manager.task_index, tasks_dir)}")
+    return Tasks(tasks, manager, **options)
+
+
+def _no_task(name: str, index: Mapping[str, Any], tasks_dir: str | Path | None) -> str:
+    if tasks_dir is None:
+        near = nearest(name, index)
+        return f"lm_eval has no task {name!r}" + (f"; did you mean {near!r}?" if near else "")
+    folder = Path(tasks_dir).resolve()
+    own = [
+        key
+        for key, entry in index.items()
+        if entry.yaml_path is not None and folder in Path(entry.yaml_path).resolve().parents
+    ]
+    hint = did_you_mean(name, own) if own else "; no *.yaml file in that folder holds a task"
+    return f"neither {tasks_dir} nor lm_eval has a task {name!r}{hint}"
