@@ -52,6 +52,8 @@ EXAMPLES = {
     "evaluate": (
         "qlora evaluate adapter.path=runs/NAME/adapter exact_match=20",
         "qlora evaluate checkpoint.dir=merged data.eval=rows.jsonl output=result.json",
+        "qlora evaluate adapter.path=runs/NAME/adapter exact_match=50 compare=true",
+        "qlora evaluate checkpoint.dir=merged data.eval=null lm_eval.tasks=[arc_easy,hellaswag]",
     ),
     "merge": (
         "qlora merge adapter.path=runs/NAME/adapter output_dir=merged",

@@ -90,7 +90,11 @@ def comparison_table(models: Mapping[str, Figures], against: Mapping[str, str]) 
 
 
 def _cell(value: float, error: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.4f}" + ("" if error is None else f"\n± {error:.4f}")
+    """Two digits of the error, and of the value those that it leaves certain and two more."""
+    if error is None:
+        return f"{value:{sign}.4f}"
+    digits = min(8, max(0, 1 - math.floor(math.log10(error)))) if error else 4
+    return f"{value:{sign}.{digits}f}\n± {error:.{digits}f}"
 
 
 def _table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:

@@ -7,8 +7,10 @@ tasks is as trusted as a script, so its name is taken from whoever runs the comm
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from qlora_builders.evaluation.figures import Figure
 from qlora_builders.modules import CausalLM
 
 EXTRA = "lm-eval"
+KEPT = ("results", "versions", "n-shot", "n-samples", "higher_is_better")  # of what lm_eval returns
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Tasks:
         # lm_eval is an extra
         from qlora_builders.evaluation.harness_model import HarnessModel
 
-        simple_evaluate = optional_import("lm_eval", EXTRA).simple_evaluate
-        found = simple_evaluate(
+        lm_eval = optional_import("lm_eval", EXTRA)
+        found = lm_eval.simple_evaluate(
             model=HarnessModel(model, tokenizer, batch_size=batch_size),
             tasks=list(self.names),
             task_manager=self.manager,
@@ -59,20 +62,20 @@ class Tasks:
         )
         figures = {}
         for task, metrics in found["results"].items():
+            samples = found["samples"].get(task, [])
             for key, value in metrics.items():
                 metric, comma, filter_name = key.partition(",")
-                if comma and not metric.endswith("_stderr"):
-                    samples = found["samples"].get(task, [])
-                    parts = [s[metric] for s in samples if s["filter"] == filter_name]
+                if comma and not metric.endswith("_stderr") and isinstance(value, Real):
                     label = f"{task} {metric}" + f" ({filter_name})" * (filter_name != "none")
-                    figures[label] = _figure(value, parts)
-        kept = ("results", "versions", "n-shot", "n-samples", "higher_is_better")
-        return figures, {key: found[key] for key in kept}
+                    parts = [s.get(metric) for s in samples if s["filter"] == filter_name]
+                    figures[label] = _figure(float(value), parts)
+        kept = {key: found[key] for key in KEPT}
+        return figures, json.loads(json.dumps(kept, default=lm_eval.utils.handle_non_serializable))
 
 
 def _figure(value: float, parts: Sequence[Any]) -> Figure:
     """With the documents' values as parts, if the metric is their mean."""
-    numbers = [float(part) for part in parts if isinstance(part, int | float)]
+    numbers = [float(part) for part in parts if isinstance(part, Real)]
     if len(numbers) == len(parts) > 0 and abs(sum(numbers) / len(numbers) - value) < 1e-9:
         return Figure(value, numbers, [1] * len(numbers))
     return Figure(value)
@@ -81,28 +84,45 @@ def _figure(value: float, parts: Sequence[Any]) -> Figure:
 def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None, **options: Any) -> Tasks:
     """The tasks of these names, from a folder of YAML files or from inside lm_eval.
 
-    Nothing of a task runs yet, and nothing is loaded.
+    Each is loaded once, with its documents, so that what is wrong with it shows before a model is.
 
     Args:
         tasks_dir: searched first; its tasks may run Python, so name only folders that you trust.
         options: those of `Tasks`.
 
     Raises:
-        ConfigError: if the folder is missing, or there is no such task.
+        ConfigError: if the folder is missing, there is no such task, it cannot be loaded, or it is
+            one that runs code which a model has written.
         ImportError: if lm_eval is not installed.
     """
-    manager_class = optional_import("lm_eval.tasks", EXTRA).TaskManager
-    if tasks_dir is not None and not Path(tasks_dir).is_dir():
-        raise ConfigError(f"lm_eval.tasks_dir={tasks_dir} is not a folder")
-    if tasks_dir is not None:  # reading all of lm_eval's 14,000 tasks takes seconds
-        own = manager_class(include_path=str(tasks_dir), include_defaults=False)
-        if set(tasks) <= set(own.all_subtasks):
-            return Tasks(tasks, own, **options)
-    manager = manager_class(include_path=None if tasks_dir is None else str(tasks_dir))
+    manager = _manager(tasks, tasks_dir)
     for name in tasks:
         if name not in manager.task_index:  # lm_eval would take a path too, of any folder
             raise ConfigError(f"lm_eval.tasks: {_no_task(name, manager.task_index, tasks_dir)}")
+        try:
+            loaded = manager.load([name])["tasks"]
+        except Exception as error:  # a task is somebody's code
+            text = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"lm_eval.tasks: {name!r} cannot be loaded: {text}") from error
+        for one in loaded.values():
+            if getattr(one, "UNSAFE_CODE", False):
+                raise ConfigError(
+                    f"lm_eval.tasks: {name!r} runs code that the model writes, which evaluate does "
+                    "not; merge the adapter and use lm_eval itself"
+                )
     return Tasks(tasks, manager, **options)
+
+
+def _manager(tasks: Sequence[str], tasks_dir: str | Path | None) -> Any:
+    manager_class = optional_import("lm_eval.tasks", EXTRA).TaskManager
+    if tasks_dir is None:
+        return manager_class()
+    if not Path(tasks_dir).is_dir():
+        raise ConfigError(f"lm_eval.tasks_dir={tasks_dir} is not a folder")
+    own = manager_class(include_path=str(tasks_dir), include_defaults=False)
+    if set(tasks) <= set(own.all_subtasks):
+        return own  # reading all of lm_eval's 14,000 tasks takes seconds
+    return manager_class(include_path=str(tasks_dir))
 
 
 def _no_task(name: str, index: Mapping[str, Any], tasks_dir: str | Path | None) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_builders.evaluation import Figure, comparison_table, differences, figure_table
-from qlora_builders.evaluation.figures import difference, mean_figure
+from qlora_builders.evaluation.figures import _cell, difference, mean_figure
 
 # 1 of 4, 2 of 4: alike but for one answer
 BEFORE = mean_figure([1, 0, 0, 0], [1] * 4)
@@ -53,13 +53,30 @@ def text(table: Table) -> list[str]:
 def test_tables() -> None:
     a, b = {"exact match": BEFORE, "f1": Figure(0.5)}, {"exact match": AFTER, "f1": Figure(0.25)}
     lines = text(comparison_table({"a": a, "b": b}, {"b": "a"}))
-    at = lines.index("exact match 0.2500 0.5000 +0.2500")
-    assert lines[at + 1] == f"± 0.2500 ± {math.sqrt(1 / 12):.4f} ± 0.2500"
+    at = lines.index("exact match 0.25 0.50 +0.25")
+    assert lines[at + 1] == "± 0.25 ± 0.29 ± 0.25"
     assert "f1 0.5000 0.2500 -0.2500" in lines
     lines = text(figure_table(b))
-    at = lines.index("exact match 0.5000")
-    assert lines[at + 1] == f"± {math.sqrt(1 / 12):.4f}"
+    at = lines.index("exact match 0.50")
+    assert lines[at + 1] == "± 0.29"
     assert "f1 0.2500" in lines
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (0.00929135, 0.0000304, "0.009291\n± 0.000030"),
+        (31919.5026, 760.986, "31920\n± 761"),
+        (10.3709, 0.0238, "10.371\n± 0.024"),
+        (-1.0, 0.0, "-1.0000\n± 0.0000"),
+        (1.0, 1e-12, "1.00000000\n± 0.00000000"),
+        (0.5, None, "0.5000"),
+    ],
+)
+def test_digits_are_those_that_the_error_leaves(
+    value: float, error: float | None, shown: str
+) -> None:
+    assert _cell(value, error) == shown
 
 
 def test_the_error_of_perplexity_is_that_of_repeated_draws() -> None:

@@ -51,6 +51,9 @@ WRITE = {
     "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }
+CODE = {**PICK, "task": "code", "unsafe_code": True}
+GONE = {**PICK, "task": "gone", "dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}
+SPLIT = {**PICK, "task": "split", "test_split": "dev"}
 
 
 def write_tasks(folder: Path, *tasks: dict[str, Any]) -> Path:
@@ -68,7 +71,9 @@ def write_tasks(folder: Path, *tasks: dict[str, Any]) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("lm_eval", reason=REASON)
-    return write_tasks(tmp_path_factory.mktemp("tasks") / "mine", PICK, PROSE, WRITE)
+    return write_tasks(
+        tmp_path_factory.mktemp("tasks") / "mine", PICK, PROSE, WRITE, CODE, GONE, SPLIT
+    )
 
 
 @pytest.fixture
@@ -113,8 +118,10 @@ def test_figures_are_those_of_lm_evals_own_model(
         value = found["results"][task][f"{metric},none"]
         assert value == pytest.approx(expected["results"][task][f"{metric},none"], rel=1e-5)
         error = expected["results"][task][f"{metric}_stderr,none"]
-        row = table.index(f"{task} {metric} {value:.4f}")
-        assert table[row + 1] == f"± {error:.4f}" or error == "N/A"
+        (row,) = (index for index, line in enumerate(table) if line.startswith(f"{task} {metric} "))
+        assert float(table[row].split()[-1]) == pytest.approx(value, abs=0.005)
+        if error != "N/A":
+            assert float(table[row + 1].split()[-1]) == pytest.approx(error, rel=0.05)
     assert 0 < found["results"]["pick"]["acc,none"] < 1
     assert found["n-samples"]["pick"] == {"original": 4, "effective": 4}
 
@@ -167,12 +174,18 @@ def test_few_shots_limit_and_chat(
     ("options", "message"),
     [
         (["lm_eval.tasks=[pikc]"], "has a task 'pikc'; did you mean 'pick'?"),
-        (["lm_eval.tasks=[zzzz]"], "has a task 'zzzz'; allowed: pick, prose, write"),
+        (["lm_eval.tasks=[zzzz]"], "has a task 'zzzz'; allowed: code, gone, pick, prose, split, "),
         (["lm_eval.tasks=[FOLDER/pick.yaml]"], "has a task 'FOLDER/pick.yaml'; "),
         (
             ["lm_eval.tasks=[pick]", "lm_eval.tasks_dir=nowhere"],
             "tasks_dir=nowhere is not a folder",
         ),
+        (
+            ["lm_eval.tasks=[code]"],
+            "'code' runs code that the model writes, which evaluate does not",
+        ),
+        (["lm_eval.tasks=[gone]"], "lm_eval.tasks: 'gone' cannot be loaded: FileNotFoundError: "),
+        (["lm_eval.tasks=[split]"], "lm_eval.tasks: 'split' cannot be loaded: KeyError: 'dev'"),
         (["lm_eval.tasks=[a]", "lm_eval.tasks_dir=EMPTY"], "no *.yaml file in that folder holds a"),
     ],
 )
@@ -192,6 +205,7 @@ def test_mistakes(
     assert captured.out == ""
 
 
+@pytest.mark.slow
 def test_a_task_of_lm_eval_is_named_if_it_is_near(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
