@@ -133,6 +133,7 @@ def measure(
     if tasks is not None:
         found, details["tasks"] = tasks.measure(model, tokenizer, batch_size=cfg.batch_size)
         figures |= found
+    details["standard_errors"] = {name: figure.error for name, figure in figures.items()}
     return figures, details
 
 

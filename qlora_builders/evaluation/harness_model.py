@@ -277,6 +277,8 @@ def _decoding(options: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     until = [stop for stop in given.pop("until") if stop]
     decoding = {"max_new_tokens": given.pop("max_gen_toks")}
     sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
+    if sampling.get("top_k") == 0:  # transformers' way to say all
+        del sampling["top_k"]
     if given.pop("do_sample"):
         decoding |= {"temperature": 1.0, **sampling}
     unknown = [name for name, value in given.items() if _NO_EFFECT.get(name) != value]

@@ -8,7 +8,7 @@ tasks is as trusted as a script, so its name is taken from whoever runs the comm
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -18,9 +18,12 @@ from qlora_builders.data import Tokenizer
 from qlora_builders.errors import ConfigError, did_you_mean, nearest, optional_import
 from qlora_builders.evaluation.figures import Figure
 from qlora_builders.modules import CausalLM
+from qlora_builders.training.device import set_seed
 
 EXTRA = "lm-eval"
-KEPT = ("results", "versions", "n-shot", "n-samples", "higher_is_better")  # of what lm_eval returns
+_SEED = 1234  # lm_eval's own
+# of what lm_eval returns
+_KEPT = ("results", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
 @dataclass(frozen=True)
@@ -51,26 +54,44 @@ class Tasks:
         from qlora_builders.evaluation.harness_model import HarnessModel
 
         lm_eval = optional_import("lm_eval", EXTRA)
-        found = lm_eval.simple_evaluate(
-            model=HarnessModel(model, tokenizer, batch_size=batch_size),
-            tasks=list(self.names),
-            task_manager=self.manager,
-            num_fewshot=self.num_fewshot,
+        loaded = self.manager.load(list(self.names))
+        for task in loaded["tasks"].values():
+            self._set_fewshot(task)
+        set_seed(_SEED)
+        found = lm_eval.evaluate(
+            lm=HarnessModel(model, tokenizer, batch_size=batch_size),
+            task_dict=loaded,
             limit=self.limit,
             apply_chat_template=self.apply_chat_template,
+            fewshot_as_multiturn=self.apply_chat_template,
             bootstrap_iters=0,  # Figure has the errors that can be paired
         )
-        figures = {}
-        for task, metrics in found["results"].items():
-            samples = found["samples"].get(task, [])
-            for key, value in metrics.items():
-                metric, comma, filter_name = key.partition(",")
-                if comma and not metric.endswith("_stderr") and isinstance(value, Real):
-                    label = f"{task} {metric}" + f" ({filter_name})" * (filter_name != "none")
-                    parts = [s.get(metric) for s in samples if s["filter"] == filter_name]
-                    figures[label] = _figure(float(value), parts)
-        kept = {key: found[key] for key in KEPT}
-        return figures, json.loads(json.dumps(kept, default=lm_eval.utils.handle_non_serializable))
+        for metrics in found["results"].values():  # without the errors that it has not computed
+            for key in [key for key in metrics if "_stderr," in key]:
+                del metrics[key]
+        kept = json.dumps(
+            {key: found[key] for key in _KEPT}, default=lm_eval.utils.handle_non_serializable
+        )
+        return dict(_figures(found)), json.loads(kept)
+
+    def _set_fewshot(self, task: Any) -> None:
+        """As `lm_eval.simple_evaluate` does, which would run git and pip for every model too."""
+        given = task.get_config("num_fewshot")
+        if given is None or (given > 0 and self.num_fewshot is not None):
+            task.set_config(key="num_fewshot", value=self.num_fewshot or 0)
+        task.set_fewshot_seed(seed=_SEED)
+
+
+def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """By task, metric and filter."""
+    for task, metrics in found["results"].items():
+        samples = found["samples"].get(task, [])  # a group has none
+        for key, value in metrics.items():
+            metric, comma, filter_name = key.partition(",")
+            if comma and isinstance(value, Real):
+                label = f"{task} {metric}" + f" ({filter_name})" * (filter_name != "none")
+                parts = [s.get(metric) for s in samples if s["filter"] == filter_name]
+                yield label, _figure(float(value), parts)
 
 
 def _figure(value: float, parts: Sequence[Any]) -> Figure:

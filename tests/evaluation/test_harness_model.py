@@ -158,8 +158,9 @@ def test_it_stops_where_every_answer_has_met_its_string(
     assert len(steps) < 20
 
 
-def test_sampling_is_seeded_by_lm_eval(ours: HarnessModel) -> None:
-    options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.5, "top_k": 9}
+@pytest.mark.parametrize("top_k", [9, 0])
+def test_sampling_is_seeded_by_lm_eval(ours: HarnessModel, top_k: int) -> None:
+    options = {"until": [], "max_gen_toks": 12, "do_sample": True, "top_k": top_k}
     requests = instances("generate_until", *[("Please send", dict(options))] * 4)
     answers = []
     for _ in range(2):

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from qlora_builders import cli
+from qlora_builders.checkpoint import load_with_adapter
 from qlora_builders.config.shipped import demo_path
+from qlora_builders.data import Tokenizer
 
 BASE = Path(demo_path("base"))
 REASON = "needs the extra lm-eval; see CONTRIBUTING.md"
@@ -96,8 +98,24 @@ def measured(output: Path, *options: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ([], {}),
+        (["lm_eval.num_fewshot=2"], {"num_fewshot": 2}),
+        (["lm_eval.limit=3"], {"limit": 3}),
+        (
+            ["lm_eval.apply_chat_template=true", "lm_eval.num_fewshot=1"],
+            {"apply_chat_template": True, "num_fewshot": 1},
+        ),
+    ],
+)
 def test_figures_are_those_of_lm_evals_own_model(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    same: dict[str, Any],
 ) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -105,7 +123,7 @@ def test_figures_are_those_of_lm_evals_own_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     names = ["pick", "prose", "write"]
-    given = [f"lm_eval.tasks_dir={folder}", f"lm_eval.tasks=[{','.join(names)}]"]
+    given = [f"lm_eval.tasks_dir={folder}", f"lm_eval.tasks=[{','.join(names)}]", *options]
     found = measured(tmp_path / "ours.json", *given)["tasks"]
     table = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     hf = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
@@ -113,6 +131,7 @@ def test_figures_are_those_of_lm_evals_own_model(
         model=HFLM(pretrained=hf, tokenizer=AutoTokenizer.from_pretrained(BASE)),
         tasks=names,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        **same,
     )
     for task, metric in (("pick", "acc"), ("prose", "byte_perplexity"), ("write", "exact_match")):
         value = found["results"][task][f"{metric},none"]
@@ -122,8 +141,21 @@ def test_figures_are_those_of_lm_evals_own_model(
         assert float(table[row].split()[-1]) == pytest.approx(value, abs=0.005)
         if error != "N/A":
             assert float(table[row + 1].split()[-1]) == pytest.approx(error, rel=0.05)
-    assert 0 < found["results"]["pick"]["acc,none"] < 1
-    assert found["n-samples"]["pick"] == {"original": 4, "effective": 4}
+    for key in ("n-samples", "n-shot", "versions", "higher_is_better"):
+        assert found[key] == expected[key]
+
+
+def test_from_python(folder: Path) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from qlora_builders.evaluation.harness_model import HarnessModel
+
+    model = HarnessModel(load_with_adapter(BASE, None), Tokenizer.from_dir(BASE), batch_size=2)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = simple_evaluate(model=model, tasks=["pick"], task_manager=manager)
+    assert found is not None
+    assert len(found["samples"]["pick"]) == len(QUESTIONS)
 
 
 def test_compared(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

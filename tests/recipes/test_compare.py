@@ -55,6 +55,7 @@ def test_each_model_is_measured_as_it_is_alone(
     assert list(found["models"]) == ["base", "base in NF4", "fine-tuned"]
     for model, one in zip(found["models"].values(), alone, strict=True):
         assert model == {key: one[key] for key in model}
+    assert set(alone[0]["standard_errors"]) == {"loss", "perplexity", "exact match"}
     assert (found["data"], found["examples"]) == (alone[0]["data"], alone[0]["examples"])
 
     losses = [one["loss"] for one in alone]
