@@ -73,6 +73,8 @@ def main(cfg: EvaluateConfig) -> None:
         model = one.load()
         figures[one.name], details[one.name] = measure(model, cfg, tokenizer, batches, tasks)
         del model  # before the next one is loaded
+    last = models[-1].name
+    results |= details[last]
     if cfg.compare:
         in_order = {one.name: figures[one.name] for one in models}
         against = {one.name: one.against for one in models if one.against is not None}
@@ -80,8 +82,9 @@ def main(cfg: EvaluateConfig) -> None:
         results["models"] = {name: details[name] for name in in_order}
         results["differences"] = differences(in_order)
     else:
-        show(console, figures["the model"], details["the model"])
-        results |= details["the model"]
+        if cfg.exact_match:
+            console.print(answer_table(results["answers"]))
+        console.print(figure_table(figures[last]))
     if cfg.output is not None:
         path = Path(cfg.output)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,13 +138,6 @@ def measure(
         figures |= found
     details["standard_errors"] = {name: figure.error for name, figure in figures.items()}
     return figures, details
-
-
-def show(console: Console, figures: dict[str, Figure], details: dict[str, Any]) -> None:
-    """What was measured of a single model."""
-    if "answers" in details:
-        console.print(answer_table(details["answers"]))
-    console.print(figure_table(figures))
 
 
 def answer_table(answers: list[dict[str, Any]], shown: int = 3) -> Table:

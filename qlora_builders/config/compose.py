@@ -23,8 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from omegaconf.omegaconf import register_default_resolvers
 from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # a dependency of omegaconf
 
-from qlora_builders.config.checks import check, required, value_of
-from qlora_builders.config.knobs import knobs
+from qlora_builders.config.checks import check, required
 from qlora_builders.config.overrides import (
     groups,
     prepare_override,
@@ -64,7 +63,7 @@ def compose(
     """
     tree = compose_tree(verb, overrides, config_dir=config_dir)
     cfg = to_config(tree)
-    problems = check(cfg) + _code_from_files(cfg, overrides)
+    problems = check(cfg)
     if verb not in WITHOUT_FILES:
         problems += required(cfg)
     if problems:
@@ -135,17 +134,6 @@ def config_folders(config_dir: str | Path | None = None) -> list[Path]:
         if (shipped / file.relative_to(own)).exists():
             raise ConfigError(f"{str(file)!r} has the name of a shipped config; rename it")
     return [shipped, own]
-
-
-def _code_from_files(cfg: Any, overrides: Sequence[str]) -> list[str]:
-    """A file may come from anywhere, and is not to choose code that runs."""
-    return [
-        f"{key}={value_of(cfg, key)} is in a config file, but code runs from there: write it on "
-        "the command line"
-        for key, knob in knobs(type(cfg)).items()
-        if knob.names_code and value_of(cfg, key) != knob.default
-        if not any(override.startswith(f"{key}=") for override in overrides)
-    ]
 
 
 def _translate(error: Exception, verb: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qlora_builders.config.checks import value_of
 from qlora_builders.config.compose import compose, to_yaml
 from qlora_builders.config.help import help_text
 from qlora_builders.config.instantiate import allow_prefixes, resolve_component
@@ -68,10 +69,27 @@ def _run(main: Callable[[Any], object], verb: str, argv: Sequence[str]) -> int:
     if options.print_config:
         print(to_yaml(cfg), end="")
         return 0
+    check_names_of_code(cfg, overrides)
     with allow_prefixes(options.allow):
         check_components(cfg)
         main(cfg)
     return 0
+
+
+def check_names_of_code(cfg: Any, overrides: Sequence[str]) -> None:
+    """A config file may come from anywhere, and is not to choose code that runs.
+
+    Raises:
+        ConfigError: if a key that does so has a value that is not from the command line.
+    """
+    for key, knob in knobs(type(cfg)).items():
+        value = value_of(cfg, key)
+        typed = any(override.startswith(f"{key}=") for override in overrides)
+        if knob.names_code and value != knob.default and not typed:
+            raise ConfigError(
+                f"{key}={value} is in a config file, but code runs from there: write it on the "
+                "command line"
+            )
 
 
 def check_components(cfg: Any) -> None:
