@@ -47,9 +47,12 @@ def mean_figure(parts: Sequence[float], weights: Sequence[float]) -> Figure:
 
 
 def difference(ours: Figure, theirs: Figure) -> tuple[float, float | None]:
-    """(ours - theirs, its standard error), paired by part."""
+    """(ours - theirs, its standard error), paired by part; None where either has no parts."""
+    value = ours.value - theirs.value
+    if not (ours.parts and theirs.parts):
+        return value, None
     parts = [a - b for a, b in zip(ours.parts, theirs.parts, strict=True)]
-    return ours.value - theirs.value, _error(parts, ours.weights)
+    return value, _error(parts, ours.weights)
 
 
 def _error(parts: Sequence[float], weights: Sequence[float]) -> float | None:

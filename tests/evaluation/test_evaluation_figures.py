@@ -31,6 +31,7 @@ def test_differences_are_paired() -> None:
 
 def test_a_figure_that_is_no_mean_has_a_difference_without_error() -> None:
     assert difference(Figure(3.0), Figure(1.0)) == (2.0, None)
+    assert difference(AFTER, Figure(0.25)) == (0.25, None)
     assert Figure(3.0).error is None
     assert difference(mean_figure([4.0], [2]), mean_figure([2.0], [2])) == (1.0, None)
 
