@@ -174,6 +174,22 @@ def test_compared(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "prose byte_perplexity" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("few")
+def test_a_group_is_shown_with_its_tasks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tasks(tmp_path / "tasks", PICK, {**PICK, "task": "again"})
+    metric = {"metric": "acc", "aggregation": "mean", "weight_by_size": True}
+    group = {"group": "both", "task": ["pick", "again"], "aggregate_metric_list": [metric]}
+    (folder / "both.yaml").write_text(json.dumps(group))
+    given = ["lm_eval.tasks=[both]", f"lm_eval.tasks_dir={folder}"]
+    found = measured(tmp_path / "group.json", *given)
+    values = [found["tasks"]["results"][name]["acc,none"] for name in ("pick", "again", "both")]
+    assert values[0] == values[1] == values[2]
+    assert found["standard_errors"]["both acc"] is None
+    assert f"both acc {values[2]:.4f}" in " ".join(capsys.readouterr().out.split())
+
+
 def test_few_shots_limit_and_chat(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
