@@ -93,7 +93,8 @@ def draft(
     """
     drafting = Drafting(verb, _folders_of(verb, config_dir), {} if known is None else known)
     drafting.add_what_is_right(sorted(overrides, key=lambda one: not drafting.is_group(one)))
-    return drafting.cfg, drafting.all_problems(for_run and verb not in WITHOUT_FILES)
+    problems = drafting.all_problems(for_run and verb not in WITHOUT_FILES)
+    return drafting.cfg, problems
 
 
 class Drafting:
