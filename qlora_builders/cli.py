@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ VERBS = {
 # `python recipes/inspect.py` would hide the standard library's module from everything it imports.
 RECIPE_FILES = {"inspect": "inspect_plan.py"}
 LAUNCHED = ("finetune", "dpo")
-LAUNCH_OPTIONS = ("--nproc-per-node", "--max-restarts")
+LAUNCH_OPTIONS = {"--nproc-per-node": 1, "--max-restarts": 0}  # with the least they may be
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if verb == "configs":
         return _browse(rest)
-    if verb in LAUNCHED and any(word.startswith(LAUNCH_OPTIONS) for word in rest):
+    if verb in LAUNCHED and any(word.startswith(tuple(LAUNCH_OPTIONS)) for word in rest):
         return _launch(verb, rest)
     from qlora_builders.config.entry import run_recipe
 
@@ -94,8 +95,8 @@ def _launch(verb: str, words: Sequence[str]) -> int:
     from qlora_builders.distributed.launch import launch
 
     parser = OptionParser(add_help=False, allow_abbrev=False)
-    for option in LAUNCH_OPTIONS:
-        parser.add_argument(option, type=_count)
+    for option, least in LAUNCH_OPTIONS.items():
+        parser.add_argument(option, type=partial(_count, least=least), default=least)
     try:
         options, rest = parser.parse_known_args(words)
     except QLoRAError as error:
@@ -109,17 +110,19 @@ def _launch(verb: str, words: Sequence[str]) -> int:
         sys.exit(
             launch(
                 command,
-                nproc_per_node=options.nproc_per_node or 1,
-                max_restarts=options.max_restarts or 0,
+                nproc_per_node=options.nproc_per_node,
+                max_restarts=options.max_restarts,
             )
         )
 
     return run_recipe(start, verb, rest)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(text)
+def _count(text: str, least: int) -> int:
+    from argparse import ArgumentTypeError
+
+    if not text.isdecimal() or int(text) < least:
+        raise ArgumentTypeError(f"{text!r} is not a whole number >= {least}")
     return int(text)
 
 
@@ -129,7 +132,7 @@ def _browse(words: Sequence[str]) -> int:
 
     try:
         return browse.main(words)
-    except QLoRAError as error:
+    except (QLoRAError, OSError) as error:
         report(error)
         return 2
 

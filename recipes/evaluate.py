@@ -25,6 +25,7 @@ from qlora_builders.data import (
     check_token_range,
 )
 from qlora_builders.errors import ConfigError
+from qlora_builders.outputs import check_writable, write_whole
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 from qlora_builders.training.loop import evaluate_loss
 from qlora_builders.training.samples import answer_rows
@@ -33,6 +34,8 @@ from qlora_builders.training.samples import answer_rows
 def main(cfg: EvaluateConfig) -> None:
     if cfg.data.eval is None:
         raise ConfigError("data.eval is null; name the file or hub id to evaluate on")
+    if cfg.output is not None:
+        check_writable(Path(cfg.output), "output")
     device = resolve_device(cfg.device)
     tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
     data = build_dataset(
@@ -43,6 +46,7 @@ def main(cfg: EvaluateConfig) -> None:
         train_on=cfg.data.train_on,
         columns=asdict(cfg.data.columns),
         max_rows=cfg.data.max_rows,
+        on_error=cfg.data.on_error,
     )
     model = load_with_adapter(
         cfg.checkpoint.dir,
@@ -67,6 +71,7 @@ def main(cfg: EvaluateConfig) -> None:
     results: dict[str, Any] = {
         "data": data.report.source,
         "examples": len(data),
+        "skipped_rows": data.report.skipped_rows,
         "target_tokens": tokens,
         "loss": loss,
         "perplexity": math.exp(loss),
@@ -83,9 +88,8 @@ def main(cfg: EvaluateConfig) -> None:
         console.print(answer_table(answers))
         console.print(f"exact match: {right} of {len(answers)}")
     if cfg.output is not None:
-        path = Path(cfg.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(results, indent=2, ensure_ascii=False)
+        write_whole(Path(cfg.output), f"{text}\n".encode())
 
 
 def answer_table(answers: list[dict[str, Any]], shown: int = 3) -> Table:

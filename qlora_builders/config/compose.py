@@ -34,6 +34,7 @@ from qlora_builders.config.overrides import (
 from qlora_builders.config.schema import ROOTS
 from qlora_builders.config.shipped import demo_path, shipped_dir
 from qlora_builders.errors import ConfigError, did_you_mean
+from qlora_builders.outputs import write_whole
 
 WITHOUT_FILES = ("inspect", "estimate")  # a plan can be shown without what training needs
 
@@ -89,7 +90,9 @@ def compose_tree(
         initialized = hydra.initialize_config_dir(config_dir=main, version_base="1.3")
         with initialized, _no_foreign_resolvers():
             return hydra.compose(primary_config(verb), overrides=prepared)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(_translate(error, verb)) from error
     finally:
         GlobalHydra.instance().hydra = previous
@@ -106,11 +109,7 @@ def to_config(tree: DictConfig) -> Any:
 
 def save_config(cfg: Any, path: str | Path) -> None:
     """Write a config as YAML, in one step: a half-written file never has the final name."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(to_yaml(cfg), "utf-8")
-    partial.replace(path)
+    write_whole(Path(path), to_yaml(cfg).encode())
 
 
 def to_yaml(cfg: Any) -> str:
@@ -162,7 +161,11 @@ def _translate(error: Exception, verb: str) -> str:
         return where + _first_line(error, None)
     if isinstance(cause, ConfigKeyError) and cause.full_key:
         return where + unknown_key(str(cause.full_key), verb)
-    return where + _first_line(cause, cause.full_key)
+    key = cause.full_key
+    override = re.match(r"Error merging override \+*([\w.]+)=", str(error))
+    if override and isinstance(key, int):  # of an element, by OmegaConf's own account
+        key = f"{override[1]}[{key}]"
+    return where + _first_line(cause, key)
 
 
 def _first_line(error: BaseException, key: object) -> str:
@@ -173,6 +176,7 @@ def _first_line(error: BaseException, key: object) -> str:
         text = text.replace(" of type 'str'", "")
         text = re.sub(r"field '.*' is not Optional", "null is not allowed here", text)
         text = re.sub(r"^Invalid value.*not a ListConfig.*", "takes a list, such as [a,b]", text)
+        text = re.sub(r"^Cannot assign (\w+) to Dict.*", r"takes {key: value, ...}, not \1", text)
     return f"{key}: {text}" if key else text
 
 

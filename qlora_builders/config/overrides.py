@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from omegaconf import OmegaConf
+from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # a dependency of omegaconf
 
 from qlora_builders.config.knobs import knobs
 from qlora_builders.config.schema import ROOTS
@@ -64,7 +65,7 @@ def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
     if sign == "~":
         raise ConfigError(f"{override!r}: keys cannot be removed; write {key}=null to unset one")
     if key in groups(verb) and not value.lstrip().startswith("{"):
-        _check_option(key, value, folders)
+        _check_option(key, value, verb, folders)
         return f"{key}={value}"
     leaves = knobs(ROOTS[verb])
     if key == "components" and key in leaves and value.endswith(".yaml"):
@@ -83,10 +84,7 @@ def _rules_of(file: Path) -> list[Any]:
     """The `components:` of a YAML file, such as `qlora plan` writes."""
     if not file.is_file():
         raise ConfigError(f"components={file}: no such file")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not UTF-8 text: {error}") from error
+    content = _load(file)
     rules = content.get("components") if isinstance(content, dict) else None
     if not isinstance(rules, list):
         raise ConfigError(f"{file}: no list of rules under components:")
@@ -94,6 +92,21 @@ def _rules_of(file: Path) -> list[Any]:
         if not re.fullmatch(r"\w+", str(key)):  # hydra's grammar has no words for others
             raise ConfigError(f"{file}: {key!r} is no option of a rule")
     return rules
+
+
+def _load(file: Path) -> Any:
+    """What a YAML file says, as it is written."""
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text: {error}") from error
+    except MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{file}{line}: not valid YAML: {error.problem}") from error
+    except YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{file}: nested too deeply") from None
 
 
 def _spelled(value: Any) -> str:
@@ -107,10 +120,42 @@ def _spelled(value: Any) -> str:
     return "null" if value is None else str(value).lower()
 
 
-def _check_option(group: str, option: str, folders: Sequence[Path]) -> None:
+def _check_option(group: str, option: str, verb: str, folders: Sequence[Path]) -> None:
     options = group_options(group, folders)
     if option not in options:
         raise ConfigError(f"{group}={option}: no such config{did_you_mean(option, options)}")
+    for folder in folders[1:]:  # hydra would stop at the first mistake, and not always name it
+        file = folder / group / f"{option}.yaml"
+        if file.is_file():
+            problems = [f"{group}/{file.name}: {text}" for text in _mistakes(file, group, verb)]
+            if problems:
+                raise ConfigError("\n".join(problems))
+
+
+def _mistakes(file: Path, group: str, verb: str) -> list[str]:
+    """Keys that the schema lacks, and values where it has a section or a list."""
+    content = _load(file)
+    if not isinstance(content, dict):
+        return [f"holds a {type(content).__name__}; keys and values are needed, as in seed: 1"]
+    content.pop("defaults", None)
+    package = re.search(r"^# @package (\S+)", file.read_text("utf-8"), re.MULTILINE)
+    root = package[1] if package else group
+    leaves = knobs(ROOTS[verb])
+    sections = {key[:dot]: key for key in reversed(leaves) for dot in _dots(key)}
+
+    def walk(tree: Any, key: str) -> Iterator[str]:
+        if key in leaves:
+            if get_origin(leaves[key].type) is list and isinstance(tree, dict):
+                yield f"{key}: takes a list, such as [a,b]"
+        elif key not in sections and key != "_global_":
+            yield unknown_key(key, verb)
+        elif isinstance(tree, dict):
+            for name, value in tree.items():
+                yield from walk(value, name if key == "_global_" else f"{key}.{name}")
+        else:
+            yield f"{key}: takes keys of its own, such as {sections[key]}"
+
+    return list(walk(content, root))
 
 
 def quote(value: str) -> str:
