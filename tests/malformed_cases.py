@@ -272,6 +272,7 @@ TOKENIZERS: dict[str, Case] = {
     "absent": ("no such directory: absent; set tokenizer.path or checkpoint.dir",),
     "no_tokenizer": ("no tokenizer.json in no_tokenizer; set tokenizer.path to a directory",),
     "cut_tokenizer": ("cut_tokenizer/tokenizer.json: not a tokenizer.json this can read: ",),
+    "stray_token": ("stray_token/tokenizer.json: not a tokenizer.json this can read: ",),
     "empty_vocabulary": ("empty_vocabulary/tokenizer.json: ", "no tokens"),
     "stranger_eos": ("tokenizer_config.json: eos_token is '</s>', which tokenizer.json does not",),
     "twice_tokens": ("tokenizer_config.json: not JSON: key 'a' appears twice",),

@@ -213,6 +213,15 @@ CHECKPOINTS: dict[str, Edit] = {
     "no_tokenizer": remove("tokenizer.json"),
     "no_bos": edit_json("tokenizer.json", post_processor=None),
     "cut_tokenizer": cut("tokenizer.json", 1000),
+    "stray_token": edit_json(
+        "tokenizer.json",
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        },
+    ),
     "empty_vocabulary": write(
         "tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'
     ),

@@ -139,7 +139,7 @@ def _mistakes(file: Path, group: str, verb: str) -> list[str]:
         return [f"holds a {type(content).__name__}; keys and values are needed, as in seed: 1"]
     content.pop("defaults", None)
     package = re.search(r"^# @package (\S+)", file.read_text("utf-8"), re.MULTILINE)
-    root = package[1] if package else group
+    root = package[1].replace("_group_", group) if package else group
     leaves = knobs(ROOTS[verb])
     sections = {key[:dot]: key for key in reversed(leaves) for dot in _dots(key)}
 
@@ -151,7 +151,7 @@ def _mistakes(file: Path, group: str, verb: str) -> list[str]:
             yield unknown_key(key, verb)
         elif isinstance(tree, dict):
             for name, value in tree.items():
-                yield from walk(value, name if key == "_global_" else f"{key}.{name}")
+                yield from walk(value, str(name) if key == "_global_" else f"{key}.{name}")
         else:
             yield f"{key}: takes keys of its own, such as {sections[key]}"
 
