@@ -305,7 +305,7 @@ EXPERIMENTS: dict[str, str | bytes] = {
     "listed": GLOBAL + "- training\n",
     "text": GLOBAL + "training\n",
     "deep": GLOBAL + "loggers: " + "[" * 20_000,
-    "unknown_keys": GLOBAL + "training: {max_stps: 3}\nmethd: lora\ndata: {columns: 3}\n",
+    "unknown_key": GLOBAL + "training: {max_stps: 3}\n",
     "unknown_group": GLOBAL + "defaults:\n  - override /metod: qlora\n",
     "bad_defaults": GLOBAL + "defaults: 3\n",
     "wrong_type": GLOBAL + "training: {max_steps: many}\n",

@@ -163,9 +163,9 @@ def _translate(error: Exception, verb: str) -> str:
         return where + unknown_key(str(cause.full_key), verb)
     key = cause.full_key
     override = re.match(r"Error merging override \+*([\w.]+)=", str(error))
-    if override and isinstance(key, int):  # of an element, by OmegaConf's own account
+    if override and not isinstance(key, str):  # the index of an element
         key = f"{override[1]}[{key}]"
-    return where + _first_line(cause, key)
+    return where + _first_line(cause, key or (override and override[1]))
 
 
 def _first_line(error: BaseException, key: object) -> str:
@@ -177,6 +177,14 @@ def _first_line(error: BaseException, key: object) -> str:
         text = re.sub(r"field '.*' is not Optional", "null is not allowed here", text)
         text = re.sub(r"^Invalid value.*not a ListConfig.*", "takes a list, such as [a,b]", text)
         text = re.sub(r"^Cannot assign (\w+) to Dict.*", r"takes {key: value, ...}, not \1", text)
+        text = re.sub(
+            r"^(?:Merge error|Invalid type assigned): \w+ is not a subclass of \w+. value: (.*)",
+            r"a section takes keys of its own, not \1",
+            text,
+        )
+    text = text.replace(
+        "Cannot merge DictConfig with ListConfig", "a list takes [a,b], not keys and values"
+    )
     return f"{key}: {text}" if key else text
 
 

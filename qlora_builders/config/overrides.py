@@ -65,7 +65,7 @@ def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
     if sign == "~":
         raise ConfigError(f"{override!r}: keys cannot be removed; write {key}=null to unset one")
     if key in groups(verb) and not value.lstrip().startswith("{"):
-        _check_option(key, value, verb, folders)
+        _check_option(key, value, folders)
         return f"{key}={value}"
     leaves = knobs(ROOTS[verb])
     if key == "components" and key in leaves and value.endswith(".yaml"):
@@ -120,42 +120,14 @@ def _spelled(value: Any) -> str:
     return "null" if value is None else str(value).lower()
 
 
-def _check_option(group: str, option: str, verb: str, folders: Sequence[Path]) -> None:
+def _check_option(group: str, option: str, folders: Sequence[Path]) -> None:
     options = group_options(group, folders)
     if option not in options:
         raise ConfigError(f"{group}={option}: no such config{did_you_mean(option, options)}")
-    for folder in folders[1:]:  # hydra would stop at the first mistake, and not always name it
+    for folder in folders[1:]:  # hydra says less about what is no config at all
         file = folder / group / f"{option}.yaml"
-        if file.is_file():
-            problems = [f"{group}/{file.name}: {text}" for text in _mistakes(file, group, verb)]
-            if problems:
-                raise ConfigError("\n".join(problems))
-
-
-def _mistakes(file: Path, group: str, verb: str) -> list[str]:
-    """Keys that the schema lacks, and values where it has a section or a list."""
-    content = _load(file)
-    if not isinstance(content, dict):
-        return [f"holds a {type(content).__name__}; keys and values are needed, as in seed: 1"]
-    content.pop("defaults", None)
-    package = re.search(r"^# @package (\S+)", file.read_text("utf-8"), re.MULTILINE)
-    root = package[1].replace("_group_", group) if package else group
-    leaves = knobs(ROOTS[verb])
-    sections = {key[:dot]: key for key in reversed(leaves) for dot in _dots(key)}
-
-    def walk(tree: Any, key: str) -> Iterator[str]:
-        if key in leaves:
-            if get_origin(leaves[key].type) is list and isinstance(tree, dict):
-                yield f"{key}: takes a list, such as [a,b]"
-        elif key not in sections and key != "_global_":
-            yield unknown_key(key, verb)
-        elif isinstance(tree, dict):
-            for name, value in tree.items():
-                yield from walk(value, str(name) if key == "_global_" else f"{key}.{name}")
-        else:
-            yield f"{key}: takes keys of its own, such as {sections[key]}"
-
-    return list(walk(content, root))
+        if file.is_file() and not isinstance(_load(file), dict):
+            raise ConfigError(f"{group}/{file.name}: holds a list; keys and values are needed")
 
 
 def quote(value: str) -> str:
