@@ -49,6 +49,14 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def hf_parameters(model: CausalLM) -> dict[str, Tensor]:
+    """`base_parameters` that a checkpoint holds: a tied head is the embedding."""
+    parameters = base_parameters(model)
+    if model.tie_word_embeddings:
+        del parameters["lm_head.weight"]
+    return parameters
+
+
 def save_checkpoint(
     model: CausalLM,
     path: str | Path,
@@ -81,9 +89,7 @@ def save_checkpoint(
             "the model has LoRA adapters; write them with save_adapter(model, path), or merge them "
             "with merge_adapter(model) first"
         )
-    parameters = base_parameters(model)
-    if model.tie_word_embeddings:
-        del parameters["lm_head.weight"]
+    parameters = hf_parameters(model)
     plain = [lazy_parameter(name, parameter, dtype) for name, parameter in parameters.items()]
     tensors, quantization = plain, None
     main_dtype = _main_dtype(plain, dtype)

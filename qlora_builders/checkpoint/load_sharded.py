@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from qlora_builders.checkpoint.safetensors_io import LazyTensor
 from qlora_builders.tensor import NF4Tensor, held_elements, is_nf4_shard, shard_nf4, to_nf4
-from qlora_builders.tensor.sharded import held_rows, is_sharded, local_part, shard_like
+from qlora_builders.tensor.nf4_fsdp import with_local
+from qlora_builders.tensor.sharded import held_rows, is_sharded, local_part
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -67,7 +68,7 @@ def place_rows(
     else:
         if isinstance(value, NF4Tensor):
             value = value.dequantize()[slice(*held_rows(parameter))]
-        sharded = shard_like(parameter, value.to(device, parameter.dtype, copy=True))
+        sharded = with_local(parameter, value.to(device, parameter.dtype, copy=True))
     return nn.Parameter(sharded, requires_grad=parameter.requires_grad)
 
 

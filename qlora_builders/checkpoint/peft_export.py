@@ -13,6 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,42 @@ TOKEN_ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, [out]; without `.weight` in every version of PEFT
 
 
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter directory holds.
+
+    Attributes:
+        config: adapter_config.json.
+        base: qlora_base.json.
+        tensors: adapter_model.safetensors; the model's own memory, as far as it has them so.
+    """
+
+    config: dict[str, Any]
+    base: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
 def save_adapter(model: CausalLM, path: str | Path, *, base_model: str = "") -> None:
     """Write everything that trains, in PEFT's layout. The base is neither read nor upcast.
 
     Args:
         base_model: name or path of the base checkpoint, for `base_model_name_or_path`.
+
+    Raises:
+        CheckpointError: if the model has no adapter, or `path` cannot be written.
+    """
+    write_adapter(collect_adapter(model, base_model=base_model), path)
+
+
+def write_adapter(adapter: AdapterFiles, path: str | Path) -> None:
+    with atomic_directory(path, marker=CONFIG_FILE) as directory:
+        (directory / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2) + "\n")
+        (directory / BASE_FILE).write_text(json.dumps(adapter.base, indent=2) + "\n")
+        write_tensors(adapter.tensors, directory / WEIGHTS_FILE)
+
+
+def collect_adapter(model: CausalLM, *, base_model: str = "") -> AdapterFiles:
+    """What `save_adapter` writes.
 
     Raises:
         CheckpointError: if the model has no adapter.
@@ -66,10 +98,7 @@ def save_adapter(model: CausalLM, path: str | Path, *, base_model: str = "") -> 
         config["trainable_token_indices"] = list(embedding.token_adapter.tokens)
     # cloned, because a tied head is the embedding and safetensors refuses to write memory twice
     tensors |= {PREFIX + name: parameter.detach().clone() for name, parameter in saved.items()}
-    with atomic_directory(path, marker=CONFIG_FILE) as directory:
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        (directory / BASE_FILE).write_text(json.dumps(base_record(model), indent=2) + "\n")
-        write_tensors(tensors, directory / WEIGHTS_FILE)
+    return AdapterFiles(config, base_record(model), tensors)
 
 
 def _peft_config(

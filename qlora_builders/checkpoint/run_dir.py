@@ -9,16 +9,15 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora_builders.checkpoint.safetensors_io import clean_up, remove_directory
-from qlora_builders.checkpoint.train_state import HasState, read_step, save_step
+from qlora_builders.checkpoint.train_state import StepState, read_step, write_step
 from qlora_builders.errors import CheckpointError, ConfigError
-from qlora_builders.modules import CausalLM
 from qlora_builders.outputs import check_writable
 
 CONFIG_FILE = "config.yaml"
@@ -152,23 +151,17 @@ def _tidy_up(run_dir: Path, start: Start, *, overwrite: bool, keep_last: int) ->
     remove_old_steps(run_dir, keep_last)
 
 
-def add_step(
-    run_dir: Path,
-    step: int,
-    model: CausalLM,
-    optimizer: HasState,
-    *,
-    about: Mapping[str, Any],
-    base_model: str,
-) -> None:
-    """`save_step` in a run.
+def add_step(run_dir: Path, state: StepState, **ranks: Any) -> None:
+    """`write_step` in a run.
+
+    Args:
+        ranks: as `write_step` takes them.
 
     Raises:
         CheckpointError: if it cannot be written; the message says what there is to go on from.
     """
-    folder = step_folder(run_dir, step)
     try:
-        save_step(folder, model, optimizer, step=step, about=about, base_model=base_model)
+        write_step(step_folder(run_dir, state.step), state, **ranks)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}. {last_checkpoint(run_dir)}; training.resume=auto goes on from it"

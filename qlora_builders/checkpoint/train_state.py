@@ -1,9 +1,11 @@
 """Step checkpoints: what a run needs to go on as if it had never stopped.
 
     checkpoints/step_N/
-        adapter_model.safetensors ...  what trains, as `save_adapter` writes it; whole weights, in
-                                       their own dtype, as `save_checkpoint` does
+        adapter_model.safetensors ...  what trains, as `save_adapter` writes it; or whole weights,
+                                       in their own dtype, as `save_checkpoint` does
         train_state.pt                 optimizer and random number generators (weights_only)
+        shard-00001-....safetensors    where parameters are sharded, what rank 0 holds of the
+                                       optimizer's state, and of weights where no adapter trains
         train_state.json               the step, and what the recipe says about the run
         manifest.json                  size and checksum of each file
 
@@ -15,65 +17,144 @@ from __future__ import annotations
 import json
 import pickle
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils._pytree import tree_map_only
 
-from qlora_builders.checkpoint.hf_llama import save_checkpoint
+from qlora_builders.checkpoint.hf_llama import (
+    hf_parameters,
+    lazy_parameter,
+    write_hf_directory,
+)
 from qlora_builders.checkpoint.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from qlora_builders.checkpoint.peft_adapter import load_adapter
-from qlora_builders.checkpoint.peft_export import save_adapter
-from qlora_builders.checkpoint.safetensors_io import atomic_directory, open_tensors
+from qlora_builders.checkpoint.peft_export import AdapterFiles, collect_adapter, write_adapter
+from qlora_builders.checkpoint.safetensors_io import MAX_SHARD_BYTES, atomic_directory, open_tensors
+from qlora_builders.checkpoint.sharded_state import (
+    has_parts,
+    read_parts,
+    stored_parts,
+    write_parts,
+)
 from qlora_builders.errors import CheckpointError
+from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.tensor.sharded import (
     compute_device,
     copy_whole_,
+    is_sharded,
     shard_optimizer_state_,
 )
 
 STATE_FILE = "train_state.pt"
 INFO_FILE = "train_state.json"
+_OPTIMIZER = "optimizer."  # before the names of its tensors among a model's
+
+T = TypeVar("T")
 
 
-class HasState(Protocol):
-    """An optimizer, or what one gathered from all ranks."""
+@dataclass(frozen=True)
+class StepState:
+    """A run after a step, ready to be written.
 
-    def state_dict(self) -> dict[str, Any]: ...
+    Attributes:
+        trained: an adapter, or the whole weights of a model without one; on the main rank.
+        whole: optimizer and generators, but for what is in `parts`.
+        parts: sharded tensors, of which every rank writes what it holds.
+    """
+
+    step: int
+    about: dict[str, Any]
+    base_model: str
+    arch: LlamaArch
+    trained: AdapterFiles | dict[str, Tensor] | None
+    whole: dict[str, Any]
+    parts: dict[str, Tensor]
 
 
-def save_step(
-    folder: Path,
+@torch.no_grad()
+def capture_step(
     model: CausalLM,
-    optimizer: HasState,
+    optimizer: torch.optim.Optimizer,
     *,
     step: int,
     about: Mapping[str, Any],
     base_model: str,
-) -> None:
-    """Write a step checkpoint, atomically.
-
+    is_main: bool = True,
+    copied: bool = False,
+) -> StepState:
+    """
     Args:
+        model: sharded or not; adapters have to be whole on the main rank.
         about: what to say about the run; goes to JSON.
         base_model: path of the base checkpoint.
+        copied: copy what trains to host memory, so that training can go on before it is written.
+    """
+    state = optimizer.state_dict()
+    parts: dict[str, Tensor] = {
+        f"{_OPTIMIZER}{index}.{key}": value
+        for index, values in state["state"].items()
+        for key, value in values.items()
+        if isinstance(value, Tensor) and is_sharded(value)
+    }
+    state["state"] = {
+        index: {key: v for key, v in values.items() if f"{_OPTIMIZER}{index}.{key}" not in parts}
+        for index, values in state["state"].items()
+    }
+    trained: AdapterFiles | dict[str, Tensor] | None = None
+    if has_adapters(model):
+        trained = collect_adapter(model, base_model=base_model) if is_main else None
+    elif any(is_sharded(parameter) for parameter in model.parameters()):
+        parts |= _trained_weights(model)
+    else:
+        trained = hf_parameters(model)
+    if copied:
+        state, parts = _on_host(state), _on_host(parts)
+        if isinstance(trained, AdapterFiles):
+            trained = replace(trained, tensors=_on_host(trained.tensors))
+        elif trained is not None:
+            trained |= _on_host(_trained_weights(model))
+    whole = {"optimizer": state, "random": random_state(compute_device(model))}
+    return StepState(step, dict(about), base_model, model.spec.arch, trained, whole, parts)
+
+
+def write_step(
+    folder: Path,
+    state: StepState,
+    *,
+    on_main: Callable[[Callable[[], Any]], Any] = lambda function: function(),
+    group: ProcessGroup | None = None,
+) -> None:
+    """Write a step checkpoint, atomically. All ranks must call it.
+
+    Args:
+        on_main: runs a function on the main rank; all ranks get what it returns or raises.
+        group: of the ranks; by default the one of the run.
 
     Raises:
         CheckpointError: if it cannot be written, or the optimizer's state could not be read back.
     """
-    with atomic_directory(folder, marker=MANIFEST_FILE) as directory:
-        if has_adapters(model):
-            save_adapter(model, directory, base_model=base_model)
-        else:
-            save_checkpoint(model, directory, companions=base_model)
-        device = compute_device(model)
-        state = {"optimizer": optimizer.state_dict(), "random": random_state(device)}
-        _save_state(state, directory / STATE_FILE)
-        text = json.dumps({"step": step, **about}, indent=2) + "\n"
-        (directory / INFO_FILE).write_text(text)
-        write_manifest(directory)
+    folder = folder.absolute()
+    try:
+        with ExitStack() as opened:
+            directory = on_main(
+                lambda: opened.enter_context(atomic_directory(folder, marker=MANIFEST_FILE))
+            )
+            on_main(lambda: _write_whole(state, directory))
+            if state.parts:
+                write_parts(directory, state.parts, group)
+            on_main(lambda: write_manifest(directory))
+            on_main(opened.close)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
 
 
 def read_step(folder: Path) -> tuple[int, dict[str, Any]]:
@@ -95,17 +176,24 @@ def read_step(folder: Path) -> tuple[int, dict[str, Any]]:
 def load_step(folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer) -> None:
     """Put the weights that train, the optimizer and the generators where they were.
 
+    The number of ranks may have changed.
+
     Raises:
         CheckpointError: if model or optimizer are not those of the checkpoint.
     """
+    sharded = has_parts(folder)
     if has_adapters(model):
         load_adapter(model, folder)
+    elif sharded:
+        read_parts(folder, _trained_weights(model))
     else:
         _load_trained(model, folder)
     file = folder / STATE_FILE
     device = compute_device(model)
     state = torch.load(file, map_location="cpu", weights_only=True)
     try:
+        if sharded:
+            _load_parts(folder, state["optimizer"], optimizer)
         optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
         raise CheckpointError(f"{file}: does not fit the optimizer: {error}") from error
@@ -137,6 +225,30 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def _on_host(tensors: T) -> T:
+    """The same structure with copies of all its tensors, in host memory."""
+    copies: T = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), tensors)
+    return copies
+
+
+def _write_whole(state: StepState, directory: Path) -> None:
+    """What the main rank writes: all but `parts`."""
+    if isinstance(state.trained, AdapterFiles):
+        write_adapter(state.trained, directory)
+    elif state.trained is not None:
+        write_hf_directory(
+            [lazy_parameter(name, tensor, None) for name, tensor in state.trained.items()],
+            directory,
+            arch=state.arch,
+            dtype=None,
+            max_shard_bytes=MAX_SHARD_BYTES,
+            companions=state.base_model,
+        )
+    _save_state(state.whole, directory / STATE_FILE)
+    text = json.dumps({"step": state.step, **state.about}, indent=2) + "\n"
+    (directory / INFO_FILE).write_text(text)
+
+
 def _save_state(state: dict[str, Any], file: Path) -> None:
     with file.open("wb") as handle:
         try:
@@ -154,12 +266,14 @@ def _save_state(state: dict[str, Any], file: Path) -> None:
         ) from error
 
 
+def _trained_weights(model: CausalLM) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 @torch.no_grad()
 def _load_trained(model: CausalLM, folder: Path) -> None:
     stored = open_tensors(folder)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in _trained_weights(model).items():
         if name not in stored:
             raise CheckpointError(f"{folder}: {name} is missing, which the model trains")
         tensor = stored[name]
@@ -169,3 +283,22 @@ def _load_trained(model: CausalLM, folder: Path) -> None:
                 f"the model needs {list(parameter.shape)}"
             )
         copy_whole_(parameter, tensor.load())
+
+
+def _load_parts(folder: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Add to an optimizer's state what was written in parts, sharded as its parameters are now.
+
+    Raises:
+        ValueError: if the optimizer has no such parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parts: dict[str, Tensor] = {}
+    for name, stored in stored_parts(folder).items():
+        if not name.startswith(_OPTIMIZER):
+            continue
+        index, key = name.removeprefix(_OPTIMIZER).split(".", 1)
+        if int(index) >= len(parameters) or parameters[int(index)].shape != stored.size:
+            raise ValueError(f"{name} has shape {list(stored.size)}")
+        part = torch.empty_like(parameters[int(index)], dtype=stored.properties.dtype)
+        state["state"][int(index)][key] = parts[name] = part.detach()
+    read_parts(folder, parts)

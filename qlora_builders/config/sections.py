@@ -200,6 +200,11 @@ class TrainingConfig:
         at_least=1,
         shapes_curve=False,
     )
+    async_save: bool = knob(
+        False,
+        "write checkpoints while training goes on, from a copy of what trains in host memory",
+        shapes_curve=False,
+    )
     keep_last: int = knob(
         1, "checkpoints kept; a new one is written first", at_least=1, shapes_curve=False
     )

@@ -1,6 +1,6 @@
 """One process or many: who there is, who holds what. One process is the case of a world of one."""
 
-from qlora_builders.distributed.gathering import whole_parameters, whole_state
+from qlora_builders.distributed.gathering import whole_parameters
 from qlora_builders.distributed.ranks import Ranks, join_ranks, with_ranks
 from qlora_builders.distributed.sharding import group_bytes, make_mesh, shard_model, sharding
 
@@ -12,6 +12,5 @@ __all__ = [
     "shard_model",
     "sharding",
     "whole_parameters",
-    "whole_state",
     "with_ranks",
 ]

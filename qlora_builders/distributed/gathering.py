@@ -1,11 +1,9 @@
-"""Whole parameters and optimizer state on the main rank, for whoever writes them to files."""
+"""Whole parameters on the main rank, for whoever writes them to files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +11,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from qlora_builders.distributed.ranks import Ranks
 from qlora_builders.tensor.sharded import is_sharded, whole_tensor
-
-
-@dataclass(frozen=True)
-class WholeState:
-    """The state of an optimizer, as if nothing were sharded; empty but on the main rank."""
-
-    state: dict[str, Any]
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.state
 
 
 @contextmanager
@@ -57,19 +45,6 @@ def whole_parameters(model: nn.Module, ranks: Ranks, *, only_trained: bool) -> I
     finally:
         for module, name, parameter in sharded:
             module._parameters[name] = parameter
-
-
-def whole_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> WholeState:
-    """All ranks must call it."""
-    state = optimizer.state_dict()
-    state["state"] = {
-        index: {
-            key: _on_main(value, ranks) if isinstance(value, Tensor) else value
-            for key, value in values.items()
-        }
-        for index, values in state["state"].items()
-    }
-    return WholeState(state)
 
 
 def _on_main(tensor: Tensor, ranks: Ranks) -> Tensor:

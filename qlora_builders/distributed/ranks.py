@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ class Ranks:
     Attributes:
         launched: by torchrun or a launcher like it, be it alone.
         restarts: how often the launcher has started the run again after a failure.
+        group: of what is said here; None is that of the run.
     """
 
     rank: int = 0
@@ -38,11 +39,19 @@ class Ranks:
     local_rank: int = 0
     launched: bool = False
     restarts: int = 0
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         """Whether this one reports and writes."""
         return self.rank == 0
+
+    def apart(self) -> Ranks:
+        """The same ranks on a line of their own, for a thread beside the one that trains.
+
+        All ranks must call it.
+        """
+        return replace(self, group=dist.new_group(backend="gloo")) if self.size > 1 else self
 
     def seed_step(self, seed: int, step: int) -> None:
         """Other dropout on every rank, and after a resume the same.
@@ -59,7 +68,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def on_main(self, function: Callable[[], T]) -> T:
@@ -74,7 +83,7 @@ class Ranks:
             except (QLoRAError, OSError) as error:
                 outcome[1] = error
         if self.size > 1:
-            dist.broadcast_object_list(outcome, src=0)
+            dist.broadcast_object_list(outcome, src=0, group=self.group)
         value, raised = outcome
         if raised is not None:
             raise raised

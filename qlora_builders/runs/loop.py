@@ -8,18 +8,11 @@ from typing import NoReturn
 
 import torch
 
-from qlora_builders.checkpoint.run_dir import (
-    add_step,
-    last_checkpoint,
-    remove_old_steps,
-    step_folder,
-    step_folders,
-)
-from qlora_builders.distributed import whole_state
+from qlora_builders.checkpoint.run_dir import last_checkpoint, step_folder, step_folders
 from qlora_builders.errors import TrainingError
 from qlora_builders.modules import CausalLM
 from qlora_builders.runs.log import Log
-from qlora_builders.runs.results import write_whole
+from qlora_builders.runs.saving import Checkpoints
 from qlora_builders.runs.setup import Data, Run
 from qlora_builders.training.device import peak_memory_mib
 from qlora_builders.training.loop import (
@@ -47,13 +40,34 @@ def train(
 
     Raises:
         TrainingError: if the loss or the gradient is not finite, after a checkpoint was saved.
+        CheckpointError: if a checkpoint cannot be written.
         SystemExit: after a signal, with a checkpoint to go on from.
     """
+    with Checkpoints(run, data, model, optimizer, log) as checkpoints:
+        step = _train(run, data, model, optimizer, schedule, log, objective, checkpoints)
+        stopped = log.stop.agreed()
+        if stopped:
+            checkpoints.finish()
+            if step and not run.ranks.on_main(step_folder(run.folder, step).exists):
+                checkpoints.save(step)
+    run.ranks.on_main(lambda: write_csv(run.folder))
+    if stopped:
+        _leave(run, log, step)
+
+
+def _train(
+    run: Run,
+    data: Data,
+    model: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    log: Log,
+    objective: Objective,
+    checkpoints: Checkpoints,
+) -> int:
+    """Up to the last step, or the one at which a signal asked to stop."""
     cfg, ranks, device, total_steps = run.cfg.training, run.ranks, run.device, data.total_steps
     parameters = trainable_parameters(model)
-
-    def save(step: int) -> None:
-        _save(run, data, model, optimizer, log, step)
 
     model.train()
     step = run.start.step
@@ -73,9 +87,11 @@ def train(
                 objective=objective,
             )
         except TrainingError as error:
+            checkpoints.finish()
             saved = ranks.on_main(lambda: bool(step_folders(run.folder)))
             if step > 1 and not saved and all_finite(parameters, gather=ranks.gather):
-                save(step - 1)
+                checkpoints.save(step - 1)
+                checkpoints.finish()
             raise _with_advice(error, run, step) from error
         lr = float(schedule.get_last_lr()[0])
         schedule.step()
@@ -85,13 +101,9 @@ def train(
             log.metrics.write(**row)
             log.progress.step(row)
         if _is_due(step, cfg.save_every):
-            save(step)
+            checkpoints.save(step)
         _evaluate(run, data, model, log, objective, step)
-    ranks.on_main(lambda: write_csv(run.folder))
-    if log.stop.agreed():
-        if step and not ranks.on_main(step_folder(run.folder, step).exists):
-            save(step)
-        _leave(run, log, step)
+    return step
 
 
 def _with_advice(error: TrainingError, run: Run, step: int) -> TrainingError:
@@ -127,20 +139,6 @@ def _evaluate(
     if cfg.samples and step in (0, data.total_steps):
         folder = run.folder if run.ranks.is_main else None
         add_samples(folder, step, model, data.eval.dataset, cfg.samples)
-
-
-def _save(
-    run: Run, data: Data, model: CausalLM, optimizer: torch.optim.Optimizer, log: Log, step: int
-) -> None:
-    base_model = run.cfg.checkpoint.dir
-
-    def write() -> None:
-        log.metrics.sync()
-        add_step(run.folder, step, model, state, about=data.about, base_model=base_model)
-        remove_old_steps(run.folder, run.cfg.training.keep_last)
-
-    state = whole_state(optimizer, run.ranks)
-    write_whole(model, run.ranks, write)
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -25,6 +25,7 @@ Fields of a shard: g groups of u = scale_block_size blocks of b = block_size ele
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -218,14 +219,18 @@ def shard_nf4(parameter: DTensor, weight: NF4Tensor) -> DTensor:
     rows = -(-old.weight_shape[0] // num_ranks)
     shard = _zero_shard(weight, rows, old.shape, old.weight_shape)
     shard.take_groups_(weight, _shard_rank(parameter) * shard.num_groups if whole else 0)
-    return type(parameter).from_local(
-        shard,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    return with_local(parameter, shard)
+
+
+def with_local(parameter: DTensor, local: Tensor) -> DTensor:
+    """A DTensor that is sharded as `parameter` is, of what this rank holds.
+
+    `from_local` would move it to the mesh's device, from where it may be offloaded.
+    """
+    spec = parameter._spec
+    assert spec.tensor_meta is not None
+    meta = spec.tensor_meta._replace(dtype=local.dtype)
+    return type(parameter)(local, replace(spec, tensor_meta=meta), requires_grad=False)
 
 
 def gather_nf4(parameter: DTensor) -> NF4Tensor:

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from qlora_builders.tensor.nf4_fsdp import gather_nf4, is_nf4_shard, shard_nbytes
+from qlora_builders.tensor.nf4_fsdp import (
+    gather_nf4,
+    is_nf4_shard,
+    shard_nbytes,
+    with_local,
+)
 from qlora_builders.tensor.nf4_tensor import NF4Tensor
 
 if TYPE_CHECKING:
@@ -51,18 +56,6 @@ def held_bytes(parameter: Tensor, num_ranks: int) -> int:
     return rows * parameter.shape[1:].numel() * parameter.dtype.itemsize
 
 
-def shard_like(parameter: DTensor, rows: Tensor) -> DTensor:
-    """A DTensor that is sharded as `parameter` is, of the rows that this rank holds."""
-    return type(parameter).from_local(
-        rows,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
 def whole_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself, or of a sharded one the whole on every rank; all ranks must call it."""
     if not is_sharded(tensor):
@@ -88,5 +81,6 @@ def shard_optimizer_state_(optimizer: torch.optim.Optimizer) -> None:
             continue
         start, stop = held_rows(parameter)
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[key] = shard_like(parameter, value[start:stop].clone())
+            whole = isinstance(value, Tensor) and not is_sharded(value)
+            if whole and value.shape == parameter.shape:
+                state[key] = with_local(parameter, value[start:stop].clone())

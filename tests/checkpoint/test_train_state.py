@@ -16,7 +16,14 @@ import torch
 from qlora_builders import LlamaArch, llama, load_checkpoint, save_checkpoint
 from qlora_builders.checkpoint import load_with_adapter, train_state
 from qlora_builders.checkpoint.manifest import check_manifest, crc32
-from qlora_builders.checkpoint.train_state import load_step, random_state, read_step, save_step
+from qlora_builders.checkpoint.train_state import (
+    StepState,
+    capture_step,
+    load_step,
+    random_state,
+    read_step,
+    write_step,
+)
 from qlora_builders.checkpoint.train_state import set_random_state as set_state
 from qlora_builders.errors import CheckpointError
 from qlora_builders.modules import CausalLM
@@ -81,8 +88,15 @@ def train(model: CausalLM, optimizer: torch.optim.Optimizer, steps: int) -> list
     return losses
 
 
+def capture(
+    model: CausalLM, optimizer: torch.optim.Optimizer, base: Path, **options: Any
+) -> StepState:
+    about = {"note": "x"}
+    return capture_step(model, optimizer, step=4, about=about, base_model=str(base), **options)
+
+
 def save(folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer, base: Path) -> None:
-    save_step(folder, model, optimizer, step=4, about={"note": "x"}, base_model=str(base))
+    write_step(folder, capture(model, optimizer, base))
 
 
 @pytest.mark.parametrize(
@@ -101,6 +115,25 @@ def test_training_goes_on_bit_for_bit(
     assert train(again, other, 1) != expected[:1]
     assert read_step(folder) == (4, {"step": 4, "note": "x"})
     load_step(folder, again, other)
+    assert train(again, other, 4) == expected
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_copy_is_written_while_training_goes_on(base: Path, tmp_path: Path, plan: str) -> None:
+    model, optimizer = make(base, plan)
+    train(model, optimizer, 4)
+    save(tmp_path / "at once", model, optimizer, base)
+    copy = capture(model, optimizer, base, copied=True)
+    expected = train(model, optimizer, 4)
+    write_step(tmp_path / "later", copy)
+    names = sorted(file.name for file in (tmp_path / "later").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "at once").iterdir())
+    for name in names:
+        if name.endswith(".safetensors"):
+            later, at_once = ((tmp_path / f / name).read_bytes() for f in ("later", "at once"))
+            assert later == at_once
+    again, other = make(base, plan)
+    load_step(tmp_path / "later", again, other)
     assert train(again, other, 4) == expected
 
 

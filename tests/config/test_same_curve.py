@@ -18,6 +18,7 @@ FREE = {
     "training.epochs",
     "training.log_every",
     "training.eval_every",
+    "training.async_save",
     "training.save_every",
     "training.keep_last",
     "training.resume",

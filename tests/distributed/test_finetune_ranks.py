@@ -142,12 +142,17 @@ def test_so_it_is_with_every_option(name: str, overrides: list[str], tmp_path: P
     assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
-@pytest.mark.slow
-def test_full_training_is_saved_whole_and_resumed(overrides: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("async_save", [slow("false"), "true"])
+def test_full_training_is_saved_in_parts_and_resumed(
+    async_save: str, overrides: list[str], tmp_path: Path
+) -> None:
     full = [word for word in overrides if word != "method.rank=3"]
-    full += ["method=full", "optimizer.lr=0.001"]
+    full += ["method=full", "optimizer.lr=0.001", f"training.async_save={async_save}"]
     finetune(full, tmp_path / "alone")
     run_ranks(3, finetune, full, tmp_path / "run", join=False)
+    files = {file.name for file in (tmp_path / "run/checkpoints/step_10").iterdir()}
+    parts = {f"shard-{rank:05}-model-00001-of-00001.safetensors" for rank in (1, 2, 3)}
+    assert files == parts | {"train_state.pt", "train_state.json", "manifest.json"}
     shutil.rmtree(tmp_path / "run/checkpoints/step_20")
     run_ranks(2, finetune, [*full, "training.resume=auto"], tmp_path / "run", join=False)
     assert_same_run(tmp_path / "run", tmp_path / "alone")

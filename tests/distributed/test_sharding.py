@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import run_ranks
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from qlora_builders import LlamaArch, llama
 from qlora_builders.distributed import Ranks, group_bytes, make_mesh, shard_model, sharding
 from qlora_builders.errors import ConfigError
 from qlora_builders.modules import CausalLM
-from qlora_builders.tensor.sharded import held_bytes, local_part
+from qlora_builders.tensor.nf4_fsdp import with_local
+from qlora_builders.tensor.sharded import held_bytes, held_rows, local_part
 
 ARCH = LlamaArch(
     vocab_size=61,
@@ -54,6 +56,21 @@ def compare_bytes(ranks: Ranks) -> None:
 
 def test_what_a_rank_holds_is_what_was_counted() -> None:
     run_ranks(3, compare_bytes)
+
+
+def place_on_the_host(ranks: Ranks) -> None:
+    mesh = make_mesh(ranks, "cpu")
+    parameter = distribute_tensor(torch.zeros(5, 2), mesh, [Shard(0)])
+    mesh._device_type = "meta"  # as where parameters are offloaded: the mesh's device is another
+    rows = torch.ones(held_rows(parameter)[1] - held_rows(parameter)[0], 2, dtype=torch.bfloat16)
+    placed = with_local(parameter, rows)
+    assert local_part(placed) is rows
+    assert (placed.device.type, placed.dtype, placed.shape) == ("cpu", rows.dtype, (5, 2))
+    assert placed.placements == parameter.placements
+
+
+def test_what_is_offloaded_stays_where_it_is() -> None:
+    run_ranks(2, place_on_the_host)
 
 
 @pytest.mark.parametrize("arch", ["llama3_1_70b", "llama3_1_405b"])

@@ -113,21 +113,28 @@ def kill_points(events: list[str], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("in_background", [False, True])
 def test_a_killed_run_resumes_bit_for_bit(
-    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path, count: int
+    finetune: Run,
+    uninterrupted: tuple[Path, list[str]],
+    tmp_path: Path,
+    count: int,
+    in_background: bool,
 ) -> None:
     whole, events = uninterrupted
+    option = f"training.async_save={str(in_background).lower()}"
+    lost = SAVE_EVERY * (2 if in_background else 1)  # one may be on its way
     for point in kill_points(events, count):
         run = tmp_path / str(point)
-        killed = finetune(run, signals={f"event {point}": signal.SIGKILL})
+        killed = finetune(run, option, signals={f"event {point}": signal.SIGKILL})
         assert killed["code"] == -signal.SIGKILL, events[point]
         file = run / "metrics.jsonl"
         steps = [row[0] for row in curve(run) if row[1] is not None] if file.exists() else []
         if run.exists() and any(run.iterdir()):
             start = find_start(run, resume="auto", overwrite=False)
-            assert start.step >= max(steps, default=0) - SAVE_EVERY, events[point]
+            assert start.step >= max(steps, default=0) - lost, events[point]
             assert not any("damaged" in line for line in start.messages)
-        assert finetune(run, "training.resume=auto")["code"] == 0, events[point]
+        assert finetune(run, option, "training.resume=auto")["code"] == 0, events[point]
         same_run(run, whole)
         shutil.rmtree(run)
 
@@ -293,13 +300,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.parametrize("async_save", ["false", "true"])
 def test_a_full_disk_leaves_the_last_good_checkpoint(
     finetune: Run,
     uninterrupted: tuple[Path, list[str]],
     small_disk: Path,
+    async_save: str,
 ) -> None:
     run = small_disk / "run"
-    answer = finetune(run)
+    answer = finetune(run, f"training.async_save={async_save}")
     assert answer["code"] == 2
     error = answer["output"]
     assert "step_6: cannot be written: " in error
