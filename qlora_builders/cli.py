@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ VERBS = {
 }
 # `python recipes/inspect.py` would hide the standard library's module from everything it imports.
 RECIPE_FILES = {"inspect": "inspect_plan.py"}
-LAUNCH_OPTIONS = ("--nproc-per-node", "--max-restarts")
+LAUNCH_OPTIONS = {"--nproc-per-node": 1, "--max-restarts": 0}  # with the least they may be
 MULTIRUN = "--multirun"
 
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complete(rest)
     if MULTIRUN in rest:
         return _sweep(verb, [word for word in rest if word != MULTIRUN])
-    if any(word.startswith(LAUNCH_OPTIONS) for word in rest):
+    if any(word.startswith(tuple(LAUNCH_OPTIONS)) for word in rest):
         return _launch(verb, rest)
     from qlora_builders.config.entry import run_recipe
 
@@ -105,8 +106,10 @@ def _launch(verb: str, words: Sequence[str]) -> int:
             command = ["-m", "qlora_builders.cli", verb, *rest]
             if not any(word.startswith("output_dir=") for word in rest):
                 command.append(f"output_dir={cfg.output_dir}")  # a restart goes on in the same
-            nproc_per_node, max_restarts = (options.get(name) or 0 for name in LAUNCH_OPTIONS)
-            sys.exit(launch(command, nproc_per_node=nproc_per_node or 1, max_restarts=max_restarts))
+            nproc_per_node, max_restarts = (
+                options[name] or least for name, least in LAUNCH_OPTIONS.items()
+            )
+            sys.exit(launch(command, nproc_per_node=nproc_per_node, max_restarts=max_restarts))
 
         return run_recipe(start, verb, rest)
 
@@ -135,13 +138,13 @@ def _launch_options(verb: str, words: Sequence[str]) -> tuple[dict[str, int | No
     from qlora_builders.config.schema import TRAINING_VERBS
     from qlora_builders.errors import ConfigError
 
-    given = [word for word in words if word.startswith(LAUNCH_OPTIONS)]
+    given = [word for word in words if word.startswith(tuple(LAUNCH_OPTIONS))]
     if given and verb not in TRAINING_VERBS:
         takers = " and ".join(TRAINING_VERBS)
         raise ConfigError(f"qlora {verb} runs in one process; only {takers} take {given[0]}")
     parser = OptionParser(add_help=False, allow_abbrev=False)
-    for option in LAUNCH_OPTIONS:
-        parser.add_argument(option, type=_count, dest=option)
+    for option, least in LAUNCH_OPTIONS.items():
+        parser.add_argument(option, type=partial(_count, least=least), dest=option)
     options, rest = parser.parse_known_args(words)
     return vars(options), rest
 
@@ -157,9 +160,11 @@ def _complete(words: Sequence[str]) -> int:
     return with_errors(run)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError(text)
+def _count(text: str, least: int) -> int:
+    from argparse import ArgumentTypeError
+
+    if not text.isdecimal() or int(text) < least:
+        raise ArgumentTypeError(f"{text!r} is not a whole number >= {least}")
     return int(text)
 
 

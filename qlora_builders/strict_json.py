@@ -22,6 +22,11 @@ def parse_json(text: bytes) -> Any:
         )
     except RecursionError:
         raise ValueError("not JSON that can be read: nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"not JSON: {error.msg}, {line}column {error.colno}") from error
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
 

@@ -39,10 +39,13 @@ from qlora_builders.evaluation import (
     measure_rows,
 )
 from qlora_builders.modules import CausalLM
+from qlora_builders.outputs import check_writable, write_whole
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 
 
 def main(cfg: EvaluateConfig) -> None:
+    if cfg.output is not None:
+        check_writable(Path(cfg.output), "output")
     device = resolve_device(cfg.device)
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
@@ -66,7 +69,9 @@ def main(cfg: EvaluateConfig) -> None:
     results: dict[str, Any] = {}
     if batches is not None:
         console.print(batches.summary())
-        results |= {"data": batches.dataset.report.source, "examples": len(batches.dataset)}
+        report = batches.dataset.report
+        results |= {"data": report.source, "examples": len(batches.dataset)}
+        results["skipped_rows"] = report.skipped_rows
     figures: dict[str, dict[str, Figure]] = {}
     details: dict[str, dict[str, Any]] = {}
     for one in reversed(models):  # an adapter that does not fit is found at once
@@ -86,9 +91,8 @@ def main(cfg: EvaluateConfig) -> None:
             console.print(answer_table(results["answers"]))
         console.print(figure_table(figures[last]))
     if cfg.output is not None:
-        path = Path(cfg.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(results, indent=2, ensure_ascii=False)
+        write_whole(Path(cfg.output), f"{text}\n".encode())
 
 
 def read_rows(cfg: EvaluateConfig, tokenizer: Tokenizer) -> Batches:
@@ -101,6 +105,7 @@ def read_rows(cfg: EvaluateConfig, tokenizer: Tokenizer) -> Batches:
         train_on=cfg.data.train_on,
         columns=asdict(cfg.data.columns),
         max_rows=cfg.data.max_rows,
+        on_error=cfg.data.on_error,
     )
     arch = read_arch(cfg.checkpoint.dir, format=cfg.checkpoint.format)
     check_token_range(data, arch.vocab_size)

@@ -16,11 +16,13 @@ from qlora_builders.checkpoint import load_with_adapter
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import GenerateConfig
 from qlora_builders.data import Tokenizer
+from qlora_builders.errors import DataError
 from qlora_builders.models import generate_batch
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 
 
 def main(cfg: GenerateConfig) -> None:
+    prompts = list(read_prompts(cfg))
     device = resolve_device(cfg.device)
     tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
     model = load_with_adapter(
@@ -44,7 +46,6 @@ def main(cfg: GenerateConfig) -> None:
         generator=torch.Generator(device).manual_seed(cfg.seed),
         compile=cfg.compile,
     )
-    prompts = list(read_prompts(cfg))
     for start in range(0, len(prompts), cfg.batch_size):
         batch = prompts[start : start + cfg.batch_size]
         steps = answer([encode_prompt(prompt, cfg, tokenizer) for prompt in batch])
@@ -70,7 +71,14 @@ def read_prompts(cfg: GenerateConfig) -> Iterator[str]:
     if cfg.prompt is not None:
         yield cfg.prompt
     if cfg.prompts_file is not None:
-        yield from filter(None, Path(cfg.prompts_file).read_text().splitlines())
+        file = Path(cfg.prompts_file)
+        try:
+            prompts = [line for line in file.read_text("utf-8").splitlines() if line]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: not UTF-8 text: {error.reason} at {error.start}") from error
+        if not prompts:
+            raise DataError(f"{file}: holds no prompt; write one per line")
+        yield from prompts
 
 
 def encode_prompt(prompt: str, cfg: GenerateConfig, tokenizer: Tokenizer) -> list[int]:

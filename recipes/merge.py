@@ -21,6 +21,7 @@ from qlora_builders.config.checks import size_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import MergeConfig
 from qlora_builders.errors import ConfigError
+from qlora_builders.outputs import check_writable, write_whole
 from qlora_builders.training.device import resolve_dtype
 
 SHOWN_LAYERS = 8
@@ -30,6 +31,9 @@ def main(cfg: MergeConfig) -> None:
     output_dir = Path(cfg.output_dir)
     if output_dir.exists():
         raise ConfigError(f"output_dir={output_dir} exists; choose a new folder")
+    check_writable(output_dir, "output_dir", folder=True)
+    if cfg.report is not None:
+        check_writable(Path(cfg.report), "report")
     adapted = load_with_adapter(
         cfg.checkpoint.dir,
         cfg.adapter.path,
@@ -69,9 +73,7 @@ def show(report: MergeReport, cfg: MergeConfig) -> None:
         f"token agrees on {logits.top1:.0%}"
     )
     if cfg.report is not None:
-        path = Path(cfg.report)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(report.to_json() + "\n")
+        write_whole(Path(cfg.report), f"{report.to_json()}\n".encode())
 
 
 def error_table(report: MergeReport) -> Table:

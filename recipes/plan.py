@@ -52,6 +52,7 @@ from qlora_builders.models.precision import (
     uniform_plans,
 )
 from qlora_builders.modules import CausalLM
+from qlora_builders.outputs import check_writable, write_whole
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 from qlora_builders.training.plan_comparison import HeldOut, Measured, decide
 from qlora_builders.training.sensitivity import measure_sensitivity
@@ -64,6 +65,7 @@ def main(cfg: PlanConfig) -> None:
     output = Path(cfg.output)
     if output.exists() or output.with_suffix(".json").exists():
         raise ConfigError(f"output={output}, or its .json, exists; choose another name")
+    check_writable(output, "output")
     if stored_plan(cfg.checkpoint.dir, format=cfg.checkpoint.format):
         raise ConfigError(
             f"checkpoint.dir={cfg.checkpoint.dir} is quantized already, and what that cost cannot "
@@ -178,6 +180,7 @@ def dataset(source: str | None, cfg: PlanConfig) -> TokenizedDataset:
         train_on=cfg.data.train_on,
         columns=asdict(cfg.data.columns),
         max_rows=cfg.data.max_rows,
+        on_error=cfg.data.on_error,
     )
 
 
@@ -309,12 +312,9 @@ def write(output: Path, rules: list[dict[str, Any]], figures: dict[str, Any]) ->
         "components:",
         *(f"  - {{{', '.join(f'{key}: {json.dumps(v)}' for key, v in r.items())}}}" for r in rules),
     ]
-    output.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(figures, indent=2, ensure_ascii=False)
     for path, content in ((output.with_suffix(".json"), text), (output, "\n".join(lines))):
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(content + "\n", "utf-8")
-        partial.replace(path)
+        write_whole(path, f"{content}\n".encode())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import QuantizeConfig
 from qlora_builders.errors import ConfigError
 from qlora_builders.models import summarize
+from qlora_builders.outputs import check_writable
 from qlora_builders.training.device import resolve_dtype
 
 
@@ -25,6 +26,7 @@ def main(cfg: QuantizeConfig) -> None:
     output_dir = Path(cfg.output_dir)
     if output_dir.exists():
         raise ConfigError(f"output_dir={output_dir} exists; choose a new folder")
+    check_writable(output_dir, "output_dir", folder=True)
     model = load_checkpoint(
         cfg.checkpoint.dir, rules(cfg), format=cfg.checkpoint.format, dtype=resolve_dtype(cfg.dtype)
     )

@@ -95,16 +95,17 @@ def save_checkpoint(
     main_dtype = _main_dtype(plain, dtype)
     if format != "hf":
         tensors, quantization = _keep_nf4(model, parameters, plain, format, main_dtype)
-    write_hf_directory(
-        tensors,
-        path,
-        arch=model.spec.arch,
-        dtype=main_dtype,
-        max_shard_bytes=max_shard_bytes,
-        companions=companions,
-        quantization=quantization,
-        stem=NATIVE_STEM if format == "nf4" else STEM,
-    )
+    with atomic_directory(path, marker="config.json") as directory:
+        write_hf_files(
+            tensors,
+            directory,
+            arch=model.spec.arch,
+            dtype=main_dtype,
+            max_shard_bytes=max_shard_bytes,
+            companions=companions,
+            quantization=quantization,
+            stem=NATIVE_STEM if format == "nf4" else STEM,
+        )
 
 
 def _keep_nf4(
@@ -146,9 +147,9 @@ def _main_dtype(tensors: Sequence[LazyTensor], dtype: torch.dtype | None) -> tor
     return dtype or max(tensors, key=lambda tensor: tensor.nbytes).dtype
 
 
-def write_hf_directory(
+def write_hf_files(
     tensors: Sequence[LazyTensor],
-    path: str | Path,
+    directory: Path,
     *,
     arch: LlamaArch,
     dtype: torch.dtype | None,
@@ -157,7 +158,7 @@ def write_hf_directory(
     quantization: dict[str, Any] | None = None,
     stem: str = STEM,
 ) -> None:
-    """config.json, weights, index and tokenizer files, atomically.
+    """config.json, weights, index and tokenizer files, into a folder that is there.
 
     Args:
         dtype: for config.json; None is that of the largest tensor.
@@ -169,11 +170,10 @@ def write_hf_directory(
         config = _merge_configs(read_config(Path(companions)), config)
     if quantization is not None:
         config["quantization_config"] = quantization
-    with atomic_directory(path, marker="config.json") as directory:
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for file in _companion_files(companions):
-            shutil.copyfile(file, directory / file.name)
-        write_shards(tensors, directory, max_shard_bytes=max_shard_bytes, stem=stem)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in _companion_files(companions):
+        shutil.copyfile(file, directory / file.name)
+    write_shards(tensors, directory, max_shard_bytes=max_shard_bytes, stem=stem)
 
 
 def _merge_configs(original: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

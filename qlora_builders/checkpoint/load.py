@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.checkpoint.base_record import ContentHash
+from qlora_builders.checkpoint.finite import is_finite
 from qlora_builders.checkpoint.formats import AUTO, detect_format, read_arch, read_tensors
 from qlora_builders.checkpoint.hf_llama import base_parameters
 from qlora_builders.checkpoint.load_sharded import place_rows, read_rows
@@ -66,8 +67,8 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: for missing, unexpected or wrongly shaped tensors, NaN or infinity in a
-            weight to be quantized, a rule that contradicts how a weight is stored, or a directory
-            that is not such a checkpoint.
+            weight, a rule that contradicts how a weight is stored, or a directory that is not such
+            a checkpoint.
         PlanError: for a plan that does not fit the model.
     """
     path = Path(path)
@@ -214,6 +215,8 @@ def _place(
     ):
         _check_options(tensor, value, rule)
     if is_sharded(parameter):
+        if not (is_nf4_shard(parameter) or isinstance(value, NF4Tensor)):
+            _check_finite(tensor, value)
         try:
             setattr(module, leaf, place_rows(parameter, tensor, value, device))
         except ValueError as error:
@@ -227,12 +230,22 @@ def _place(
         value = value.dequantize()
     if not isinstance(parameter, NF4Tensor):
         value = value.to(parameter.dtype)
+        _check_finite(tensor, value)
     try:
         # through the hook that quantizes where the plan says so
         module.load_state_dict({leaf: value}, strict=False, assign=True)
     except RuntimeError as error:
         reason = str(error).partition("\n")[2].strip() or str(error)
         raise CheckpointError(f"{tensor.source}: {tensor.name}: {reason}") from error
+
+
+def _check_finite(tensor: LazyTensor, value: Tensor) -> None:
+    """Of weights that stay plain; quantizing checks the others."""
+    if not is_finite(value):
+        raise CheckpointError(
+            f"{tensor.source}: {tensor.name} holds NaN or infinity in {value.dtype}; the file is "
+            "damaged, or its numbers need a wider dtype"
+        )
 
 
 def _init_adapter(module: nn.Module, tensor: LazyTensor, value: Tensor) -> None:

@@ -16,7 +16,7 @@ from qlora_builders.checkpoint.hf_llama import (
     base_parameters,
     lazy_parameter,
     save_checkpoint,
-    write_hf_directory,
+    write_hf_files,
 )
 from qlora_builders.checkpoint.merge_report import (
     MAX_ERROR,
@@ -116,7 +116,7 @@ def save_merged(
         return report
     tensors = list(plan.tensors())
     with atomic_directory(path, marker="config.json") as temporary:
-        write_hf_directory(
+        write_hf_files(
             tensors,
             temporary,
             arch=plan.arch,

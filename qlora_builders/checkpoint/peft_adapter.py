@@ -22,6 +22,7 @@ from qlora_builders.checkpoint.base_record import (
     check_base,
     read_base_record,
 )
+from qlora_builders.checkpoint.finite import is_finite
 from qlora_builders.checkpoint.peft_config import (
     CONFIG_FILE,
     AdapterModule,
@@ -274,7 +275,7 @@ def _read_fitting(info: AdapterInfo, name: str, shape: Sequence[int]) -> Tensor:
             f"{info.path / WEIGHTS_FILE}: {name} has shape {list(tensor.shape)}; "
             f"the model needs {list(shape)}"
         )
-    if not torch.stack(tensor.aminmax()).isfinite().all():  # one pass, where isfinite takes three
+    if not is_finite(tensor):
         raise CheckpointError(f"{info.path / WEIGHTS_FILE}: {name} holds NaN or infinity")
     return tensor
 

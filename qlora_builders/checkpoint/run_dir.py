@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from qlora_builders.checkpoint.safetensors_io import clean_up, remove_directory
 from qlora_builders.checkpoint.train_state import StepState, read_step, write_step
 from qlora_builders.errors import CheckpointError, ConfigError
+from qlora_builders.outputs import check_writable
 
 CONFIG_FILE = "config.yaml"
 AUTO = "auto"
@@ -63,10 +64,11 @@ def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
         overwrite: replace the run in `run_dir`.
 
     Raises:
-        ConfigError: if `run_dir` is not empty and neither argument allows that, or holds no run, or
-            not the one that `resume` names.
+        ConfigError: if `run_dir` cannot be written; if it is not empty and neither argument allows
+            that; if it holds no run, or not the one that `resume` names.
         CheckpointError: if `resume` is a path without a good checkpoint.
     """
+    check_writable(run_dir, "output_dir", folder=True)
     if _is_taken(run_dir):
         if resume is None and not overwrite:
             raise ConfigError(
@@ -125,19 +127,28 @@ def run_directory(
         ConfigError: if another process is using it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _only_one_process(run_dir):
-        if overwrite:
-            for path in run_dir.iterdir():
-                shutil.rmtree(path) if _is_real_directory(path) else path.unlink()
-        clean_up(run_dir)
-        clean_up(run_dir / "checkpoints")
-        for folder in step_folders(run_dir):
-            if _step_of(folder) > start.step:
-                damaged = folder.with_name(folder.name + ".damaged")
-                shutil.rmtree(damaged, ignore_errors=True)
-                folder.rename(damaged)
-        remove_old_steps(run_dir, keep_last)
-        yield
+    try:
+        with _only_one_process(run_dir):
+            _tidy_up(run_dir, start, overwrite=overwrite, keep_last=keep_last)
+            yield
+    except BaseException:
+        with suppress(OSError):  # it holds something
+            run_dir.rmdir()
+        raise
+
+
+def _tidy_up(run_dir: Path, start: Start, *, overwrite: bool, keep_last: int) -> None:
+    if overwrite:
+        for path in run_dir.iterdir():
+            shutil.rmtree(path) if _is_real_directory(path) else path.unlink()
+    clean_up(run_dir)
+    clean_up(run_dir / "checkpoints")
+    for folder in step_folders(run_dir):
+        if _step_of(folder) > start.step:
+            damaged = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(damaged, ignore_errors=True)
+            folder.rename(damaged)
+    remove_old_steps(run_dir, keep_last)
 
 
 def add_step(run_dir: Path, state: StepState, **ranks: Any) -> None:

@@ -253,7 +253,8 @@ def atomic_directory(path: str | Path, *, marker: str) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+        reason = error.strerror or error  # without the names of temporary files
+        raise CheckpointError(f"{path}: cannot be written: {reason}") from error
 
 
 def remove_directory(path: Path) -> None:

@@ -13,6 +13,7 @@ from qlora_builders.config.instantiate import allow_prefixes
 from qlora_builders.config.overrides import groups, primary_config
 from qlora_builders.config.schema import ROOTS
 from qlora_builders.errors import ConfigError, did_you_mean
+from qlora_builders.outputs import write_whole
 
 USAGE = """\
 usage: qlora configs ls                     all configs, with what each is for
@@ -116,8 +117,7 @@ def _copy(source: Path, target: Path) -> None:
         raise ConfigError(f"{str(target)!r} is not a file name that ends in .yaml")
     if target.exists():
         raise ConfigError(f"{str(target)!r} exists; remove it or choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(source.read_text("utf-8"), "utf-8")
+    write_whole(target, source.read_bytes())
     print(target)
 
 

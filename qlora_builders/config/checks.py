@@ -119,7 +119,7 @@ def memory_in_bytes(memory: str, key: str = "memory") -> int:
 
 def _parse_size(size: str, units: dict[str, int]) -> int:
     """Bytes; 0 for what is not a size."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", size.strip())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]+)", size.strip())
     factors = {name.upper(): factor for name, factor in units.items()}
     return int(float(match[1]) * factors.get(match[2].upper(), 0)) if match else 0
 
@@ -133,6 +133,8 @@ def _check_value(knob: Knob, value: Any) -> list[str]:
         hint = f"; did you mean {near!r}?" if near else ""
         allowed = ", ".join(knob.choices)
         return [f"{knob.key}={value!r} is not allowed; allowed: {allowed}{hint}"]
+    if isinstance(value, int) and value >= 2**63:
+        return [f"{knob.key}={value} is too large a number; it must be < 2**63"]
     if isinstance(value, float) and not math.isfinite(value):
         return [f"{knob.key}={value} must be a finite number"]
     compare = {
@@ -149,7 +151,7 @@ def _check_value(knob: Knob, value: Any) -> list[str]:
 
 
 def _check_device(device: str) -> list[str]:
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+    if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
         return []
     return [f"device={device!r} is not allowed; allowed: auto, cpu, cuda, cuda:N"]
 

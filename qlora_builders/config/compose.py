@@ -36,6 +36,7 @@ from qlora_builders.config.overrides import (
 from qlora_builders.config.schema import ROOTS
 from qlora_builders.config.shipped import demo_path, shipped_dir
 from qlora_builders.errors import ConfigError, did_you_mean
+from qlora_builders.outputs import write_whole
 
 WITHOUT_FILES = ("inspect", "estimate")  # a plan can be shown without what training needs
 
@@ -214,7 +215,9 @@ def _compose_prepared(verb: str, prepared: Sequence[str], folders: Sequence[Path
 def _translated_errors(verb: str) -> Iterator[None]:
     try:
         yield
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(_translate(error, verb)) from error
 
 
@@ -229,11 +232,7 @@ def to_config(tree: DictConfig) -> Any:
 
 def save_config(cfg: Any, path: str | Path) -> None:
     """Write a config as YAML, in one step: a half-written file never has the final name."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(to_yaml(cfg), "utf-8")
-    partial.replace(path)
+    write_whole(Path(path), to_yaml(cfg).encode())
 
 
 def to_yaml(cfg: Any) -> str:
@@ -285,7 +284,11 @@ def _translate(error: Exception, verb: str) -> str:
         return where + _first_line(error, None)
     if isinstance(cause, ConfigKeyError) and cause.full_key:
         return where + unknown_key(str(cause.full_key), verb)
-    return where + _first_line(cause, cause.full_key)
+    key = cause.full_key
+    override = re.match(r"Error merging override \+*([\w.]+)=", str(error))
+    if override and not isinstance(key, str):  # the index of an element
+        key = f"{override[1]}[{key}]"
+    return where + _first_line(cause, key or (override and override[1]))
 
 
 def _first_line(error: BaseException, key: object) -> str:
@@ -296,6 +299,15 @@ def _first_line(error: BaseException, key: object) -> str:
         text = text.replace(" of type 'str'", "")
         text = re.sub(r"field '.*' is not Optional", "null is not allowed here", text)
         text = re.sub(r"^Invalid value.*not a ListConfig.*", "takes a list, such as [a,b]", text)
+        text = re.sub(r"^Cannot assign (\w+) to Dict.*", r"takes {key: value, ...}, not \1", text)
+        text = re.sub(
+            r"^(?:Merge error|Invalid type assigned): \w+ is not a subclass of \w+. value: (.*)",
+            r"a section takes keys of its own, not \1",
+            text,
+        )
+    text = text.replace(
+        "Cannot merge DictConfig with ListConfig", "a list takes [a,b], not keys and values"
+    )
     return f"{key}: {text}" if key else text
 
 

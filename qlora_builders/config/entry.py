@@ -7,6 +7,7 @@ if __name__ == "__main__":
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from qlora_builders.config.schema import ROOTS
 from qlora_builders.errors import ConfigError, QLoRAError
 
 USER_ERROR = 2
+_LONGEST_LINE = 2000  # characters
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
@@ -49,12 +51,23 @@ def with_errors(run: Callable[[], int]) -> int:
             raise
         report(error)
         return USER_ERROR
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        report(QLoRAError(f"out of memory: {_short(error)}; see `qlora estimate --help`"))
+        return USER_ERROR
 
 
 def report(error: Exception) -> None:
-    """Print what went wrong, one line per problem, to stderr."""
-    for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+    """Print what went wrong, one line per problem, to stderr.
+
+    What a file says is quoted there, so it may be long, and have characters that move a cursor.
+    """
+    for line in str(error).splitlines() or [type(error).__name__]:
+        if len(line) > _LONGEST_LINE:
+            line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        print(f"error: {shown}", file=sys.stderr)
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -161,6 +174,18 @@ def _name_runs(words: Sequence[str]) -> list[str]:
     runs = [word for word in words if "=" not in word or Path(word).is_dir()]
     named = [f"runs=[{','.join(map(quote, runs))}]"] if runs else []
     return [word for word in words if word not in runs] + named
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a class for GPUs only, and may not be imported here."""
+    names = ("OutOfMemoryError", "MemoryError")
+    return type(error).__name__ in names or "can't allocate memory" in str(error)
+
+
+def _short(error: Exception) -> str:
+    """How much was asked for, without where in the source."""
+    asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+    return f"{asked[1]} were asked for" if asked else "more was asked for than there is"
 
 
 def _is_missing_extra(error: ImportError) -> bool:

@@ -57,13 +57,13 @@ def instantiate(
 
     Raises:
         ConfigError: for a path outside the allow-list or that leads nowhere, for a keyword the
-            component does not take, and for the TypeError or ValueError of the call itself.
+            component does not take, and for the TypeError, ValueError or RuntimeError of the call.
         ImportError: if the component's package is optional and missing.
     """
     component, arguments = resolve_component(node, key=key, allow=allow)
     try:
         return component(*args, **arguments, **kwargs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{key}: {node['component']} refuses its arguments: {error}") from error
 
 

@@ -14,7 +14,7 @@ from typing import Any, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]  # a dependency of omegaconf
+from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # a dependency of omegaconf
 
 from qlora_builders.config.knobs import knobs
 from qlora_builders.config.resume import flatten
@@ -99,7 +99,7 @@ def values_of_file(override: str, folders: Sequence[Path]) -> list[str]:
     try:
         text = file.read_text("utf-8") if file else ""
         tree: Any = OmegaConf.to_container(OmegaConf.create(text))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):
         return []
     is_global = text.startswith("# @package _global_")
     if not isinstance(tree, dict) or "defaults" in tree or is_global != (group == "experiment"):
@@ -112,10 +112,7 @@ def _rules_of(file: Path) -> list[Any]:
     """The `components:` of a YAML file, such as `qlora plan` writes."""
     if not file.is_file():
         raise ConfigError(f"components={file}: no such file")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not UTF-8 text: {error}") from error
+    content = _load(file)
     rules = content.get("components") if isinstance(content, dict) else None
     if not isinstance(rules, list):
         raise ConfigError(f"{file}: no list of rules under components:")
@@ -123,6 +120,21 @@ def _rules_of(file: Path) -> list[Any]:
         if not re.fullmatch(r"\w+", str(key)):  # hydra's grammar has no words for others
             raise ConfigError(f"{file}: {key!r} is no option of a rule")
     return rules
+
+
+def _load(file: Path) -> Any:
+    """What a YAML file says, as it is written."""
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text: {error}") from error
+    except MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{file}{line}: not valid YAML: {error.problem}") from error
+    except YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{file}: nested too deeply") from None
 
 
 def _spelled(value: Any) -> str:
@@ -140,6 +152,10 @@ def _check_option(group: str, option: str, folders: Sequence[Path]) -> None:
     options = group_options(group, folders)
     if option not in options:
         raise ConfigError(f"{group}={option}: no such config{did_you_mean(option, options)}")
+    for folder in folders[1:]:  # hydra says less about what is no config at all
+        file = folder / group / f"{option}.yaml"
+        if file.is_file() and not isinstance(_load(file), dict):
+            raise ConfigError(f"{group}/{file.name}: holds a list; keys and values are needed")
 
 
 def quote(value: str) -> str:

@@ -147,7 +147,9 @@ class DataConfig:
         choices=("chat", "instruct", "text", "preference"),
     )
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    max_seq_len: int = knob(512, "tokens per row; longer rows are cut and counted", at_least=2)
+    max_seq_len: int = knob(
+        512, "tokens per row; longer rows are cut and counted", at_least=2, at_most=2**20
+    )
     train_on: str = knob(
         "assistant",
         "tokens that carry loss: every answer, the last answer, everything (format=text: always)",
@@ -159,6 +161,12 @@ class DataConfig:
         choices=("none", "best_fit"),
     )
     max_rows: int | None = knob(None, "rows read from each file; null: all", at_least=1)
+    on_error: str = knob(
+        "raise",
+        "a row that cannot be used: raise stops there and names the line; skip goes on and counts",
+        choices=("raise", "skip"),
+        shapes_curve=False,  # the rows that are left do, and they are compared by themselves
+    )
 
 
 @dataclass

@@ -10,7 +10,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy.typing as npt
 import torch
 from tokenizers import Encoding
 
+from qlora_builders.data.chat_template import UnsafeTemplateError
 from qlora_builders.data.collate import IGNORE_INDEX, Example
 from qlora_builders.data.files import Row, describe_row, load_rows
 from qlora_builders.data.formats import (
@@ -28,9 +28,11 @@ from qlora_builders.data.formats import (
     to_documents,
 )
 from qlora_builders.data.tokenizer import Tokenizer
-from qlora_builders.errors import DataError
+from qlora_builders.errors import DataError, did_you_mean
 
+ON_ERROR = ("raise", "skip")
 _SAME = "both answers are the same"
+_SHOWN = 5  # skipped rows of which the reason is told
 _CHUNK = 512  # rows per call of the Rust tokenizer: enough to keep all cores busy
 
 Ids = npt.NDArray[np.int32]
@@ -53,6 +55,13 @@ class DatasetReport:
     cut_tokens: int = 0
     longest_row: int = 0  # tokens, before truncation
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    skipped_rows: int = 0  # that cannot be used, with on_error="skip"
+    skipped: list[str] = field(default_factory=list)  # where the first of them are, and why
+
+    def skip(self, reason: str) -> None:
+        self.skipped_rows += 1
+        if len(self.skipped) < _SHOWN:
+            self.skipped.append(reason)
 
     def summary(self) -> str:
         """One line for a log."""
@@ -65,7 +74,17 @@ class DatasetReport:
             text += f"; {self.truncated_rows:,} rows truncated, {self.cut_tokens:,} tokens cut"
         for reason, count in sorted(self.dropped.items()):
             text += f"; {count:,} rows dropped: {reason}"
+        if self.skipped_rows:
+            text += f"; {self.skipped_summary()}"
         return text
+
+    def skipped_summary(self) -> str:
+        """How many, where the first of them are and what is wrong with them."""
+        more = self.skipped_rows - len(self.skipped)
+        reasons = [reason.removeprefix(f"{self.source}, ") for reason in self.skipped]
+        if more:
+            reasons.append(f"and {more:,} more")
+        return f"{self.skipped_rows:,} rows skipped (data.on_error=skip): {'; '.join(reasons)}"
 
 
 class TokenizedDataset(Sequence[Example]):
@@ -151,36 +170,50 @@ def build_dataset(
     train_on: str = "assistant",
     columns: Mapping[str, str | None] | None = None,
     max_rows: int | None = None,
+    on_error: str = "raise",
     split: str = "train",
 ) -> TokenizedDataset:
     """Read, render and tokenize the rows of `source` (see `load_rows` for what it can be).
 
     A row longer than `max_seq_len` tokens is cut at its end. If nothing trained is left of it, it
     is dropped, as is a preference row whose two answers are the same. All is counted in `.report`.
-    `max_rows` takes the first rows only.
+    `max_rows` takes the first rows only. `on_error="skip"` leaves out rows that are broken or train
+    on nothing even uncut, and counts them.
 
     Raises:
-        DataError: if a row is broken or trains on nothing even uncut, if there are no rows, or if
-            none is left; the message names the source and the row.
+        DataError: for such a row without that, if there are no rows, or if none is left; the
+            message names the source and the row.
     """
     all_columns = check_format(format, train_on, columns)
     if max_seq_len < 2:
         raise DataError(f"data.max_seq_len is {max_seq_len}; at least 2 tokens are needed")
     if max_rows is not None and max_rows < 1:
         raise DataError(f"data.max_rows is {max_rows}; at least 1 is needed (null: all)")
+    if on_error not in ON_ERROR:
+        raise DataError(f"data.on_error is {on_error!r}{did_you_mean(on_error, ON_ERROR)}")
     if format == "chat" and tokenizer.chat_template is None:
         tokenizer.render_chat([])  # raises, and says what to do
     rows = load_rows(source, split=split)
-    builder = _Builder(tokenizer, max_seq_len, str(source), rows)
-    pending: list[list[Document]] = []
-    for number, row in enumerate(islice(iter(rows), max_rows)):
+    builder = _Builder(tokenizer, max_seq_len, str(source), rows, on_error)
+    pending: list[tuple[int, list[Document]]] = []
+    unread = iter(rows)
+    for number in range(len(rows) if max_rows is None else min(len(rows), max_rows)):
+        try:
+            row = next(unread)
+        except DataError as error:  # names the row itself
+            builder.refuse(error)
+            continue
         try:
             documents = to_documents(
                 row, tokenizer, format=format, train_on=train_on, columns=all_columns
             )
         except DataError as error:
-            raise DataError(f"{describe_row(rows, source, number)}: {error}") from error
-        pending.append(documents)
+            located = DataError(f"{describe_row(rows, source, number)}: {error}")
+            if isinstance(error, UnsafeTemplateError):
+                raise located from error  # no fault of the row
+            builder.refuse(located)
+            continue
+        pending.append((number, documents))
         if len(pending) == _CHUNK:
             builder.add(pending)
             pending = []
@@ -216,8 +249,14 @@ class _Builder:
     """Gathers encoded documents into flat arrays and counts."""
 
     def __init__(
-        self, tokenizer: Tokenizer, max_seq_len: int, source: str, rows: Sequence[Row]
+        self,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        source: str,
+        rows: Sequence[Row],
+        on_error: str,
     ) -> None:
+        self.on_error = on_error
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
         self.rows = rows
@@ -227,20 +266,26 @@ class _Builder:
         self.lengths: list[int] = []
         self.row_numbers: list[int] = []
 
-    def add(self, rows: list[list[Document]]) -> None:
-        """Encode the documents of the next rows and keep what is left after truncation."""
+    def refuse(self, error: DataError) -> None:
+        """A row that cannot be used: raise, or skip and count it."""
+        if self.on_error == "raise":
+            raise error
+        self.report.rows += 1
+        self.report.skip(str(error))
+
+    def add(self, rows: list[tuple[int, list[Document]]]) -> None:
+        """Encode the documents of numbered rows and keep what is left after truncation."""
         kept: list[tuple[Ids, Mask]] = []
-        texts = [document.text for documents in rows for document in documents]
+        texts = [document.text for _, documents in rows for document in documents]
         encodings = iter(self.tokenizer.encode_batch(texts))
-        for documents in rows:
-            number = self.report.rows
-            self.report.rows += 1
+        for number, documents in rows:
             parts = [self._encode(document, next(encodings)) for document in documents]
             if not all(trained.any() for _, trained in parts):
                 where = describe_row(self.rows, self.report.source, number)
-                raise DataError(
-                    f"{where}: no token is trained on; remove the row, or set data.train_on=all"
-                )
+                advice = "remove the row, or set data.train_on=all"
+                self.refuse(DataError(f"{where}: no token is trained on; {advice}"))
+                continue
+            self.report.rows += 1
             reason = self._truncate(parts)
             if reason is not None:
                 self.report.dropped[reason] += 1
@@ -275,6 +320,8 @@ class _Builder:
         report = self.report
         if not report.rows:
             raise DataError(f"{report.source}: there are no rows")
+        if report.skipped_rows == report.rows:
+            raise DataError(f"{report.source}: no row is left: {report.skipped_summary()}")
         if not self.lengths:
             if _SAME in report.dropped:
                 raise DataError(

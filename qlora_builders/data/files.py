@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import re
 from array import array
@@ -13,10 +12,12 @@ from typing import Any, cast, overload
 import numpy as np
 
 from qlora_builders.errors import DataError, nearest, optional_import
+from qlora_builders.strict_json import parse_json
 
 Row = dict[str, Any]
 
 _SUFFIXES = (".json", ".jsonl", ".parquet")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # owner/name, then perhaps the split, or configuration and split: "openai/gsm8k:main:train"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
 
@@ -27,7 +28,8 @@ def load_rows(source: str | Path, *, split: str = "train") -> Sequence[Row]:
     `source` is a `.jsonl` file (an object per line), a `.json` file (a list of objects, or an
     object whose `data` is one), a `.parquet` file, or a hub id: `owner/name`,
     `owner/name:split` or `owner/name:config:split`. `split` is what a hub id without one
-    means; a local file is one split. JSON lines are parsed when they are read, not before.
+    means; a local file is one split. JSON lines are parsed when they are read, not before; a row
+    that is no object is refused by `to_documents`.
 
     Raises:
         DataError: if the file is missing or broken (file and line are named), or the hub says no.
@@ -70,7 +72,7 @@ class JsonLines(Sequence[Row]):
     Blank lines are skipped.
 
     Raises:
-        DataError: naming file and line, for a line that is not a JSON object.
+        DataError: naming file and line, for a line that is not JSON.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +82,8 @@ class JsonLines(Sequence[Row]):
             with path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         spans, numbers = array("q"), array("q")
-        at, number = 3 if self._data[:3] == b"\xef\xbb\xbf" else 0, 0  # behind a byte order mark
+        at = len(_BYTE_ORDER_MARK) if self._data[:3] == _BYTE_ORDER_MARK else 0
+        number = 0
         while at < len(self._data):
             end = self._data.find(b"\n", at)
             end = len(self._data) if end < 0 else end
@@ -111,55 +114,49 @@ class JsonLines(Sequence[Row]):
         return self._parse(index % len(self))
 
     def __iter__(self) -> Iterator[Row]:
-        return (self._parse(i) for i in range(len(self)))
+        return map(self._parse, range(len(self)))  # goes on after a row that is an error
 
     def _parse(self, index: int) -> Row:
         start, end = (int(v) for v in self._spans[index])
         where = f"{self.path}, line {self.line_number(index)}"
         try:
-            row = json.loads(self._data[start:end].decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8 text ({error.reason})") from error
+            return cast(Row, parse_json(self._data[start:end]))
         except ValueError as error:
-            raise DataError(f"{where}: not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: holds a {type(row).__name__}, and an object is needed")
-        return row
+            raise DataError(f"{where}: {error}") from error
 
 
 def _read_json(path: Path) -> Sequence[Row]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason})") from error
-    except json.JSONDecodeError as error:
+        value = parse_json(path.read_bytes().removeprefix(_BYTE_ORDER_MARK))
+    except ValueError as error:
         hint = ""
-        if error.msg == "Extra data":
+        if "Extra data" in str(error):
             hint = "; a file with one object per line has to be named .jsonl"
-        raise DataError(
-            f"{path}, line {error.lineno}: not valid JSON: {error.msg}{hint}"
-        ) from error
+        raise DataError(f"{path}: {error}{hint}") from error
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise DataError(
             f"{path}: holds a {type(value).__name__}; a list of objects is needed, "
             'or an object whose "data" is such a list'
         )
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}, row {index} (counted from 0): holds a {type(row).__name__}, and an "
-                "object is needed"
-            )
     return rows
 
 
 def _read_parquet(path: Path) -> Sequence[Row]:
     datasets = optional_import("datasets", "data")
+    logging, bars = datasets.logging, not datasets.are_progress_bars_disabled()
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # it logs the error that it raises
+    if bars:
+        datasets.disable_progress_bars()
     try:
         return cast(Sequence[Row], datasets.Dataset.from_parquet(str(path)))
     except Exception as error:  # pyarrow and datasets have a hierarchy each
         raise DataError(f"{path}: not a Parquet file this can read: {error}") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _read_hub(name: str, split: str) -> Sequence[Row]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_builders.data.chat_template import Span
 from qlora_builders.data.files import Row
-from qlora_builders.data.tokenizer import Tokenizer
+from qlora_builders.data.tokenizer import Tokenizer, check_text
 from qlora_builders.errors import DataError, did_you_mean, nearest
 
 FORMATS = ("chat", "instruct", "text", "preference")
@@ -45,12 +45,18 @@ class Document:
     `spans` are the trained characters (None: all of them). `add_special_tokens` asks for the
     tokenizer's own BOS, which a chat template has already written; `append_eos` for an EOS at the
     end, always trained.
+
+    Raises:
+        DataError: for text that is not Unicode.
     """
 
     text: str
     spans: list[Span] | None
     add_special_tokens: bool
     append_eos: bool
+
+    def __post_init__(self) -> None:
+        check_text(self.text)
 
 
 def check_format(
@@ -87,8 +93,11 @@ def to_documents(
     answer is trained. `columns` is what `check_format` gives.
 
     Raises:
-        DataError: if a column or a role is not there, or nothing in the row could be trained on.
+        DataError: if the row is no object, a column or a role is not there, or nothing in it could
+            be trained on.
     """
+    if not isinstance(row, Mapping):
+        raise DataError(f"holds a {type(row).__name__}, and an object is needed")
     if format != "preference":
         return [to_document(row, tokenizer, format=format, train_on=train_on, columns=columns)]
     plain = _is_plain(row, tokenizer, columns)

@@ -10,7 +10,6 @@ is taken as it stands, as sentencepiece and transformers 4 do.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,22 @@ from qlora_builders.data.assistant_mask import (
 )
 from qlora_builders.data.chat_template import ChatTemplate, Message
 from qlora_builders.errors import DataError
+from qlora_builders.strict_json import parse_json
+
+
+def check_text(text: str) -> None:
+    """
+    Raises:
+        DataError: for half of a surrogate pair, which `"\\ud800"` in JSON can be, or a byte of a
+            command line that is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{text[error.start]!r}, character {error.start} of the text, is half of a surrogate "
+            "pair and no character; write whole ones, in UTF-8"
+        ) from error
 
 
 class Tokenizer:
@@ -88,8 +103,13 @@ class Tokenizer:
             raise DataError(_missing_tokenizer(folder))
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the Rust library raises bare Exception
+            backend.encode("a")  # its parts may name tokens that are not there
+        except BaseException as error:  # the Rust library raises bare Exception, and panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise DataError(f"{file}: not a tokenizer.json this can read: {error}") from error
+        if not backend.get_vocab_size():
+            raise DataError(f"{file}: holds no tokens; take the file of the model's own tokenizer")
         config = _read_json(folder / "tokenizer_config.json")
         named = {**_named_tokens(_read_json(folder / "special_tokens_map.json"))}
         named.update(_named_tokens(config))
@@ -123,7 +143,12 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; special tokens spelled out in the text become their ids."""
+        """Token ids; special tokens spelled out in the text become their ids.
+
+        Raises:
+            DataError: for half of a surrogate pair.
+        """
+        check_text(text)
         ids = list(self._backend.encode(text, add_special_tokens=False).ids)
         return [*self._prefix_ids, *ids, *self._suffix_ids] if add_special_tokens else ids
 
@@ -268,9 +293,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(file.read_bytes())
     except ValueError as error:
-        raise DataError(f"{file}: not valid JSON: {error}") from error
+        raise DataError(f"{file}: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{file}: holds a {type(value).__name__}, and an object is needed")
     return value
@@ -290,24 +315,31 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _as_ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, int) and v >= 0]
+    return [v for v in values if type(v) is int and 0 <= v < 2**32]
 
 
 def _read_template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
     """The chat template and the file it is from; `chat_template.jinja` wins."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8"), str(file)
+        try:
+            return file.read_text(encoding="utf-8"), str(file)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: not UTF-8 text: {error.reason} at {error.start}") from error
     origin = str(folder / "tokenizer_config.json")
     template = config.get("chat_template")
     if template is None or isinstance(template, str):
         return template, origin
     if isinstance(template, list):
-        named = {t["name"]: t["template"] for t in template if {"name", "template"} <= set(t)}
-        if "default" in named:
+        named = {
+            str(entry["name"]): entry["template"]
+            for entry in template
+            if isinstance(entry, dict) and {"name", "template"} <= set(entry)
+        }
+        if isinstance(named.get("default"), str):
             return named["default"], origin
         raise DataError(
-            f"{origin}: chat_template has no entry named 'default' (it has: "
+            f"{origin}: chat_template has no entry named 'default' with text (it has: "
             f"{', '.join(sorted(named)) or 'none'}); write the one to use to chat_template.jinja"
         )
     raise DataError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from qlora_builders.errors import QLoRAError
 from qlora_builders.modules import CausalLM, KVCache
 
+_COLD = 1e-5  # dividing by less could overflow, and the likeliest token is certain anyway
 _GRAPHS = 64  # of the decoding step: sizes of the cache, times batch sizes and models
 
 
@@ -53,7 +54,7 @@ def generate_batch(
     Args:
         model: built by `llama`; dropout is off while decoding only if it is in eval mode.
         prompts: token ids, at least one each.
-        temperature: 0 takes the likeliest token, else logits are divided by it.
+        temperature: 0 (or below 1e-5) takes the likeliest token, else logits are divided by it.
         top_k: sample from the k likeliest tokens.
         top_p: sample from the likeliest tokens that together have this probability
             (https://arxiv.org/abs/1904.09751).
@@ -61,12 +62,11 @@ def generate_batch(
         compile: compile the decoding step; on GPUs it is replayed as one CUDA graph.
 
     Raises:
-        QLoRAError: for an empty prompt, or one longer than the model's positions.
+        QLoRAError: for an empty prompt, one longer than the model's positions, or a token that the
+            model does not have.
     """
+    _check_prompts(model, prompts)
     positions = model.spec.arch.max_position_embeddings
-    for prompt in prompts:
-        if not 0 < len(prompt) <= positions:
-            raise QLoRAError(f"the prompt has {len(prompt)} tokens; allowed: 1 to {positions}")
     longest = max(len(prompt) for prompt in prompts)
     num_steps = min(max_new_tokens, positions - longest)
     max_seq_len = longest + num_steps
@@ -95,6 +95,18 @@ def generate_batch(
             logits = decode(model, tokens, cache)
 
 
+def _check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
+    positions, vocab_size = model.spec.arch.max_position_embeddings, model.spec.arch.vocab_size
+    for prompt in prompts:
+        if not 0 < len(prompt) <= positions:
+            raise QLoRAError(f"the prompt has {len(prompt)} tokens; allowed: 1 to {positions}")
+        if max(prompt) >= vocab_size:
+            raise QLoRAError(
+                f"the prompt has token {max(prompt)}, but the model's vocabulary has {vocab_size} "
+                "entries; tokenizer and model do not belong together"
+            )
+
+
 def next_tokens(
     logits: Tensor,
     *,
@@ -104,11 +116,11 @@ def next_tokens(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Choose a token of each row: [b, vocab] -> [b]. Nothing is sent to the host."""
-    if temperature == 0:
+    if temperature < _COLD:
         return logits.argmax(-1)
     probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     if top_k is not None:
-        probabilities[:, top_k:] = 0
+        probabilities[:, min(top_k, probabilities.shape[1]) :] = 0
     if top_p is not None:
         # a token stays if the likelier ones have not reached top_p yet, so one always stays
         probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0

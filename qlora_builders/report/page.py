@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from qlora_builders import __version__
-from qlora_builders.errors import ConfigError
+from qlora_builders.outputs import check_writable, write_whole
 from qlora_builders.report.curves import layer_section, step_section
 from qlora_builders.report.html import document, element
 from qlora_builders.report.layers import layer_figures
@@ -28,24 +26,10 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
     """Write the page, in one step: a half-written file never has the final name.
 
     Raises:
-        ConfigError: if it cannot be written there.
+        QLoRAError: if it cannot be written there.
     """
-    page = report_page(runs).encode("utf-8", "replace")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # under a new name: one that is there already could be a link to somewhere else
-        descriptor, partial = tempfile.mkstemp(prefix=".report.", dir=output.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(page)
-            Path(partial).chmod(0o644)
-            Path(partial).replace(output)
-        finally:
-            Path(partial).unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{output}: cannot be written: {error}; name another file by output=FILE"
-        ) from error
+    check_writable(output, "output")
+    write_whole(output, report_page(runs).encode("utf-8", "replace"))
     return output
 
 
@@ -53,7 +37,7 @@ def report_page(runs: Sequence[Run]) -> str:
     """The whole page; text of a stranger's run in it is text, whatever it says."""
     runs = _with_distinct_names(runs)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    notes = [_named(run, note, runs) for run in runs for note in (*run.notes, *_not_finite(run))]
+    notes = [_named(run, note, runs) for run in runs for note in _notes(run)]
     layers = [layer_figures(run) for run in runs]
     states = [
         element("li", _named(run, run.status, runs), class_=run.status.replace(",", " ").split()[0])
@@ -89,6 +73,10 @@ def _with_distinct_names(runs: Sequence[Run]) -> list[Run]:
 
 def _named(run: Run, text: str, runs: Sequence[Run]) -> str:
     return text if len(runs) == 1 else f"{run.name}: {text}"
+
+
+def _notes(run: Run) -> list[str]:
+    return [*run.notes, *run.skipped_rows, *_not_finite(run)]
 
 
 def _not_finite(run: Run) -> Iterator[str]:

@@ -75,6 +75,12 @@ class Run:
         steps = [process.get("first_step") for process in self.processes]
         return [step for step in steps if isinstance(step, int) and step > 0]
 
+    @property
+    def skipped_rows(self) -> list[str]:
+        """A line for each file with rows that the run left out."""
+        lines = self.processes[-1].get("skipped_rows") if self.processes else None
+        return [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
+
     def adapter(self) -> Path | None:
         """The newest folder with an adapter: the result, or that of the last checkpoint."""
         folders = [self.path / "adapter", *reversed(step_folders(self.path))]

@@ -19,7 +19,7 @@ _MOST_SAMPLES = 12
 _NOTHING = "–"
 # where and how, not what; and what the other keys of `method` say already
 _NO_SETTING = ("output_dir", "overwrite", "training.resume", "method.components")
-_NOT_SHOWN = ("directory", "first_step", "total_steps")
+_NOT_SHOWN = ("directory", "first_step", "total_steps", "skipped_rows")
 
 
 def result_section(runs: Sequence[Run]) -> Element:

@@ -28,7 +28,7 @@ def open_log(run: Run, data: Data, model: CausalLM, lines: Sequence[str]) -> Ite
     """Take the run's folder, say `lines` and what trains, listen to signals."""
     ranks, start = run.ranks, run.start
     environment = describe_environment(run.device, run.compute_dtype)
-    environment |= {"total_steps": data.total_steps}
+    environment |= {"total_steps": data.total_steps, "skipped_rows": _skipped_rows(data)}
     quiet = not ranks.is_main
     with (
         _open_folder(run, environment) as metrics,
@@ -54,6 +54,11 @@ def _open_folder(run: Run, environment: dict[str, Any]) -> Iterator[MetricsLog]:
         save_config(cfg, folder / "config.yaml")
         add_environment(folder, environment, first_step=start.step)
         yield MetricsLog(folder, step=start.step, source=start.run_dir, loggers=loggers)
+
+
+def _skipped_rows(data: Data) -> list[str]:
+    reports = [batches.dataset.report for batches in (data.train, data.eval) if batches]
+    return [f"{r.source}: {r.skipped_summary()}" for r in reports if r.skipped_rows]
 
 
 def _summary(model: CausalLM) -> str:

@@ -10,7 +10,7 @@ from qlora_builders.checkpoint import save_adapter, save_checkpoint
 from qlora_builders.checkpoint.train_state import has_adapters
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.distributed import Ranks, whole_parameters
-from qlora_builders.errors import ConfigError
+from qlora_builders.errors import QLoRAError
 from qlora_builders.modules import CausalLM
 from qlora_builders.report import read_run, write_report
 from qlora_builders.runs.log import Log
@@ -57,12 +57,12 @@ def _save_trained(model: CausalLM, folder: Path, cfg: FinetuneConfig) -> Path:
 def _report(folder: Path) -> str:
     try:
         return f"wrote {write_report([read_run(folder)], folder / 'report.html')}"
-    except ConfigError as error:
+    except QLoRAError as error:
         return f"no report: {error}"
 
 
 def _plot(folder: Path) -> str:
     try:
         return f"wrote {plot_losses(folder)}"
-    except ImportError as error:
+    except (ImportError, QLoRAError) as error:
         return f"no plot: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from inspect import Parameter, signature
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qlora_builders.config.resume import check_same_curve, curve_config
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.data import Batches, Tokenizer, build_dataset
 from qlora_builders.distributed import Ranks, sharding
+from qlora_builders.errors import ConfigError
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
 from qlora_builders.preflight import check_run
@@ -120,6 +122,7 @@ def make_optimizer(
     them, where the run goes on from one."""
     cfg, start = run.cfg, run.start
     optimizer = instantiate(cfg.optimizer, _optimizer_groups(model, cfg), key="optimizer")
+    _check_steps(optimizer, cfg.optimizer["component"])
     if start.folder is not None:
         load_step(start.folder, model, optimizer)
     factor = lr_factor(total_steps=data.total_steps, **asdict(cfg.lr_schedule))
@@ -168,6 +171,7 @@ def _load_batches(source: str, run: Run, tokenizer: Tokenizer, *, shuffle: bool)
         train_on=cfg.data.train_on,
         columns=asdict(cfg.data.columns),
         max_rows=cfg.data.max_rows,
+        on_error=cfg.data.on_error,
     )
     return Batches(
         data,
@@ -223,6 +227,21 @@ def _prepare_layers(model: CausalLM, run: Run, total_steps: int) -> str:
     num_tokens = rows * cfg.data.max_seq_len // run.ranks.size  # at most
     compiled = compile_layers(model, mode, num_tokens=num_tokens, gather=run.ranks.gather)
     return "on" if compiled else "off"
+
+
+def _check_steps(optimizer: Any, component: str) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        kind = type(optimizer).__name__
+        raise ConfigError(
+            f"optimizer.component={component} gives a {kind}; name an optimizer, such as "
+            "torch.optim.AdamW"
+        )
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise ConfigError(
+            f"optimizer.component={component} computes the loss several times per step, which a "
+            "run does once; name another, such as torch.optim.AdamW"
+        )
 
 
 def _optimizer_groups(model: CausalLM, cfg: FinetuneConfig) -> list[Any]:

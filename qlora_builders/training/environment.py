@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from qlora_builders import __version__
+from qlora_builders.outputs import append_rows
 
 ENVIRONMENT_FILE = "environment.jsonl"
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "datasets")
@@ -40,9 +40,7 @@ def describe_environment(device: torch.device, compute_dtype: torch.dtype) -> di
 
 def add_environment(run_dir: Path, about: Mapping[str, Any], *, first_step: int) -> None:
     """Append a line for a process that takes the run from `first_step` on."""
-    row = {"first_step": first_step, **about}
-    with (run_dir / ENVIRONMENT_FILE).open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_rows(run_dir / ENVIRONMENT_FILE, [{"first_step": first_step, **about}])
 
 
 def device_name(device: torch.device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import time
@@ -14,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qlora_builders.errors import TrainingError, optional_import
+from qlora_builders.errors import optional_import
+from qlora_builders.outputs import append_rows, write_whole
 from qlora_builders.training.loggers import Loggers
 from qlora_builders.training.loop import StepResult
 
@@ -69,25 +71,16 @@ class MetricsLog:
         kept = [row for row in rows if row["step"] <= step]
         self._evaluated = {row["step"] for row in kept if "eval_loss" in row}
         if writes:
-            partial = self.path.with_name(METRICS_FILE + ".partial")
-            with partial.open("w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path)
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def write(self, *, step: int, **values: Any) -> None:
         """
         Raises:
-            TrainingError: if the file cannot be written.
+            QLoRAError: if the file cannot be written.
         """
         if not self.writes:
             return
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            raise TrainingError(f"{self.path}: cannot be written: {error}") from error
+        append_rows(self.path, [{"step": step, **values}])
         self._loggers.log(step, values)
 
     def has_eval(self, step: int) -> bool:
@@ -115,21 +108,17 @@ def write_csv(directory: Path) -> None:
     """metrics.csv from metrics.jsonl: a row for each step, a column for each metric.
 
     Raises:
-        TrainingError: if it cannot be written.
+        QLoRAError: if it cannot be written.
     """
     steps: dict[int, dict[str, Any]] = {}
     for row in read_rows(directory / METRICS_FILE):
         steps.setdefault(row["step"], {}).update(row)
     columns = dict.fromkeys(key for row in steps.values() for key in row)
-    partial = directory / (CSV_FILE + ".partial")
-    try:
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["step", *(key for key in columns if key != "step")])
-            writer.writeheader()
-            writer.writerows(steps.values())
-        partial.replace(directory / CSV_FILE)
-    except OSError as error:
-        raise TrainingError(f"{directory / CSV_FILE}: cannot be written: {error}") from error
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["step", *(key for key in columns if key != "step")])
+    writer.writeheader()
+    writer.writerows(steps.values())
+    write_whole(directory / CSV_FILE, text.getvalue().encode())
 
 
 class ProgressReport:
@@ -224,6 +213,7 @@ def plot_losses(directory: Path) -> Path:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    path = directory / "loss.png"
-    figure.savefig(path, dpi=130)
+    path, image = directory / "loss.png", io.BytesIO()
+    figure.savefig(image, dpi=130)
+    write_whole(path, image.getvalue())
     return path

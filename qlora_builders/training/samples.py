@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ import torch
 
 from qlora_builders.models import generate
 from qlora_builders.modules import CausalLM
+from qlora_builders.outputs import append_rows
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -78,5 +78,4 @@ def add_samples(
     """
     rows = list(answer_rows(model, data, count, max_new_tokens=_MAX_NEW_TOKENS))
     if run_dir is not None:
-        with (run_dir / SAMPLES_FILE).open("a") as file:
-            file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+        append_rows(run_dir / SAMPLES_FILE, [{"step": step, **row} for row in rows])

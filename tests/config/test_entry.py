@@ -129,6 +129,26 @@ def test_bugs_keep_their_traceback() -> None:
         run_recipe(broken, "finetune", [])
 
 
+def test_out_of_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    class OutOfMemoryError(RuntimeError):
+        """As torch calls it, of GPUs."""
+
+    def fail(error: Exception) -> int:
+        def main(_: FinetuneConfig) -> NoReturn:
+            raise error
+
+        return run_recipe(main, "finetune", [])
+
+    assert fail(OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: out of memory: 2.50 GiB were asked for; see `"
+    )
+    assert fail(MemoryError()) == 2
+    assert "error: out of memory: more was asked for than there is" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="shapes"):
+        fail(RuntimeError("shapes cannot be multiplied"))
+
+
 def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(_: FinetuneConfig) -> None:
         raise KeyboardInterrupt

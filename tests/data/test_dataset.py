@@ -144,6 +144,13 @@ def test_many_rows_keep_their_order(
 
 def test_rows_from_a_list_file(make_tokenizer: Make, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
+    file.write_text(json.dumps([SHORT, 3]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows\.json, row 1 \(counted from 0\): holds a int"):
+        build_dataset(file, make_tokenizer(), format="instruct", max_seq_len=64)
+    kept = build_dataset(file, make_tokenizer(), format="instruct", max_seq_len=64, on_error="skip")
+    assert kept.report.summary().endswith(
+        "row 1 (counted from 0): holds a int, and an object is needed"
+    )
     file.write_text(json.dumps([SHORT, {"prompt": "x"}]), encoding="utf-8")
     with pytest.raises(DataError, match=r"rows\.json, row 1 \(counted from 0\): no column"):
         build_dataset(file, make_tokenizer(), format="instruct", max_seq_len=64)
@@ -159,6 +166,55 @@ def test_errors_name_the_line(make_tokenizer: Make, rows: Rows, templates: dict[
     assert dataset.describe_row(1).endswith("rows.jsonl, line 2")
     with pytest.raises(DataError, match=r"rows\.jsonl, line 2: the conversation has no assistant"):
         dataset.prompt_and_answer(1)
+
+
+def test_rows_that_cannot_be_used_are_skipped_and_counted(
+    make_tokenizer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_builders.data.dataset._CHUNK", 2)
+    good = '{"text": "Hello."}'
+    lines = [good, "{", '{"text": 1}', good, '{"text": "<|end_of_text|>"}', "[]", "", good, "{}"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(lines))
+    tokenizer = make_tokenizer(with_bos=False)
+
+    def build(on_error: str, **options: Any) -> Any:
+        return build_dataset(
+            file, tokenizer, format="text", max_seq_len=64, on_error=on_error, **options
+        )
+
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: not JSON"):
+        build("raise")
+    dataset = build("skip")
+    alone = [i for i, line in enumerate(lines) if line == good and i < 6]
+    assert [example.row for example in dataset] == [*alone, 6]  # the blank line is no row
+    report = dataset.report
+    assert (report.rows, report.examples, report.skipped_rows) == (8, 3, 5)
+    reasons = [text.removeprefix(f"{file}, ").split(": ")[0] for text in report.skipped]
+    assert sorted(reasons) == ["line 2", "line 3", "line 5", "line 6", "line 9"]
+    assert "; 5 rows skipped (data.on_error=skip): line 2: not JSON" in report.summary()
+    assert build("skip", max_rows=3).report.skipped_rows == 2
+    file.write_text("\n".join(["{"] * 8))
+    with pytest.raises(DataError, match=r"no row is left: 8 rows skipped .*line 5: .*; and 3 more"):
+        build("skip")
+    with pytest.raises(DataError, match=r"data\.on_error is 'skp'; did you mean 'skip'"):
+        build("skp")
+
+
+def test_skipping_is_for_rows_only(make_tokenizer: Make, rows: Rows) -> None:
+    """A template that leaves its sandbox is no fault of the row that it does so on."""
+    refuse = "{{ messages.__class__.__mro__ if messages|length > 3 else messages[0].content }}"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    file = rows({"messages": turns}, {"messages": turns * 2})
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: .*leave its sandbox"):
+        build_dataset(
+            file,
+            make_tokenizer(refuse),
+            format="chat",
+            train_on="all",
+            max_seq_len=64,
+            on_error="skip",
+        )
 
 
 def test_a_row_of_one_token_trains_nothing(make_tokenizer: Make, rows: Rows) -> None:

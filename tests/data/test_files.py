@@ -33,15 +33,21 @@ def test_json_lines(tmp_path: Path) -> None:
 
 
 def test_json_lines_parse_when_read_and_name_the_line(tmp_path: Path) -> None:
-    file = write(tmp_path / "rows.jsonl", b'{"a": 1}\n\n{"a": \n[1]\n{"a": "\xff"}\n')
+    file = write(tmp_path / "rows.jsonl", b'{"a": 1}\n\n{"a": \n{"a": 1, "a": 2}\n{"a": "\xff"}')
     rows = load_rows(file)
     assert rows[0] == {"a": 1}
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 3: not valid JSON"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 3: not JSON: Expecting value, column"):
         rows[1]
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 4: holds a list, and an object"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 4: not JSON: key 'a' appears twice"):
         rows[2]
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 5: not UTF-8 text"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 5: not UTF-8 text: .* at byte 7"):
         rows[3]
+    unread = iter(rows)
+    assert next(unread) == {"a": 1}
+    for _ in range(3):  # an error does not end it
+        with pytest.raises(DataError):
+            next(unread)
+    assert next(unread, None) is None
     assert describe_row(rows, "rows.jsonl", 1) == "rows.jsonl, line 3"
     assert describe_row([], "x.json", 1) == "x.json, row 1 (counted from 0)"
 
@@ -59,10 +65,10 @@ def test_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("[\n{]", r"rows\.json, line 2: not valid JSON"),
-        ('{"a": 1}\n{"a": 2}', r"line 2: .*one object per line has to be named \.jsonl"),
+        ("[\n{]", r"rows\.json: not JSON: Expecting property name .*, line 2, column 2"),
+        ('[{"a": 1, "a": 2}]', r"rows\.json: not JSON: key 'a' appears twice"),
+        ('{"a": 1}\n{"a": 2}', r"line 2, .*one object per line has to be named \.jsonl"),
         ('{"rows": []}', r"rows\.json: holds a dict; a list of objects is needed"),
-        ('[{"a": 1}, 2]', r"rows\.json, row 1 \(counted from 0\): holds a int"),
         (b'["\xff"]', r"rows\.json: not UTF-8 text"),
     ],
 )

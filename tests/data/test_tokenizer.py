@@ -231,10 +231,22 @@ def test_errors_name_file_and_remedy(tmp_path: Path) -> None:
         Tokenizer.from_dir(empty)
 
 
+def test_side_files_that_are_no_text(write_tokenizer: Write) -> None:
+    folder = write_tokenizer()
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {2**70}}}')
+    assert 2**70 not in Tokenizer.from_dir(folder).stop_token_ids  # no id of any tokenizer
+    (folder / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"chat_template\.jinja: not UTF-8 text: .* at 3"):
+        Tokenizer.from_dir(folder)
+    (folder / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    with pytest.raises(DataError, match=r"tokenizer\.json: holds no tokens"):
+        Tokenizer.from_dir(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("tokenizer_config.json", "{", r"tokenizer_config\.json: not valid JSON"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json: not JSON: "),
         ("generation_config.json", "[]", r"generation_config\.json: holds a list, and an object"),
         (
             "tokenizer_config.json",
@@ -244,8 +256,14 @@ def test_errors_name_file_and_remedy(tmp_path: Path) -> None:
         (
             "tokenizer_config.json",
             '{"chat_template": [{"name": "rag", "template": ""}]}',
-            r"no entry named 'default' \(it has: rag\)",
+            r"no entry named 'default' with text \(it has: rag\)",
         ),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [3, {"name": "default", "template": 3}]}',
+            r"no entry named 'default' with text \(it has: default\)",
+        ),
+        ("tokenizer_config.json", "[" * 100_000, "not JSON that can be read: nested too deeply"),
         (
             "tokenizer_config.json",
             '{"chat_template": 3}',

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qlora_builders.errors import TrainingError
+from qlora_builders.errors import QLoRAError
 from qlora_builders.training import progress
 from qlora_builders.training.loop import StepResult
 from qlora_builders.training.progress import MetricsLog, ProgressReport, plot_losses, step_row
@@ -61,7 +61,7 @@ def test_a_log_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     log.path.unlink()
     log.path.symlink_to("/dev/full")
-    with pytest.raises(TrainingError, match=r"metrics.jsonl: cannot be written: .*No space left"):
+    with pytest.raises(QLoRAError, match=r"metrics.jsonl: cannot be written: .*No space left"):
         log.write(step=1, loss=1.0)
 
 

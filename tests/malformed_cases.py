@@ -1,0 +1,453 @@
+"""Command lines with mistakes, over the files of `malformed_files.py`."""
+
+from __future__ import annotations
+
+Case = tuple[str, ...]  # a command line, and what its message has to say
+OWN = "finetune --config-dir configs output_dir=out experiment="
+
+CONFIGS: dict[str, Case] = {
+    "unknown key": ("finetune training.bach_size=2", "did you mean 'training.batch_size'?"),
+    "unknown section": ("finetune trainig.seed=1", "unknown key 'trainig.seed'; did you mean"),
+    "key of another verb": ("generate method=lora prompt=hi", "unknown key 'method'"),
+    "word for a number": ("finetune training.batch_size=abc", "training.batch_size: Value 'abc'"),
+    "fraction": ("finetune training.batch_size=1.5", "training.batch_size: Value '1.5'"),
+    "null": ("finetune training.epochs=null", "training.epochs: null is not allowed here"),
+    "infinite integer": ("finetune training.epochs=inf", "training.epochs: "),
+    "word for a switch": ("finetune overwrite=maybe", "overwrite: Value 'maybe'"),
+    "text for a list": ("finetune method.targets=q_proj", "takes a list, such as [a,b]"),
+    "list for a number": ("finetune training.seed=[1,2]", "training.seed: "),
+    "two values": ("finetune training.seed=1,2", "training.seed=1,2", "write [1,2] for a list"),
+    "too small": ("finetune training.batch_size=0", "training.batch_size=0 must be >= 1"),
+    "too large": ("finetune lr_schedule.warmup_ratio=2", "lr_schedule.warmup_ratio=2.0 must be <="),
+    "beyond integers": (f"finetune training.seed={2**64}", "is too large a number; it must be <"),
+    "beyond sequences": ("finetune data.max_seq_len=2000000000", "must be <= 1048576"),
+    "not finite": ("finetune training.clip_grad_norm=inf", "must be a finite number"),
+    "word for a rate": ("finetune optimizer.lr=fast", "optimizer.lr='fast' must be a number > 0"),
+    "choice": ("finetune training.compile=of", "allowed: auto, on, off; did you mean 'off'?"),
+    "element of a list": ("finetune train_tokens=[-1]", "train_tokens=-1 must be >= 0"),
+    "size": ("quantize output_dir=out max_shard_size=5XB", "write a number with KB, MB or GB"),
+    "endless size": (f"plan budget={'9' * 400}GiB", "is not a size", "such as 24GiB"),
+    "device": ("generate prompt=hi device=gpu", "device='gpu' is not allowed; allowed: auto, cpu"),
+    "absent device": (
+        "generate prompt=hi device=cuda:99",
+        "device=cuda:99: torch",
+        "use device=cp",
+    ),
+    "endless device": (f"generate prompt=hi device=cuda:{2**70}", "is not allowed; allowed: auto"),
+    "rank of full": ("finetune method=full method.rank=4", "method.rank=4 has no effect"),
+    "full dpo": ("dpo method=full data.train=same.jsonl", "use qlora or lora"),
+    "resume and overwrite": (
+        "finetune training.resume=auto overwrite=true",
+        "goes on with a run and overwrite=true deletes it; give one of them",
+    ),
+    "evaluation of nothing": ("finetune training.eval_every=2 data.eval=null", "which is null"),
+    "warmup": ("finetune lr_schedule.warmup_steps=9 training.max_steps=3", "must be <= training.m"),
+    "greedy top_p": ("generate prompt=hi top_p=0.5", "top_p=0.5 has no effect at temperature=0"),
+    "two prompts": ("generate prompt=hi prompts_file=a", "prompt and prompts_file are both given"),
+    "pairs to finetune": ("finetune data=preference", "which only `qlora dpo` takes"),
+    "forgotten data": ("finetune data=chat", "data.train is required", "write data.train=FILE"),
+    "two budgets": ("plan budget=1GiB bits=4.5", "budget=1GiB and bits=4.5: give one of them"),
+    "small budget": (
+        "plan bits=2 checkpoint.dir=tiny output=p.yaml",
+        "bits=2 is too small: the smallest plan",
+    ),
+    "several": (
+        "finetune training.batch_size=0 training.epochs=0 device=gpu data.packing=best "
+        "method.dropout=1 lr_schedule.min_lr_ratio=-1",
+        "training.batch_size=0 must be >= 1",
+        "training.epochs=0 must be >= 1",
+        "device='gpu' is not allowed",
+        "did you mean 'best_fit'?",
+        "method.dropout=1.0 must be < 1",
+        "lr_schedule.min_lr_ratio=-1.0 must be >= 0",
+    ),
+    "absent option": ("finetune method=qlroa", "method=qlroa: no such config; did you mean 'qlora"),
+    "absent experiment": (f"{OWN}mine", "experiment=mine: no such config; "),
+    "circle": ("finetune output_dir=${output_dir}", "output_dir: Recursive interpolation"),
+    "absent reference": ("finetune data.eval=${foo}", "data.eval: Interpolation key 'foo' not fou"),
+    "no config folder": ("finetune --config-dir nowhere", "--config-dir 'nowhere' is not a folder"),
+    "shipped name": ("finetune --config-dir replaced", "has the name of a shipped config; rename"),
+    "yaml": (f"{OWN}brackets", "brackets.yaml, line 2: not valid YAML: "),
+    "yaml tab": (f"{OWN}tab", "tab.yaml, line 3: not valid YAML: "),
+    "yaml twice": (f"{OWN}twice", "twice.yaml, line 4: not valid YAML: ", "seed"),
+    "yaml latin": (f"{OWN}latin", "latin.yaml", "not UTF-8 text"),
+    "yaml control": (f"{OWN}control", "control.yaml", "not valid YAML"),
+    "yaml list": (f"{OWN}listed", "listed.yaml: holds a list; keys and values are"),
+    "yaml text": (f"{OWN}text", "text.yaml: training: null is not allowed here"),
+    "yaml deep": (f"{OWN}deep", "deep.yaml", "nested too deeply"),
+    "yaml key": (f"{OWN}unknown_key", "unknown_key.yaml: ", "did you mean 'training.max_steps'?"),
+    "yaml group": (f"{OWN}unknown_group", "unknown group 'metod'; did you mean 'method'?"),
+    "yaml defaults": (f"{OWN}bad_defaults", "bad_defaults", "defaults must be a list"),
+    "yaml type": (f"{OWN}wrong_type", "wrong_type.yaml: training.max_steps: Value 'many'"),
+    "yaml section": (f"{OWN}section", "section.yaml: ", "a section takes keys of its own, not 3"),
+    "yaml package": (f"{OWN}unpackaged", "starts with the line '# @package _global_'"),
+    "yaml circle": (
+        "finetune --config-dir configs experiment=circle",
+        "checkpoint.dir: Recursive interpolation",
+    ),
+    "yaml rules": (f"{OWN}rules", "rules.yaml: ", "a list takes [a,b], not keys and values"),
+}
+RULE = "inspect checkpoint.dir=tiny components='[{match: \"layers.*.mlp.*\", %s}]'"
+PLANS: dict[str, Case] = {
+    "no match": (
+        "inspect checkpoint.dir=tiny components='[{match: layers.9.mlp.up_proj, kind: linear}]'",
+        "layers.9.mlp.up_proj",
+        "components[2] (kind 'linear')",
+    ),
+    "range": (
+        "inspect checkpoint.dir=tiny components='[{match: \"layers.[3-1].**\", kind: linear}]'",
+        "layers.[3-1].**",
+    ),
+    "kind": (RULE % "kind: lroa", "unknown kind 'lroa'; did you mean 'lora'?"),
+    "option": (RULE % "kind: lora, rnak: 4", "unknown option 'rnak'; did you mean 'rank'?"),
+    "option of another kind": (
+        RULE % "kind: frozen_nf4, rank: 4",
+        "kind 'frozen_nf4' does not take 'rank'; it takes block_size, scale_block_size",
+    ),
+    "no rank": (RULE % "kind: lora", "kind 'lora' needs rank and alpha"),
+    "rank 0": (RULE % "kind: lora, rank: 0, alpha: 1", "rank"),
+    "rank as text": (RULE % "kind: lora, rank: big, alpha: 1", "'big'; it must be an integer"),
+    "block": (RULE % "kind: frozen_nf4, block_size: 0", "block_size"),
+    "scale format": (RULE % "kind: frozen_nf4, scale_format: log", "scale_format"),
+    "loftq on 16 bits": (
+        RULE % "kind: lora, rank: 2, alpha: 4, init_lora_weights: loftq",
+        "loftq",
+    ),
+    "mixed dora": (RULE % "kind: lora, rank: 2, alpha: 4, use_dora: true", "use_dora"),
+    "no mapping": ("inspect components=[3]", "components[0]: takes {key: value, ...}, not int"),
+    "nothing trains": (
+        "finetune checkpoint.dir=tiny data.train=good.jsonl output_dir=out "
+        "components='[{match: \"**\", kind: linear}]'",
+        "the plan trains nothing; add a rule of kind 'lora' or 'qlora'",
+    ),
+    "train pattern": ("inspect checkpoint.dir=tiny train=[nrom]", "nrom"),
+    "train token": ("inspect checkpoint.dir=tiny train_tokens=[1024]", "1024"),
+    "no rules file": ("inspect components=mine.yaml", "components=mine.yaml: no such file"),
+    "rules file": ("inspect components=no_rules.yaml", "no list of rules under components:"),
+    "odd rules file": ("inspect components=odd_rules.yaml", "'a b' is no option of a rule"),
+    "architecture": ("inspect model.arch=llama3_8", "llama3_8", "llama3_8b"),
+    "component": ("finetune optimizer.component=torch.optim.AdmaW", "did you mean 'AdamW'?"),
+    "argument": ("finetune optimizer.lrr=1", "optimizer.lrr is not an argument of torch.optim.Ada"),
+    "no component": ("finetune optimizer.component=null", "name the class, such as torch.optim.Ad"),
+}
+TRAIN = "finetune checkpoint.dir=tiny output_dir=out"
+OPTIMIZER = f"{TRAIN} --config-dir configs data.train=good.jsonl optimizer="
+PLANS |= {
+    "endless rank": (
+        f"{TRAIN} data.train=good.jsonl method.rank=1000000000000",
+        "out of memory: 128000000000000 bytes were asked for; see `qlora estimate --help`",
+    ),
+    "betas": (
+        f"{TRAIN} data.train=good.jsonl optimizer.betas=[2,2]",
+        "optimizer: torch.optim.AdamW refuses its arguments: Invalid beta",
+    ),
+    "foreach and fused": (
+        f"{TRAIN} data.train=good.jsonl optimizer.foreach=true optimizer.fused=true",
+        "optimizer: torch.optim.AdamW refuses its arguments: ",
+    ),
+    "closure": (f"{OPTIMIZER}lbfgs", "LBFGS computes the loss several times per step"),
+    "no optimizer": (f"{OPTIMIZER}no_optimizer", "all_finite gives a bool; name an optimizer"),
+    "schedule": (f"{OPTIMIZER}schedule", "optimizer: torch.optim.lr_scheduler.StepLR refuses its"),
+    "logger": (
+        f"{TRAIN} 'loggers=[{{component: qlora_builders.training.loggers.Nothing}}]'",
+        "loggers[0].component",
+        "has no 'Nothing'",
+    ),
+}
+DATA: dict[str, Case] = {
+    "no.jsonl": ("no such file: no.jsonl",),
+    "god.jsonl": ("no such file: god.jsonl; did you mean 'good.jsonl'?",),
+    "absent/a.jsonl": ("the directory absent does not exist either",),
+    "nothing": ("nothing is a directory; name one file in it: none fits",),
+    "empty.jsonl": ("empty.jsonl: there are no rows",),
+    "blank.jsonl": ("blank.jsonl: there are no rows",),
+    "utf8.jsonl": ("utf8.jsonl, line 2: not UTF-8 text: invalid start byte at byte 12",),
+    "utf16.jsonl": ("utf16.jsonl, line 1: not UTF-8 text",),
+    "gzip.jsonl": ("gzip.jsonl, line 1: not UTF-8 text",),
+    "broken.jsonl": ("broken.jsonl, line 3: not JSON: Expecting value",),
+    "twice.jsonl": ("twice.jsonl, line 2: not JSON: key 'prompt' appears twice",),
+    "nan.jsonl": ("nan.jsonl, line 1: not JSON: NaN is not a number",),
+    "deep.jsonl": ("deep.jsonl, line 1: not JSON that can be read: nested too deeply",),
+    "half.jsonl": ("half.jsonl, line 2: '\\ud800'", "half of a surrogate pair"),
+    "list.jsonl": ("list.jsonl, line 2: holds a list, and an object is needed",),
+    "number.jsonl": ("number.jsonl, line 2: column 'prompt' holds a int, and text is needed",),
+    "null.jsonl": ("null.jsonl, line 2: column 'completion' holds a NoneType, and text",),
+    "column.jsonl": ("line 2: no column 'prompt' (there are: completion, promt); did you mean",),
+    "unanswered.jsonl": ("line 2: column 'completion' is empty",),
+    "megabytes.jsonl": ("megabytes.jsonl, line 2: not JSON: Unterminated string", "column 12"),
+    "megabyte_key.jsonl": ("megabyte_key.jsonl, line 2: no column 'prompt' (there are: kkk",),
+    "escape.jsonl": ("line 2: no column 'prompt' (there are: \\x1b[2J)",),
+    "long.jsonl data.max_seq_len=4": ("none of the 1 rows", "data.max_seq_len=4", "raise it"),
+    "long.jsonl": ("long.jsonl, line 1: has ", "128 positions; lower data.max_seq_len"),
+    "rows.csv": ("end in '.csv'; allowed: .json, .jsonl, .parquet",),
+    "rows.json": ("rows.json: holds a dict; a list of objects is needed",),
+    "trailing.json": ("trailing.json: not JSON: Extra data, line 2", "has to be named .jsonl"),
+    "values.json": ("values.json, row 1 (counted from 0): holds a int, and an object",),
+    "cut.json": ("cut.json: not JSON: ",),
+    "no.parquet": ("no.parquet: not a Parquet file this can read: ",),
+    "cut.parquet": ("cut.parquet: not a Parquet file this can read: ",),
+    "other.parquet": ("other.parquet, row 0 (counted from 0): no column 'prompt'",),
+    "no_messages.jsonl data=chat": ("line 2: no column 'messages' or 'conversations'",),
+    "empty_chat.jsonl data=chat": ("line 2: column 'messages' has to be a list of messages",),
+    "role.jsonl data=chat": ("line 2: message 1 has the role 'asistant'; did you mean 'assist",),
+    "no_content.jsonl data=chat": ("line 2: message 0 (user) has no 'content'",),
+    "no_role.jsonl data=chat": ("line 2: message 0 has neither role/content nor from/value",),
+    "picture.jsonl data=chat": ("line 2: message 0 holds something other than text",),
+    "questions.jsonl data=chat": ("line 2: the conversation has no assistant turn", "remove the"),
+    "silent.jsonl data=chat": ("line 2: message 1 is an assistant turn without text",),
+    "good.jsonl data=chat tokenizer.path=no_template": ("no chat template", "data.format=instru"),
+    "masked.jsonl data=text tokenizer.path=no_bos": (
+        "masked.jsonl, line 1: no token is trained on; remove the row",
+    ),
+    "good.jsonl data=text": ("line 1: no column 'text' (there are: completion, prompt)",),
+    "good.jsonl data.eval=empty.jsonl": ("empty.jsonl: there are no rows",),
+    "good.jsonl data.columns.prompt=null": ("data.columns.prompt: null is not allowed here",),
+    "good.jsonl data.on_error=ignore": ("data.on_error='ignore' is not allowed; allowed: raise",),
+    "nan.jsonl data.on_error=skip": ("no row is left: 1 rows skipped", "line 1: not JSON: NaN"),
+    "good.jsonl data.max_rows=0": ("data.max_rows=0 must be >= 1",),
+    "good.jsonl checkpoint.dir=small_vocab tokenizer.path=tiny": (
+        "good.jsonl, line 1: token ",
+        "the model's vocabulary has 100 entries; tokenizer and model do not belong together",
+    ),
+}
+PAIRS: dict[str, Case] = {
+    "same.jsonl": ("in none of the 2 rows the two answers differ",),
+    "rejected.jsonl": ("rejected.jsonl, line 2: no column 'rejected'",),
+    "differ.jsonl": ("line 2: columns 'chosen' and 'rejected' differ",),
+}
+
+# checkpoint.dir -> what its message has to say
+BASES: dict[str, Case] = {
+    "absent": ("absent: no such directory",),
+    "file": ("file: no such directory",),
+    "nothing": ("nothing", "expected a Hugging Face checkpoint directory"),
+    "no_config": ("no_config/config.json: missing; expected a Hugging Face checkpoint directory",),
+    "cut_config": ("cut_config/config.json: not JSON: ",),
+    "twice_config": ("config.json: not JSON: key 'vocab_size' appears twice",),
+    "latin_config": ("config.json: not UTF-8 text: ",),
+    "list_config": ("config.json: holds list, expected an object",),
+    "mistral": ("config.json: model_type is 'mistral'; only 'llama' is supported",),
+    "no_layers": ("config.json: missing keys: num_hidden_layers",),
+    "many_layers": ("many_layers", "1000000000 layers are announced, but there are 12 tensors"),
+    "negative": ("negative/config.json: ", "hidden_size"),
+    "heads": ("heads/config.json: ", "num_kv_heads"),
+    "text_size": ("text_size/config.json: ", "vocab_size"),
+    "swish": ("swish/config.json: hidden_act ", "swish"),
+    "yarn": ("config.json: rope type 'yarn' is not supported; allowed: default, linear, llama3",),
+    "no_factor": ("config.json: rope type 'linear' needs factor",),
+    "gptq": ("config.json: ", "quant_method 'gptq'", "allowed: bitsandbytes"),
+    "other_size": ("gate_proj.weight has shape [48, 32]; the model needs [64, 32]: compare",),
+    "other_vocab": ("embed_tokens.weight has shape [1024, 32]; the model needs [1000, 32]",),
+    "vocab": ("embed_tokens.weight has shape [1000, 32]; the model needs [1024, 32]",),
+    "shapes": ("mlp.down_proj.weight has shape [48, 32]; the model needs [32, 48]",),
+    "no_weights": ("neither model.safetensors nor model.safetensors.index.json there; expected",),
+    "cut_weights": ("model.safetensors: cannot be read as safetensors: the tensors end at byte",),
+    "no_header": ("model.safetensors: cannot be read as safetensors: 5 bytes cannot hold",),
+    "html": ("html/model.safetensors: cannot be read as safetensors: ",),
+    "nan_norm": ("nan_norm/model.safetensors: model.norm.weight holds NaN or infinity",),
+    "inf_embedding": ("model.safetensors: model.embed_tokens.weight holds NaN or infinity",),
+    "nan_q": ("model.safetensors: model.layers.0.self_attn.q_proj.weight", "NaN"),
+    "integers": ("model.norm.weight has dtype torch.int32; expected floating point",),
+    "missing": ("tensors missing: model.norm.weight; not expected: none",),
+    "extra": ("tensors missing: none; not expected: model.bias",),
+    "headless": ("tensors missing: lm_head.weight; not expected: none",),
+    "tied": ("lm_head.weight differs from model.embed_tokens.weight, but config.json ties",),
+    "missing_shard": ("shards missing: model-00002-of-00002.safetensors; download again",),
+    "absent_tensor": ("model.safetensors: no tensor 'model.absent.weight', though",),
+    "no_map": ("model.safetensors.index.json: not a safetensors index: it has no weight_map",),
+    "cut_index": ("model.safetensors.index.json: not JSON: ",),
+    "damaged_nf4": ("nf4.safetensors: model.layers.0.self_attn.q_proj.weight: ", "checksum"),
+    "tiny checkpoint.format=nf4": ("tiny: format is 'nf4', but the directory is 'hf'",),
+    "tiny checkpoint.format=meta": ("tiny/params.json: missing",),
+    "tiny checkpoint.format=gguf": ("checkpoint.format='gguf' is not allowed; allowed: auto, hf",),
+    "small_vocab": ("vocabulary has 100 entries; tokenizer and model do not belong together",),
+}
+# tokenizer.path -> the same
+TOKENIZERS: dict[str, Case] = {
+    "absent": ("no such directory: absent; set tokenizer.path or checkpoint.dir",),
+    "no_tokenizer": ("no tokenizer.json in no_tokenizer; set tokenizer.path to a directory",),
+    "cut_tokenizer": ("cut_tokenizer/tokenizer.json: not a tokenizer.json this can read: ",),
+    "stray_token": ("stray_token/tokenizer.json: not a tokenizer.json this can read: ",),
+    "empty_vocabulary": ("empty_vocabulary/tokenizer.json: ", "no tokens"),
+    "stranger_eos": ("tokenizer_config.json: eos_token is '</s>', which tokenizer.json does not",),
+    "twice_tokens": ("tokenizer_config.json: not JSON: key 'a' appears twice",),
+    "deep_tokens": ("tokenizer_config.json: not JSON that can be read: nested too deeply",),
+    "untyped_template": ("chat_template is a int; a string or a list of {name, template}",),
+    "named_templates": ("chat_template has no entry named 'default' with text (it has: none)",),
+    "open_template": ("tokenizer_config.json: the chat template does not compile: ",),
+    "latin_template": ("latin_template/chat_template.jinja: not UTF-8 text: ",),
+}
+# adapter.path -> the same
+FAULTS: dict[str, Case] = {
+    "absent": ("absent/adapter_config.json: missing; expected a PEFT adapter directory",),
+    "nothing": ("nothing/adapter_config.json: missing; expected a PEFT adapter directory",),
+    "a_no_config": ("a_no_config/adapter_config.json: missing",),
+    "a_cut_config": ("a_cut_config/adapter_config.json: not JSON: ",),
+    "a_ia3": ("adapter_config.json: peft_type is 'IA3'; only LORA is read",),
+    "a_no_rank": ("adapter_config.json: r is missing; it must be an integer >= 1",),
+    "a_rank": ("q_proj has rank 2, but adapter_config.json says 8",),
+    "a_alpha": ("adapter_config.json: lora_alpha is '16'; it must be a finite number > 0",),
+    "a_bias": ("adapter_config.json: bias='all' is not supported",),
+    "a_regex": ("target_modules entry '(q_proj' is no regex",),
+    "a_targets": ("target_modules entries without a module in the file: w_proj",),
+    "a_lacks": ("modules_to_save entries without a module in the file: norm",),
+    "a_tokens": ("trainable_token_indices is [1, 1]; it must be token ids >= 0, none twice",),
+    "a_no_weights": ("a_no_weights/adapter_model.safetensors: cannot be read as safetensors",),
+    "a_cut_weights": ("adapter_model.safetensors: cannot be read as safetensors: the tensors end",),
+    "a_nan": ("adapter_model.safetensors: ", "q_proj.lora_B.weight holds NaN or infinity"),
+    "a_half": ("q_proj needs lora_A [rank, in] and lora_B [out, rank], got lora_A none",),
+    "a_shape": ("q_proj.lora_A.weight has shape [2, 31]; the model needs [2, 32]",),
+    "a_extra": ("neither lora_A, lora_B nor in modules_to_save of adapter_config.json: ",),
+    "a_prefix": ("keys must begin with 'base_model.model.', but these do not: model.w",),
+    "a_record": ("a_record/qlora_base.json: not a record of a base: 3 is not a list",),
+    "a_dtype": ("qlora_base.json: dtype is 'int8'; allowed: float32, bfloat16, float16",),
+    "a_plan": ("qlora_base.json plans other adapters, ranks or use_dora than",),
+    "adapter checkpoint.dir=other": ("this is not the base that the adapter was trained on",),
+    "adapter checkpoint.dir=nf4": ("this is not the base that the adapter was trained on",),
+    "adapter quantize=int8": ("quantize='int8' is not allowed; allowed: auto, nf4, none",),
+}
+COMMANDS: dict[str, Case] = {
+    "no such verb": ("fintune", "unknown command 'fintune'; did you mean 'finetune'?"),
+    "option for a verb": ("--verbose", "unknown command '--verbose'"),
+    "no value": ("finetune training.batch_size", "'training.batch_size' is not KEY=VALUE"),
+    "no key": ("finetune =3", "'=3' is not KEY=VALUE"),
+    "dashes": ("finetune --training.seed=1", "write training.seed=1, without dashes"),
+    "no such option": ("finetune --verbose", "unknown option '--verbose'; see --help"),
+    "option without value": ("finetune --config-dir", "expected one argument; see --help"),
+    "removal": ("finetune ~training.seed=1", "keys cannot be removed; write training.seed=null"),
+    "no quotes": (
+        "finetune components=[{match:layers.[0-1].**,kind:linear}]",
+        "cannot read the override",
+        "quote text with commas",
+    ),
+    "open bracket": ("finetune train=[norm", "cannot read the override 'train=[norm'"),
+    "no processes": ("finetune --nproc-per-node 0", "'0' is not a whole number >= 1"),
+    "odd processes": ("finetune --nproc-per-node two", "'two' is not a whole number >= 1"),
+    "negative restarts": ("dpo --nproc-per-node 2 --max-restarts=-1", "whole number >= 0"),
+    "processes without number": ("finetune --nproc-per-node", "expected one argument"),
+    "processes of generate": ("generate --nproc-per-node 2 prompt=hi", "--nproc-per-node"),
+    "processes and a typo": ("finetune --nproc-per-node 2 training.sed=1", "'training.seed'?"),
+    "no prompt": ("generate", "a prompt is required: write prompt='...' or prompts_file=FILE"),
+    "no adapter": ("merge output_dir=out", "adapter.path is required: write adapter.path=..."),
+    "no budget": ("plan", "a budget is required: write budget=6GiB or bits=4.6"),
+    "no runs": ("report", "a run is required: write qlora report RUN"),
+    "no run": ("report nothing", "'nothing' is no run directory", "give the output_dir"),
+    "absent prompts": ("generate checkpoint.dir=tiny prompts_file=no.txt", "no.txt", "No such fil"),
+    "empty prompts": ("generate checkpoint.dir=tiny prompts_file=empty.txt", "holds no prompt"),
+    "latin prompts": ("generate checkpoint.dir=tiny prompts_file=latin.txt", "not UTF-8 text"),
+    "empty prompt": (
+        "generate checkpoint.dir=tiny tokenizer.path=no_bos prompt= chat=false",
+        "the prompt has 0 tokens; allowed: 1 to 128",
+    ),
+    "long prompt": (
+        f"generate checkpoint.dir=tiny prompt='{'word ' * 99}'",
+        "tokens; allowed: 1 to 128",
+    ),
+    "half a character": (
+        "generate checkpoint.dir=tiny prompt='\udcff'",
+        "'\\udcff', character 59 of the text, is",
+        "half of a surrogate pair",
+    ),
+    "hot": ("generate checkpoint.dir=tiny prompt=hi temperature=-1", "temperature=-1.0 must be >="),
+    "no configs command": ("configs shwo", "unknown command 'shwo'; did you mean 'show'?"),
+    "no config": ("configs show demo_qlor", "no single config is called 'demo_qlor'"),
+    "configs arguments": ("configs cp finetune", "wrong number of arguments"),
+    "configs validate": ("configs validate --config-dir configs twice", "twice.yaml", "seed"),
+    "no such run": ("finetune training.resume=gone/step_3", "gone/step_3"),
+}
+FT = "finetune checkpoint.dir=tiny data.train=good.jsonl"
+OUTPUTS: dict[str, Case] = {
+    "file": (f"{FT} output_dir=file", "output_dir=file is a file; give the name of a new or empt"),
+    "in a file": (f"{FT} output_dir=file/out", "file is a file, not a folder; choose another"),
+    "device": (f"{FT} output_dir=/dev/null", "output_dir=/dev/null is no plain file; give the"),
+    "long name": (f"{FT} output_dir={'a' * 300}", "cannot be used: File name too long; choose"),
+    "taken": (f"{FT} output_dir=full", "output_dir=full is not empty; choose another, go on with"),
+    "no run there": (f"{FT} output_dir=full overwrite=true", "output_dir=full holds no run; over"),
+    "resume nothing": (f"{FT} output_dir=full training.resume=auto", "full holds no run; training"),
+    "quantize": ("quantize output_dir=full checkpoint.dir=tiny", "output_dir=full exists; choose"),
+    "quantize in a file": ("quantize checkpoint.dir=tiny output_dir=file/a", "file is a file, not"),
+    "merge": ("merge adapter.path=adapter output_dir=full", "output_dir=full exists; choose a new"),
+    "merge report": (
+        "merge adapter.path=adapter checkpoint.dir=tiny output_dir=out report=full",
+        "report=full is a folder; give the name of a file",
+    ),
+    "merge error": (
+        "merge adapter.path=adapter checkpoint.dir=tiny output_dir=out max_error=1e-9",
+        "max_error",
+    ),
+    "evaluate": (
+        "evaluate checkpoint.dir=tiny data.eval=good.jsonl output=full",
+        "output=full is a folder; give the name of a file",
+    ),
+    "evaluate to a device": (
+        "evaluate checkpoint.dir=tiny data.eval=good.jsonl output=/dev/null",
+        "output=/dev/null is no plain file; give the name of a file",
+    ),
+    "evaluate in a file": (
+        "evaluate checkpoint.dir=tiny data.eval=good.jsonl output=file/a.json",
+        "file is a file, not a folder; choose another place",
+    ),
+    "plan": ("plan bits=4.6 output=plan.yaml", "output=plan.yaml, or its .json, exists; choose"),
+    "plan ending": ("plan bits=4.6 output=a.txt", "output=a.txt must end in .yaml"),
+    "report": ("report run output=full", "output=full is a folder; give the name of a file"),
+    "configs cp": ("configs cp finetune full", "'full' is not a file name that ends in .yaml"),
+    "configs cp there": ("configs cp finetune odd_rules.yaml", "exists; remove it or choose anoth"),
+    "configs cp in a file": ("configs cp finetune file/a.yaml", "file"),
+}
+# largest file that the disk takes, command, message
+NO_SPACE: dict[str, tuple[int, str, str]] = {
+    "finetune": (9, f"{FT} output_dir=out", "out/config.yaml: cannot be written: File too large"),
+    "adapter": (
+        2048,
+        f"{FT} output_dir=out training.max_steps=1",
+        "/out/adapter: cannot be written: File too large",
+    ),
+    "quantize": (
+        2048,
+        "quantize checkpoint.dir=tiny output_dir=out",
+        "/out: cannot be written: File too large",
+    ),
+    "merge": (
+        2048,
+        "merge adapter.path=adapter checkpoint.dir=tiny output_dir=out",
+        "/out: cannot be written: File too large",
+    ),
+    "report": (
+        2048,
+        "report run output=out.html",
+        "out.html: cannot be written: File too large",
+    ),
+    "evaluate": (
+        9,
+        "evaluate checkpoint.dir=tiny data.eval=good.jsonl output=out.json",
+        "out.json: cannot be written: File too large",
+    ),
+    "configs cp": (
+        9,
+        "configs cp finetune out.yaml",
+        "out.yaml: cannot be written: File too large",
+    ),
+}
+
+
+def table() -> dict[str, Case]:
+    """Every case by a name that says where it comes from."""
+    found: dict[str, Case] = {}
+    groups = {"config": CONFIGS, "plan": PLANS, "command": COMMANDS, "output": OUTPUTS}
+    for group, cases in groups.items():
+        found |= {f"{group}: {name}": case for name, case in cases.items()}
+    for words, pieces in DATA.items():
+        found[f"data: {words}"] = (f"{TRAIN} data.train={words}", *pieces)
+    for words, pieces in PAIRS.items():
+        found[f"pairs: {words}"] = (f"dpo checkpoint.dir=tiny data.train={words}", *pieces)
+    commands = {
+        "checkpoint": ("generate prompt=hi tokenizer.path=tiny checkpoint.dir=", BASES),
+        "tokenizer": ("generate prompt=hi checkpoint.dir=tiny tokenizer.path=", TOKENIZERS),
+        "adapter": ("generate prompt=hi checkpoint.dir=tiny adapter.path=", FAULTS),
+    }
+    for group, (command, cases) in commands.items():
+        found |= {f"{group}: {words}": (command + words, *case) for words, case in cases.items()}
+    return found
+
+
+TABLE = table()
