@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_builders import __version__
-from qlora_builders.errors import QLoRAError, did_you_mean
+from qlora_builders.errors import did_you_mean
 
 VERBS = {
     "finetune": "train adapters or all weights on a data file",
@@ -28,11 +28,12 @@ VERBS = {
     "estimate": "predict the peak memory of a finetune, and what fits into a given one",
     "report": "one HTML page of a run, or of several beside each other",
     "configs": "list, show, copy and validate the shipped configs",
+    "completion": "print a script that completes commands and keys in bash, zsh or fish",
 }
 # `python recipes/inspect.py` would hide the standard library's module from everything it imports.
 RECIPE_FILES = {"inspect": "inspect_plan.py"}
-LAUNCHED = ("finetune", "dpo")
 LAUNCH_OPTIONS = {"--nproc-per-node": 1, "--max-restarts": 0}  # with the least they may be
+MULTIRUN = "--multirun"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if verb == "configs":
         return _browse(rest)
-    if verb in LAUNCHED and any(word.startswith(tuple(LAUNCH_OPTIONS)) for word in rest):
+    if verb == "completion":
+        return _complete(rest)
+    if MULTIRUN in rest:
+        return _sweep(verb, [word for word in rest if word != MULTIRUN])
+    if any(word.startswith(tuple(LAUNCH_OPTIONS)) for word in rest):
         return _launch(verb, rest)
     from qlora_builders.config.entry import run_recipe
 
@@ -63,8 +68,8 @@ def usage() -> str:
     return (
         "usage: qlora COMMAND [KEY=VALUE ...]\n\n"
         f"{verbs}\n\n"
-        "qlora finetune --nproc-per-node N [--max-restarts M] ... trains in N processes, as does\n"
-        "qlora dpo.\n"
+        "qlora finetune --nproc-per-node N [--max-restarts M] ... trains in N processes.\n"
+        "qlora finetune --multirun KEY=A,B ... is a sweep: a run for each combination of values.\n"
         "qlora COMMAND --help lists the keys of a command; qlora --version prints the version.\n"
         "Try: qlora finetune experiment=demo_qlora"
     )
@@ -91,31 +96,66 @@ def load_recipe(path: Path) -> Callable[[Any], object]:
 
 def _launch(verb: str, words: Sequence[str]) -> int:
     """A training verb in several processes, once the config is known to be right."""
-    from qlora_builders.config.entry import OptionParser, report, run_recipe
+    from qlora_builders.config.entry import run_recipe, with_errors
     from qlora_builders.distributed.launch import launch
 
+    def run() -> int:
+        options, rest = _launch_options(verb, words)
+
+        def start(cfg: Any) -> None:
+            command = ["-m", "qlora_builders.cli", verb, *rest]
+            if not any(word.startswith("output_dir=") for word in rest):
+                command.append(f"output_dir={cfg.output_dir}")  # a restart goes on in the same
+            nproc_per_node, max_restarts = (options.get(name) or 0 for name in LAUNCH_OPTIONS)
+            sys.exit(launch(command, nproc_per_node=nproc_per_node or 1, max_restarts=max_restarts))
+
+        return run_recipe(start, verb, rest)
+
+    return with_errors(run)
+
+
+def _sweep(verb: str, words: Sequence[str]) -> int:
+    """A run for each combination of values, in several processes where that is asked for."""
+    from qlora_builders.config.entry import run_recipe, with_errors
+
+    if "-h" in words or "--help" in words:
+        return run_recipe(print, verb, ["--help"])
+
+    def run() -> int:
+        from qlora_builders.sweep.command import sweep
+
+        options, rest = _launch_options(verb, words)
+        return sweep(verb, rest, [f"{name}={n}" for name, n in options.items() if n is not None])
+
+    return with_errors(run)
+
+
+def _launch_options(verb: str, words: Sequence[str]) -> tuple[dict[str, int | None], list[str]]:
+    """The values of LAUNCH_OPTIONS, and all other words."""
+    from qlora_builders.config.entry import OptionParser
+    from qlora_builders.config.schema import TRAINING_VERBS
+    from qlora_builders.errors import ConfigError
+
+    given = [word for word in words if word.startswith(tuple(LAUNCH_OPTIONS))]
+    if given and verb not in TRAINING_VERBS:
+        takers = " and ".join(TRAINING_VERBS)
+        raise ConfigError(f"qlora {verb} runs in one process; only {takers} take {given[0]}")
     parser = OptionParser(add_help=False, allow_abbrev=False)
     for option, least in LAUNCH_OPTIONS.items():
-        parser.add_argument(option, type=partial(_count, least=least), default=least)
-    try:
-        options, rest = parser.parse_known_args(words)
-    except QLoRAError as error:
-        report(error)
-        return 2
+        parser.add_argument(option, type=partial(_count, least=least), dest=option)
+    options, rest = parser.parse_known_args(words)
+    return vars(options), rest
 
-    def start(cfg: Any) -> None:
-        command = ["-m", "qlora_builders.cli", verb, *rest]
-        if not any(word.startswith("output_dir=") for word in rest):
-            command.append(f"output_dir={cfg.output_dir}")  # a restart goes on in the same
-        sys.exit(
-            launch(
-                command,
-                nproc_per_node=options.nproc_per_node,
-                max_restarts=options.max_restarts,
-            )
-        )
 
-    return run_recipe(start, verb, rest)
+def _complete(words: Sequence[str]) -> int:
+    from qlora_builders.config.completion import script
+    from qlora_builders.config.entry import with_errors
+
+    def run() -> int:
+        print(script(words, VERBS), end="")
+        return 0
+
+    return with_errors(run)
 
 
 def _count(text: str, least: int) -> int:
@@ -128,13 +168,9 @@ def _count(text: str, least: int) -> int:
 
 def _browse(words: Sequence[str]) -> int:
     from qlora_builders.config import browse
-    from qlora_builders.config.entry import report
+    from qlora_builders.config.entry import with_errors
 
-    try:
-        return browse.main(words)
-    except (QLoRAError, OSError) as error:
-        report(error)
-        return 2
+    return with_errors(lambda: browse.main(words))
 
 
 if __name__ == "__main__":

@@ -325,7 +325,7 @@ COMMANDS: dict[str, Case] = {
     "odd processes": ("finetune --nproc-per-node two", "'two' is not a whole number >= 1"),
     "negative restarts": ("dpo --nproc-per-node 2 --max-restarts=-1", "whole number >= 0"),
     "processes without number": ("finetune --nproc-per-node", "expected one argument"),
-    "processes of generate": ("generate --nproc-per-node 2 prompt=hi", "unknown option '--nproc"),
+    "processes of generate": ("generate --nproc-per-node 2 prompt=hi", "--nproc-per-node"),
     "processes and a typo": ("finetune --nproc-per-node 2 training.sed=1", "'training.seed'?"),
     "no prompt": ("generate", "a prompt is required: write prompt='...' or prompts_file=FILE"),
     "no adapter": ("merge output_dir=out", "adapter.path is required: write adapter.path=..."),

@@ -66,6 +66,11 @@ def test_configs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error: qlora configs: unknown command 'shwo'" in capsys.readouterr().err
 
 
+def test_help_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["dpo", "--multirun", "training.seed=0,1", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: qlora dpo ")
+
+
 def test_config_mistakes_come_before_the_recipe_loads(
     recipes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ LAYERS = (
     {"models"},
     {"checkpoint", "data", "distributed", "training", "config"},
     {"report", "preflight"},
-    {"runs"},
+    {"runs", "sweep"},
     {"recipes", "cli"},
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from qlora_builders.config.checks import check
-from qlora_builders.config.compose import compose_tree, config_folders, to_config
-from qlora_builders.config.entry import OptionParser, check_components
+from qlora_builders.config.compose import config_folders, draft
+from qlora_builders.config.entry import OptionParser, component_problems
 from qlora_builders.config.instantiate import allow_prefixes
 from qlora_builders.config.overrides import groups, primary_config
 from qlora_builders.config.schema import ROOTS
@@ -62,19 +61,17 @@ def validate(name: str, config_dir: str | Path | None = None) -> list[str]:
         return [f"{name}.yaml: no command uses it; groups are method, optimizer, data, experiment"]
     found = []
     for verb in verbs:
-        problems: list[str] = []
         overrides = [f"{group}={option}"] if group else []
-        try:
-            tree = compose_tree(verb, overrides, config_dir=config_dir)
-            cfg = to_config(tree)
-            problems += check(cfg)
-            with suppress(ImportError):  # of an optional package; a run says how to install it
-                check_components(cfg)
-        except ConfigError as error:
-            problems += str(error).splitlines()
-        found.append(problems)
+        found.append(_problems(verb, overrides, config_dir))
     fewest = min(found, key=len)  # data=preference is for dpo, data=chat for the others
     return [f"{name}.yaml: {p.removeprefix(f'{name}.yaml: ')}" for p in dict.fromkeys(fewest)]
+
+
+def _problems(verb: str, overrides: list[str], config_dir: str | Path | None) -> list[str]:
+    cfg, problems = draft(verb, overrides, config_dir=config_dir, for_run=False)
+    with suppress(ImportError):  # of an optional package; a run says how to install it
+        problems += component_problems(cfg)
+    return problems
 
 
 def _dispatch(options: argparse.Namespace) -> int:

@@ -33,13 +33,7 @@ METHOD_OPTIONS = {"full": (), "lora": _ADAPTER, "qlora": (*_ADAPTER, "block_size
 
 def check(cfg: Any) -> list[str]:
     """Every value that a root config (`FinetuneConfig` ...) may not hold, one message each."""
-    problems = []
-    for key, knob in knobs(type(cfg)).items():
-        value = value_of(cfg, key)
-        for element in value if isinstance(value, list) else [value]:
-            problems += _check_value(knob, element)
-    if hasattr(cfg, "device"):
-        problems += _check_device(cfg.device)
+    problems = check_values(cfg)
     if isinstance(cfg, FinetuneConfig):
         problems += _check_method(cfg.method) + _check_finetune(cfg)
     if isinstance(cfg, FinetuneConfig | EvaluateConfig):
@@ -52,6 +46,18 @@ def check(cfg: Any) -> list[str]:
         problems += _check_size(size_in_bytes, cfg.max_shard_size)
     if isinstance(cfg, PlanConfig):
         problems += _check_plan(cfg)
+    return problems
+
+
+def check_values(cfg: Any) -> list[str]:
+    """Those of `check` that are about one key, whatever the others are."""
+    problems = []
+    for key, knob in knobs(type(cfg)).items():
+        value = value_of(cfg, key)
+        for element in value if isinstance(value, list) else [value]:
+            problems += _check_value(knob, element)
+    if hasattr(cfg, "device"):
+        problems += _check_device(cfg.device)
     return problems
 
 

@@ -23,13 +23,15 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from omegaconf.omegaconf import register_default_resolvers
 from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # a dependency of omegaconf
 
-from qlora_builders.config.checks import check, required
+from qlora_builders.config.checks import check, check_values, required
 from qlora_builders.config.overrides import (
     groups,
+    key_of,
     prepare_override,
     primary_config,
     quote,
     unknown_key,
+    values_of_file,
 )
 from qlora_builders.config.schema import ROOTS
 from qlora_builders.config.shipped import demo_path, shipped_dir
@@ -60,38 +62,148 @@ def compose(
         config_dir: a folder with more configs, in the same groups as the shipped ones.
 
     Raises:
-        ConfigError: for everything that is wrong with files, overrides or values.
+        ConfigError: with everything that is wrong with files, overrides or values.
     """
-    tree = compose_tree(verb, overrides, config_dir=config_dir)
-    cfg = to_config(tree)
-    problems = check(cfg)
-    if verb not in WITHOUT_FILES:
-        problems += required(cfg)
+    cfg, problems = draft(verb, overrides, config_dir=config_dir)
     if problems:
         raise ConfigError("\n".join(problems))
     return cfg
 
 
+def draft(
+    verb: str,
+    overrides: Sequence[str] = (),
+    *,
+    config_dir: str | Path | None = None,
+    for_run: bool = True,
+    known: dict[str, str] | None = None,
+) -> tuple[Any, list[str]]:
+    """The config of a verb without the overrides that are wrong, and everything that is wrong.
+
+    Where they are not all right, each override is judged by itself, and each value of a file too.
+    Then all that are left are checked together. What follows from a mistake is not listed beside
+    it: whoever writes `data.trian` need not hear that data.train is missing.
+
+    Args:
+        for_run: what a run needs has to be there.
+        known: overrides that are wrong, with their messages: those of earlier calls, to which this
+            one adds. Saves the jobs of a sweep from finding the same mistake again.
+
+    Raises:
+        ConfigError: if there is no such verb, or `config_dir` cannot be used.
+    """
+    drafting = Drafting(verb, _folders_of(verb, config_dir), {} if known is None else known)
+    drafting.add_what_is_right(sorted(overrides, key=lambda one: not drafting.is_group(one)))
+    return drafting.cfg, drafting.all_problems(for_run and verb not in WITHOUT_FILES)
+
+
+class Drafting:
+    """A config that grows by overrides, as long as they are right.
+
+    Attributes:
+        problems: one message for each thing that is wrong with those left out.
+    """
+
+    def __init__(self, verb: str, folders: Sequence[Path], known: dict[str, str]) -> None:
+        self.verb, self.folders, self._known = verb, folders, known
+        self.problems: list[str] = []
+        self._taken: list[str] = []
+        self._open: set[str] = set()  # keys without the value that they were to have
+        self._lacks_a_file = False  # so that any key may be without
+        self.cfg: Any = None
+
+    def is_group(self, override: str) -> bool:
+        return key_of(override) in groups(self.verb)
+
+    def add_what_is_right(self, overrides: Sequence[str], where: str = "") -> None:
+        """Take those that are right, groups first as hydra does; note what is wrong with others."""
+        for override in overrides:
+            if override in self._known:
+                self._note(override, self._known[override])
+        overrides = [one for one in overrides if one not in self._known]
+        try:
+            self._add(overrides)
+        except ConfigError as error:
+            if len(overrides) > 1:
+                half = len(overrides) // 2
+                self.add_what_is_right(overrides[:half], where)
+                self.add_what_is_right(overrides[half:], where)
+            else:
+                self._take_apart(overrides[0], where, str(error))
+
+    def _add(self, overrides: Sequence[str]) -> None:
+        prepared = [prepare_override(one, self.verb, self.folders) for one in overrides]
+        tree = _compose_prepared(self.verb, [*self._taken, *prepared], self.folders)
+        self.cfg = to_config(tree)
+        self._taken += prepared
+
+    def _take_apart(self, override: str, where: str, message: str) -> None:
+        """Take what is right in a file that is wrong; note an override that is no file."""
+        before = len(self.problems)
+        if self.is_group(override):
+            values = values_of_file(override, self.folders)
+            self.add_what_is_right(values, where=f"{override.replace('=', '/')}.yaml: ")
+        if len(self.problems) == before:
+            message = "\n".join(where + line for line in message.splitlines())
+            self._note(override, message)
+            self._known[override] = message
+
+    def _note(self, override: str, message: str) -> None:
+        self.problems += message.splitlines()
+        self._lacks_a_file |= self.is_group(override)
+        self._open |= {key_of(override), *re.findall(r"did you mean '([^']+)'", message)}
+
+    def all_problems(self, for_run: bool) -> list[str]:
+        """`problems`, and what the checks say of all that was taken.
+
+        What follows from a mistake is not listed beside it.
+        """
+        if self.cfg is None:  # nothing was right
+            self._add([])
+        if self._lacks_a_file:
+            return self.problems + self._of_other_keys(check_values(self.cfg))
+        wrong = self.problems + self._of_other_keys(check(self.cfg))
+        if not for_run:
+            return wrong
+        self._open |= {text.partition("=")[0] for text in check_values(self.cfg)}
+        return wrong + self._of_other_keys(required(self.cfg))
+
+    def _of_other_keys(self, found: Sequence[str]) -> list[str]:
+        about = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w.])") for key in self._open]
+        return [text for text in found if not any(key.search(text) for key in about)]
+
+
 def compose_tree(
     verb: str, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None
 ) -> DictConfig:
-    """The composed config before its interpolations are resolved and its values checked."""
+    """The composed config before its interpolations are resolved and its values checked.
+
+    Raises:
+        ConfigError: for the first thing that is wrong.
+    """
+    folders = _folders_of(verb, config_dir)
+    prepared = [prepare_override(override, verb, folders) for override in overrides]
+    return _compose_prepared(verb, prepared, folders)
+
+
+def _folders_of(verb: str, config_dir: str | Path | None) -> list[Path]:
     if verb not in ROOTS:
         raise ConfigError(f"no config for {verb!r}{did_you_mean(verb, ROOTS)}")
-    folders = config_folders(config_dir)
-    _register()
+    return config_folders(config_dir)
+
+
+def _compose_prepared(verb: str, prepared: Sequence[str], folders: Sequence[Path]) -> DictConfig:
+    _register(verb)
     main, *others = (str(folder) for folder in folders)
+    search = [f"hydra.searchpath=[{','.join(quote('file://' + o) for o in others)}]"]
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        prepared = [prepare_override(override, verb, folders) for override in overrides]
-        if others:
-            prepared.append(f"hydra.searchpath=[{','.join(quote('file://' + o) for o in others)}]")
         initialized = hydra.initialize_config_dir(config_dir=main, version_base="1.3")
         with initialized, _no_foreign_resolvers():
-            return hydra.compose(primary_config(verb), overrides=prepared)
-    except ConfigError:
-        raise
+            return hydra.compose(
+                primary_config(verb), overrides=[*prepared, *(search if others else [])]
+            )
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(_translate(error, verb)) from error
     finally:
@@ -171,7 +283,7 @@ def _translate(error: Exception, verb: str) -> str:
 def _first_line(error: BaseException, key: object) -> str:
     text = str(error).strip().splitlines()[0]
     if "Ambiguous value" in text:
-        text += "; write [1,2] for a list"
+        text += "; write [1,2] for a list, or add --multirun for a run with each"
     if isinstance(error, ValidationError):
         text = text.replace(" of type 'str'", "")
         text = re.sub(r"field '.*' is not Optional", "null is not allowed here", text)
@@ -210,13 +322,13 @@ def _no_foreign_resolvers() -> Iterator[None]:
         register_default_resolvers()
 
 
-def _register() -> None:
-    """Schemas and resolvers, again at each call: both registries belong to the whole process.
+def _register(verb: str) -> None:
+    """Schema and resolvers, again at each call: both registries belong to the whole process.
 
     `now`, which output_dir uses, is hydra's own.
     """
-    for verb, root in ROOTS.items():
-        ConfigStore.instance().store(name=f"{verb}_schema", node=root, provider="qlora_builders")
+    name = primary_config(verb)
+    ConfigStore.instance().store(f"{name}_schema", node=ROOTS[name], provider="qlora_builders")
     resolvers = {
         "demo": lambda name: str(demo_path(name)),
         "demo_eval": _demo_eval,

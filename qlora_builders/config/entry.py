@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qlora_builders.config.compose import compose, to_yaml
+from qlora_builders.config.compose import compose, draft, to_yaml
 from qlora_builders.config.help import help_text
 from qlora_builders.config.instantiate import allow_prefixes, resolve_component
 from qlora_builders.config.knobs import knobs
@@ -34,8 +34,14 @@ def run_recipe(main: Callable[[Any], object], verb: str, argv: Sequence[str] | N
         verb: a key of `ROOTS`.
         argv: the command line after the program's name; None: the process's own.
     """
+    words = sys.argv[1:] if argv is None else argv
+    return with_errors(lambda: _run(main, verb, words))
+
+
+def with_errors(run: Callable[[], int]) -> int:
+    """The exit code of `run()`; what a user can put right is printed, and is USER_ERROR."""
     try:
-        return _run(main, verb, sys.argv[1:] if argv is None else argv)
+        return run()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -71,28 +77,47 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def _run(main: Callable[[Any], object], verb: str, argv: Sequence[str]) -> int:
-    options, overrides = _parse(argv)
+    options, overrides = parse_options(argv)
     if options.help:
         print(help_text(verb, str(ROOTS[verb].__doc__)))
         return 0
     if "runs" in knobs(ROOTS[verb]):
         overrides = _name_runs(overrides)
-    cfg = compose(verb, overrides, config_dir=options.config_dir)
     if options.print_config:
-        print(to_yaml(cfg), end="")
+        print(to_yaml(compose(verb, overrides, config_dir=options.config_dir)), end="")
         return 0
     with allow_prefixes(options.allow):
-        check_components(cfg)
+        cfg, problems = draft_run(verb, overrides, options.config_dir)
+        if problems:
+            raise ConfigError("\n".join(problems))
         main(cfg)
     return 0
 
 
-def check_components(cfg: Any) -> None:
-    """Resolve every `component:` node before anything slow happens.
+def draft_run(
+    verb: str,
+    overrides: Sequence[str],
+    config_dir: str | None = None,
+    known: dict[str, str] | None = None,
+) -> tuple[Any, list[str]]:
+    """`compose.draft`, and what is wrong with the components that a config names.
+
+    Looking at these imports torch, so other mistakes come without them, unless the command line
+    has arguments of theirs.
+    """
+    cfg, problems = draft(verb, overrides, config_dir=config_dir, known=known)
+    if not problems or any(word.startswith(("optimizer.", "loggers")) for word in overrides):
+        problems += component_problems(cfg)
+    return cfg, problems
+
+
+def component_problems(cfg: Any) -> list[str]:
+    """What is wrong with the `component:` nodes, before anything slow happens.
 
     Raises:
-        ConfigError: see `instantiate`.
+        ImportError: if a component's package is optional and missing.
     """
+    problems = []
     for key in knobs(type(cfg)):
         value = getattr(cfg, key, None)
         nodes = {key: value}
@@ -100,10 +125,14 @@ def check_components(cfg: Any) -> None:
             nodes = {f"{key}[{index}]": node for index, node in enumerate(value)}
         for node_key, node in nodes.items():
             if isinstance(node, dict) and "component" in node:
-                resolve_component(node, key=node_key)
+                try:
+                    resolve_component(node, key=node_key)
+                except ConfigError as error:
+                    problems.append(str(error))
+    return problems
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split a command line into our options and hydra's overrides, in any order."""
     parser = OptionParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")

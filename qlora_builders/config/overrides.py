@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # a dependency of omegaconf
 
 from qlora_builders.config.knobs import knobs
+from qlora_builders.config.resume import flatten
 from qlora_builders.config.schema import ROOTS
 from qlora_builders.config.shipped import shipped_dir
 from qlora_builders.errors import ConfigError, did_you_mean
@@ -56,6 +58,12 @@ def groups(verb: str) -> list[str]:
     return [str(name) for item in primary.defaults if not isinstance(item, str) for name in item]
 
 
+def key_of(override: str) -> str:
+    """`+training.seed=1` -> `training.seed`; text without a = is taken for a key."""
+    match = OVERRIDE.fullmatch(override)
+    return match[2].strip() if match else override
+
+
 def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
     """Check an override's key against the schema and spell its value for hydra's grammar."""
     match = OVERRIDE.fullmatch(override)
@@ -78,6 +86,25 @@ def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
     if key in leaves and leaves[key].type in (str, str | None):
         return f"{key}={value if value == 'null' else quote(value)}"
     return f"{key}={value}"
+
+
+def values_of_file(override: str, folders: Sequence[Path]) -> list[str]:
+    """The file that `experiment=mine` names, as an override for each of its values.
+
+    Empty if it cannot be taken apart: it is not there, not YAML, has defaults of its own, or is an
+    experiment without the line that says that its keys are those of the whole config.
+    """
+    group, _, option = override.partition("=")
+    file = next((f for d in folders if (f := d / group / f"{option}.yaml").is_file()), None)
+    try:
+        tree = _load(file) if file else None
+    except (OSError, ConfigError, OmegaConfBaseException):
+        return []
+    is_global = file is not None and file.read_text("utf-8").startswith("# @package _global_")
+    if not isinstance(tree, dict) or "defaults" in tree or is_global != (group == "experiment"):
+        return []
+    values = flatten(tree, "" if is_global else f"{group}.")
+    return [f"{key}={_spelled(value)}" for key, value in values.items()]
 
 
 def _rules_of(file: Path) -> list[Any]:

@@ -227,3 +227,11 @@ ROOTS: dict[str, type] = {
     "estimate": EstimateConfig,
     "report": ReportConfig,
 }
+
+TRAINING_VERBS = ("finetune", "dpo")
+# Verbs that take --multirun: the key with the path of a job, and how that path ends.
+SWEPT_VERBS = {
+    **dict.fromkeys(TRAINING_VERBS, ("output_dir", "")),
+    "evaluate": ("output", ".json"),
+    "plan": ("output", ".yaml"),
+}

@@ -52,12 +52,17 @@ class Run:
         return total if isinstance(total, int) else None
 
     @property
+    def is_finished(self) -> bool:
+        done = self.last_step >= (self.total_steps or 0)
+        return self.result is not None and done and not self.is_going
+
+    @property
     def status(self) -> str:
         of = f" of {self.total_steps:,}" if self.total_steps else ""
         at = f"step {self.last_step:,}{of}"
         if self.is_going:
             return f"running, {at}"
-        if self.result is not None and self.last_step >= (self.total_steps or 0):
+        if self.is_finished:
             return f"finished, {at}"
         return f"stopped after {at}" if self.last_step else "stopped before the first step"
 

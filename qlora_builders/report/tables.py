@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,11 +10,11 @@ from xml.etree.ElementTree import Element
 
 from qlora_builders.config.compose import compose_tree, to_config
 from qlora_builders.config.resume import flatten
+from qlora_builders.report.figures import AVERAGED, final_figures
 from qlora_builders.report.html import element, fold, table
 from qlora_builders.report.run import Run, spell_value
 from qlora_builders.report.series import spell
 
-_LAST = 10  # values averaged for the final loss
 _MOST_SAMPLES = 12
 _NOTHING = "–"
 # where and how, not what; and what the other keys of `method` say already
@@ -31,29 +30,22 @@ def result_section(runs: Sequence[Run]) -> Element:
 
 
 def _final_figures(run: Run) -> dict[str, str]:
-    def finite(key: str) -> list[tuple[int, float]]:
-        steps, values = run.metrics.get(key, ([], []))
-        return [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+    def shown(value: float | None) -> str:
+        return _NOTHING if value is None else spell(value)
 
-    def median(key: str) -> str:
-        values = [value for _, value in finite(key)]
-        return spell(statistics.median(values)) if values else _NOTHING
-
-    losses = [value for _, value in finite("loss")][-_LAST:]
-    evals = finite("eval_loss")
-    best = min(evals, key=lambda point: point[1], default=None)
-    memory = [value for _, value in finite("peak_memory_mib")]
+    final = final_figures(run)
+    last, best, at = final.eval_loss, final.best_eval_loss, final.best_eval_step
     return {
         "state": run.status,
-        f"loss, mean of the last {_LAST}": spell(statistics.fmean(losses)) if losses else _NOTHING,
-        "evaluation loss, last": spell(evals[-1][1]) if evals else _NOTHING,
-        "evaluation loss, lowest": f"{spell(best[1])} at step {best[0]:,}" if best else _NOTHING,
+        f"loss, mean of the last {AVERAGED}": shown(final.loss),
+        "evaluation loss, last": shown(last),
+        "evaluation loss, lowest": _NOTHING if best is None else f"{spell(best)} at step {at:,}",
         "perplexity, last": _NOTHING
-        if run.compares_pairs or not evals
-        else spell(math.exp(min(evals[-1][1], 600))),
-        "tokens/s, median": median("tokens_per_s"),
-        "seconds per step, median": median("step_s"),
-        "peak memory, MiB": spell(max(memory)) if memory else _NOTHING,
+        if run.compares_pairs or last is None
+        else spell(math.exp(min(last, 600))),
+        "tokens/s, median": shown(final.tokens_per_s),
+        "seconds per step, median": shown(final.step_s),
+        "peak memory, MiB": shown(final.peak_memory_mib),
     }
 
 

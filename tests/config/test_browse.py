@@ -55,16 +55,17 @@ def test_validate_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 def test_validate_finds_every_problem(tmp_path: Path) -> None:
     folder = tmp_path / "experiment"
     folder.mkdir()
-    (folder / "a.yaml").write_text("# @package _global_\ntraining: {epochs: 0, batch_size: 0}\n")
-    (folder / "b.yaml").write_text("# @package _global_\noptimizer: {lrr: 1}\n")
+    (folder / "a.yaml").write_text("# @package _global_\ntraining: {epochs: 0, sed: 0}\n")
+    (folder / "b.yaml").write_text("# @package _global_\noptimizer: {lrr: 1}\ndevice: x\n")
     (tmp_path / "c.yaml").write_text("a: 1\n")
     with pytest.raises(ConfigError) as caught:
         browse.main(["validate", "a", "--config-dir", str(tmp_path)])
     problems = str(caught.value).splitlines()
     problems += browse.validate("experiment/b", tmp_path) + browse.validate("c", tmp_path)
     assert problems == [
-        "experiment/a.yaml: training.batch_size=0 must be >= 1",
+        "experiment/a.yaml: unknown key 'training.sed'; did you mean 'training.seed'?",
         "experiment/a.yaml: training.epochs=0 must be >= 1",
+        "experiment/b.yaml: device='x' is not allowed; allowed: auto, cpu, cuda, cuda:N",
         "experiment/b.yaml: optimizer.lrr is not an argument of torch.optim.AdamW;"
         " did you mean 'lr'?",
         "c.yaml: no command uses it; groups are method, optimizer, data, experiment",

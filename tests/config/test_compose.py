@@ -246,6 +246,60 @@ def test_mistakes(overrides: list[str], message: str) -> None:
         compose("finetune", overrides)
 
 
+def problems(verb: str, overrides: list[str], config_dir: Path | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        compose(verb, overrides, config_dir=config_dir)
+    return str(raised.value).splitlines()
+
+
+def test_every_kind_of_mistake_is_in_one_error() -> None:
+    overrides = [
+        "training.bach_size=2",
+        "training.max_steps=ten",
+        "method=full",
+        "method.rank=4",
+        "optimizer=adamv",
+        "training.seed",
+        "device=gpu",
+        "training.epochs=0",
+    ]
+    assert problems("finetune", overrides) == [
+        "optimizer=adamv: no such config; did you mean 'adamw'?",
+        "unknown key 'training.bach_size'; did you mean 'training.batch_size'?",
+        "training.max_steps: Value 'ten' could not be converted to Integer",
+        "'training.seed' is not KEY=VALUE, such as training.batch_size=8",
+        "training.epochs=0 must be >= 1",
+        "device='gpu' is not allowed; allowed: auto, cpu, cuda, cuda:N",
+    ]
+    overrides.remove("optimizer=adamv")  # which may have set anything
+    assert problems("finetune", overrides)[-1] == (
+        "method.rank=4 has no effect: method=full does not take it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("verb", "overrides", "message"),
+    [
+        ("generate", ["temprature=0.7", "top_k=5", "prompt=a"], "did you mean 'temperature'"),
+        ("generate", ["temperature=warm", "top_k=5", "prompt=a"], "temperature: Value 'warm'"),
+        ("evaluate", ["data.evl=x", "data=text"], "unknown key 'data.evl'; did you mean"),
+        ("merge", ["adapter.pth=x", "output_dir=y"], "unknown key 'adapter.pth'; did you mean"),
+        ("finetune", ["experiment=min", "training.eval_every=5", "data.train=x"], "experiment=min"),
+        ("generate", ["promt=a"], "did you mean 'prompt'"),
+    ],
+)
+def test_what_follows_from_a_mistake_is_no_other_one(
+    verb: str, overrides: list[str], message: str
+) -> None:
+    (problem,) = problems(verb, overrides)
+    assert message in problem
+
+
+def test_the_last_of_two_values_counts() -> None:
+    overrides = ["training.seed=1", "training.seed=2", "training.seed=1", "method=lora"]
+    assert compose("finetune", overrides).training.seed == 1
+
+
 def test_target_of_the_wrong_type() -> None:
     with pytest.raises(ConfigError, match=r"method\.targets: takes a list, such as \[a,b\]"):
         compose("finetune", ["method.targets=q_proj"])
@@ -303,6 +357,24 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, message: str) -> None:
     own = write(tmp_path, "experiment/mine", text)
     with pytest.raises(ConfigError, match=message):
         compose("finetune", ["experiment=mine"], config_dir=own)
+
+
+def test_all_mistakes_of_a_file_are_in_one_error(tmp_path: Path) -> None:
+    text = (
+        "# @package _global_\ntraining: {max_stps: 3, seed: x, epochs: 0}\ndata: {format: chatt}\n"
+    )
+    own = write(tmp_path, "experiment/mine", text)
+    write(tmp_path, "method/mine", "name: qlora\nrnak: 4\ntargets: q_proj\n")
+    found = problems("finetune", ["method=mine", "experiment=mine", "training.epoch=2"], own)
+    assert found == [
+        "method/mine.yaml: unknown key 'method.rnak'; did you mean 'method.rank'?",
+        "method/mine.yaml: method.targets: takes a list, such as [a,b]",
+        "experiment/mine.yaml: unknown key 'training.max_stps'; did you mean 'training.max_steps'?",
+        "experiment/mine.yaml: training.seed: Value 'x' could not be converted to Integer",
+        "unknown key 'training.epoch'; did you mean 'training.epochs'?",
+        "data.format='chatt' is not allowed; allowed: chat, instruct, text, preference; did you "
+        "mean 'chat'?",
+    ]
 
 
 def test_config_dir_mistakes(tmp_path: Path) -> None:

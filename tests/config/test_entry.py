@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,7 +34,9 @@ def test_main_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_lists_every_key(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_recipe(never, verb, ["nonsense", "--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {key}=" in text for key in knobs(ROOTS[verb]))
+    below = dict(re.findall(r"^  ([\w.]+)=(?! ).*\n(.*)", text, re.MULTILINE))
+    assert knobs(ROOTS[verb]).keys() <= below.keys()
+    assert all(meaning.startswith(" " * 6) for meaning in below.values())
     assert f"usage: qlora {verb}" in text
     assert "examples:" in text
     assert max(len(line) for line in text.splitlines()) <= 100
@@ -43,12 +46,19 @@ def test_help_shows_presets_and_groups(capsys: pytest.CaptureFixture[str]) -> No
     run_recipe(never, "finetune", ["-h"])
     text = capsys.readouterr().out
     assert "method=       full | lora | qlora" in text
-    assert "optimizer.lr=0.0002" in text
+    assert "  optimizer.lr=0.0002\n      highest learning rate, per step\n" in text
+    assert "  optimizer.betas=[0.9,0.999]\n      decay" in text
+    assert "  optimizer.fused=true\n      update" in text
+    assert "--nproc-per-node N" in text
+    assert "\0" not in text
     assert "training.batch_size=8\n" in text
     assert "data.eval=${demo_eval:${data.train}}" in text
     assert "data.train_on=assistant\n" in text
     run_recipe(never, "plan", ["-h"])
-    assert "data.train_on=all\n" in capsys.readouterr().out  # of plan.yaml, not of the schema
+    text = capsys.readouterr().out
+    assert "data.train_on=all\n" in text  # of plan.yaml, not of the schema
+    assert "--multirun" in text
+    assert "--nproc-per-node" not in text
 
 
 def test_print_config(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +76,15 @@ def test_one_line_per_problem(capsys: pytest.CaptureFixture[str]) -> None:
         "error: training.batch_size=0 must be >= 1\n"
         "error: device='gpu' is not allowed; allowed: auto, cpu, cuda, cuda:N\n"
     )
+
+
+def test_arguments_of_components_are_in_the_same_error(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["optimizer.lrr=1", "loggers=[{component: os.system}]", "training.sed=3"]
+    assert run_recipe(never, "finetune", argv) == 2
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: unknown key 'training.sed'; did you mean 'training.seed'?")
+    assert second.startswith("error: optimizer.lrr is not an argument of torch.optim.AdamW; did ")
+    assert third.startswith("error: loggers[0].component='os.system' is outside the allowed pack")
 
 
 @pytest.mark.parametrize(
