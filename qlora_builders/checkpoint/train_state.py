@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_map_only
 from qlora_builders.checkpoint.hf_llama import (
     hf_parameters,
     lazy_parameter,
-    write_hf_directory,
+    write_hf_files,
 )
 from qlora_builders.checkpoint.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from qlora_builders.checkpoint.peft_adapter import load_adapter
@@ -236,7 +236,7 @@ def _write_whole(state: StepState, directory: Path) -> None:
     if isinstance(state.trained, AdapterFiles):
         write_adapter(state.trained, directory)
     elif state.trained is not None:
-        write_hf_directory(
+        write_hf_files(
             [lazy_parameter(name, tensor, None) for name, tensor in state.trained.items()],
             directory,
             arch=state.arch,

@@ -14,6 +14,7 @@ from qlora_builders.errors import ConfigError
 
 FREE = {
     "tokenizer.path",  # the tokens are compared
+    "data.on_error",  # the tokens of the rows that are left
     "training.max_steps",  # the learning rates are
     "training.epochs",
     "training.log_every",
