@@ -20,7 +20,7 @@ VERBS = {
     "finetune": "train adapters or all weights on a data file",
     "dpo": "train adapters on pairs of answers, one better than the other",
     "generate": "answer prompts with a checkpoint, or a checkpoint and an adapter",
-    "evaluate": "loss, perplexity and exact match on a data file",
+    "evaluate": "loss, perplexity, exact match and tasks; base and fine-tuned compared",
     "merge": "add an adapter to the weights and write a Hugging Face folder",
     "quantize": "write a checkpoint with its linear layers in NF4",
     "plan": "choose the precision of every linear under a memory budget",

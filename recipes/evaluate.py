@@ -1,21 +1,23 @@
-"""Loss and perplexity of a checkpoint (and adapter) on a data file, and exact match of answers.
+"""Loss and perplexity on a data file, exact match of answers, and tasks of lm-evaluation-harness.
 
-qlora evaluate data.eval=... [checkpoint.dir=...] [adapter.path=...] [exact_match=20]
+qlora evaluate [checkpoint.dir=...] [adapter.path=...] data.eval=... [exact_match=20]
+qlora evaluate adapter.path=... compare=true    # beside the base, and the base in NF4
+qlora evaluate lm_eval.tasks=[my_task] lm_eval.tasks_dir=... data.eval=null
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from qlora_builders.checkpoint import load_with_adapter
+from qlora_builders.checkpoint import load_with_adapter, read_arch
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import EvaluateConfig
 from qlora_builders.data import (
@@ -24,20 +26,77 @@ from qlora_builders.data import (
     build_dataset,
     check_token_range,
 )
-from qlora_builders.errors import ConfigError
+from qlora_builders.evaluation import (
+    Candidate,
+    Figure,
+    Tasks,
+    comparison_table,
+    differences,
+    figure_table,
+    find_candidates,
+    find_tasks,
+    measure_answers,
+    measure_rows,
+)
+from qlora_builders.modules import CausalLM
 from qlora_builders.outputs import check_writable, write_whole
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
-from qlora_builders.training.loop import evaluate_loss
-from qlora_builders.training.samples import answer_rows
 
 
 def main(cfg: EvaluateConfig) -> None:
-    if cfg.data.eval is None:
-        raise ConfigError("data.eval is null; name the file or hub id to evaluate on")
     if cfg.output is not None:
         check_writable(Path(cfg.output), "output")
     device = resolve_device(cfg.device)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=140)
     tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
+    batches = None if cfg.data.eval is None else read_rows(cfg, tokenizer)
+    tasks = find_tasks(**asdict(cfg.lm_eval)) if cfg.lm_eval.tasks else None
+    options: dict[str, Any] = {
+        "quantize": cfg.quantize,
+        "format": cfg.checkpoint.format,
+        "device": device,
+        "dtype": None if cfg.dtype == "auto" else resolve_dtype(cfg.dtype),
+        "compute_dtype": resolve_compute_dtype(cfg.compute_dtype, device),
+        "allow_base_mismatch": cfg.adapter.allow_base_mismatch,
+    }
+    load = partial(load_with_adapter, cfg.checkpoint.dir, cfg.adapter.path, **options)
+    models = [Candidate("the model", None, load)]
+    if cfg.compare:
+        models = find_candidates(cfg.checkpoint.dir, cfg.adapter.path, **options)
+
+    results: dict[str, Any] = {}
+    if batches is not None:
+        console.print(batches.summary())
+        report = batches.dataset.report
+        results |= {"data": report.source, "examples": len(batches.dataset)}
+        results["skipped_rows"] = report.skipped_rows
+    figures: dict[str, dict[str, Figure]] = {}
+    details: dict[str, dict[str, Any]] = {}
+    for one in reversed(models):  # an adapter that does not fit is found at once
+        model = one.load()
+        figures[one.name], details[one.name] = measure(model, cfg, tokenizer, batches, tasks)
+        del model  # before the next one is loaded
+    last = models[-1].name
+    results |= details[last]
+    if cfg.compare:
+        in_order = {one.name: figures[one.name] for one in models}
+        against = {one.name: one.against for one in models if one.against is not None}
+        console.print(comparison_table(in_order, against))
+        results["models"] = {name: details[name] for name in in_order}
+        results["differences"] = differences(in_order)
+    else:
+        if cfg.exact_match:
+            console.print(answer_table(results["answers"]))
+        console.print(figure_table(figures[last]))
+    if cfg.output is not None:
+        text = json.dumps(results, indent=2, ensure_ascii=False)
+        write_whole(Path(cfg.output), f"{text}\n".encode())
+
+
+def read_rows(cfg: EvaluateConfig, tokenizer: Tokenizer) -> Batches:
+    assert cfg.data.eval is not None
     data = build_dataset(
         cfg.data.eval,
         tokenizer,
@@ -48,48 +107,42 @@ def main(cfg: EvaluateConfig) -> None:
         max_rows=cfg.data.max_rows,
         on_error=cfg.data.on_error,
     )
-    model = load_with_adapter(
-        cfg.checkpoint.dir,
-        cfg.adapter.path,
-        quantize=cfg.quantize,
-        format=cfg.checkpoint.format,
-        device=device,
-        dtype=None if cfg.dtype == "auto" else resolve_dtype(cfg.dtype),
-        compute_dtype=resolve_compute_dtype(cfg.compute_dtype, device),
-        allow_base_mismatch=cfg.adapter.allow_base_mismatch,
-    )
-    check_token_range(data, model.spec.arch.vocab_size)
-
-    batches = Batches(
+    arch = read_arch(cfg.checkpoint.dir, format=cfg.checkpoint.format)
+    check_token_range(data, arch.vocab_size)
+    return Batches(
         data,
         batch_size=cfg.batch_size,
         packing=cfg.data.packing,
         max_seq_len=cfg.data.max_seq_len,
         shuffle=False,
     )
-    loss, tokens = evaluate_loss(model, batches.of_epoch(0, device))
-    results: dict[str, Any] = {
-        "data": data.report.source,
-        "examples": len(data),
-        "skipped_rows": data.report.skipped_rows,
-        "target_tokens": tokens,
-        "loss": loss,
-        "perplexity": math.exp(loss),
-    }
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(batches.summary())
-    console.print(
-        f"loss {loss:.4f}  perplexity {math.exp(loss):.3f}", highlight=False, soft_wrap=True
-    )
-    if cfg.exact_match:
-        answers = list(answer_rows(model, data, cfg.exact_match, max_new_tokens=cfg.max_new_tokens))
-        right = sum(answer["right"] for answer in answers)
-        results |= {"exact_match": right / len(answers), "right": right, "answers": answers}
-        console.print(answer_table(answers))
-        console.print(f"exact match: {right} of {len(answers)}")
-    if cfg.output is not None:
-        text = json.dumps(results, indent=2, ensure_ascii=False)
-        write_whole(Path(cfg.output), f"{text}\n".encode())
+
+
+def measure(
+    model: CausalLM,
+    cfg: EvaluateConfig,
+    tokenizer: Tokenizer,
+    batches: Batches | None,
+    tasks: Tasks | None,
+) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """All figures of one model, and what there is about it for the JSON file."""
+    figures: dict[str, Figure] = {}
+    details: dict[str, Any] = {}
+    if batches is not None:
+        figures = measure_rows(model, batches.of_epoch(0, resolve_device(cfg.device)))
+        details = {"target_tokens": sum(figures["loss"].weights)}
+        details |= {name: figure.value for name, figure in figures.items()}
+        if cfg.exact_match:
+            figures["exact match"], answers = measure_answers(
+                model, batches.dataset, cfg.exact_match, max_new_tokens=cfg.max_new_tokens
+            )
+            right = sum(answer["right"] for answer in answers)
+            details |= {"exact_match": right / len(answers), "right": right, "answers": answers}
+    if tasks is not None:
+        found, details["tasks"] = tasks.measure(model, tokenizer, batch_size=cfg.batch_size)
+        figures |= found
+    details["standard_errors"] = {name: figure.error for name, figure in figures.items()}
+    return figures, details
 
 
 def answer_table(answers: list[dict[str, Any]], shown: int = 3) -> Table:

@@ -27,14 +27,15 @@ LAYERS = (
     {"modules"},
     {"models"},
     {"checkpoint", "data", "distributed", "training", "config"},
-    {"report", "preflight"},
+    {"report", "preflight", "evaluation"},
     {"runs", "sweep"},
     {"recipes", "cli"},
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 NF4_TYPE_CHECKS = ("qlora_builders/tensor/", "qlora_builders/checkpoint/")
 NF4_TYPE_CHECK_FILES = ("qlora_builders/modules/linear.py",)
-NEEDS_TRITON = ("nf4_triton.py", "nf4_triton_kernels.py")  # imported for CUDA tensors only
+# imported where they are needed: for CUDA tensors, and for tasks of lm_eval
+NEED_EXTRAS = ("nf4_triton.py", "nf4_triton_kernels.py", "harness_model.py")
 OPTIONAL = (
     "datasets",
     "matplotlib",
@@ -45,6 +46,7 @@ OPTIONAL = (
     "numba",
     "triton",
     "bitsandbytes",
+    "lm_eval",
 )
 
 
@@ -227,7 +229,7 @@ def module_name(path: Path) -> str:
 
 
 def test_every_module_and_recipe_imports_with_the_base_install_only() -> None:
-    files = [p for p in FILES if p not in RECIPES and p.name not in NEEDS_TRITON]
+    files = [p for p in FILES if p not in RECIPES and p.name not in NEED_EXTRAS]
     modules = ",".join(module_name(path) for path in files)
     recipes = ",".join(str(path) for path in RECIPES)
     done = run_python(IMPORT_ALL, ",".join(OPTIONAL), modules, recipes)

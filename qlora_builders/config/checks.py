@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def check(cfg: Any) -> list[str]:
         problems += _check_dpo(cfg) if isinstance(cfg, DPOConfig) else _check_no_pairs(cfg.data)
     if isinstance(cfg, GenerateConfig):
         problems += _check_generate(cfg)
+    if isinstance(cfg, EvaluateConfig):
+        problems += _check_evaluate(cfg)
     if isinstance(cfg, EstimateConfig) and cfg.memory is not None:
         problems += _check_size(memory_in_bytes, cfg.memory)
     if isinstance(cfg, MergeConfig | QuantizeConfig):
@@ -76,7 +79,8 @@ def required(cfg: Any) -> list[str]:
         needed += _demo_rows("data.train", cfg.data.train, cfg.data)
     if isinstance(cfg, EvaluateConfig | PlanConfig):
         if cfg.data.eval is None:
-            needed.append("data.eval is required: write data.eval=FILE")
+            if not (isinstance(cfg, EvaluateConfig) and cfg.lm_eval.tasks):
+                needed.append("data.eval is required: write data.eval=FILE")
         else:
             needed += _demo_rows("data.eval", cfg.data.eval, cfg.data)
     if isinstance(cfg, ReportConfig) and not cfg.runs:
@@ -183,11 +187,7 @@ def _check_finetune(cfg: FinetuneConfig) -> list[str]:
         problems.append(
             f"training.eval_every={cfg.training.eval_every} needs data.eval, which is null"
         )
-    if cfg.training.samples and (cfg.data.eval is None or cfg.data.format == "text"):
-        problems.append(
-            f"training.samples={cfg.training.samples} needs questions in data.eval, which is "
-            + ("null" if cfg.data.eval is None else "plain text")
-        )
+    problems += _check_questions("training.samples", cfg.training.samples, cfg.data)
     problems += [
         f"loggers[{index}].component is missing: name the class, such as "
         "qlora_builders.training.loggers.TensorBoardLogger"
@@ -203,6 +203,13 @@ def _check_finetune(cfg: FinetuneConfig) -> list[str]:
     if warmup is not None and steps is not None and warmup > steps:
         problems.append(f"lr_schedule.warmup_steps={warmup} must be <= training.max_steps={steps}")
     return problems
+
+
+def _check_questions(key: str, count: int, data: DataConfig) -> list[str]:
+    if not count or (data.eval is not None and data.format != "text"):
+        return []
+    held = "null" if data.eval is None else "plain text"
+    return [f"{key}={count} needs questions in data.eval, which is {held}"]
 
 
 def _check_no_pairs(data: DataConfig) -> list[str]:
@@ -244,6 +251,22 @@ def _check_generate(cfg: GenerateConfig) -> list[str]:
             for name, value in (("top_k", cfg.top_k), ("top_p", cfg.top_p))
             if value is not None
         ]
+    return problems
+
+
+def _check_evaluate(cfg: EvaluateConfig) -> list[str]:
+    problems = _check_questions("exact_match", cfg.exact_match, cfg.data)
+    if not cfg.lm_eval.tasks:
+        problems += [
+            f"lm_eval.{name}={value} has no effect without lm_eval.tasks"
+            for name, value in asdict(cfg.lm_eval).items()
+            if value not in (None, False, [])
+        ]
+    if cfg.compare and cfg.adapter.path is None and cfg.quantize != "auto":
+        problems.append(
+            f"quantize={cfg.quantize} has no effect: without an adapter, compare=true compares "
+            "the base in both"
+        )
     return problems
 
 

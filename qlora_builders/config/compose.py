@@ -94,7 +94,8 @@ def draft(
     """
     drafting = Drafting(verb, _folders_of(verb, config_dir), {} if known is None else known)
     drafting.add_what_is_right(sorted(overrides, key=lambda one: not drafting.is_group(one)))
-    return drafting.cfg, drafting.all_problems(for_run and verb not in WITHOUT_FILES)
+    problems = drafting.all_problems(for_run and verb not in WITHOUT_FILES)
+    return drafting.cfg, problems
 
 
 class Drafting:
@@ -132,7 +133,8 @@ class Drafting:
                 self._take_apart(overrides[0], where, str(error))
 
     def _add(self, overrides: Sequence[str]) -> None:
-        prepared = [prepare_override(one, self.verb, self.folders) for one in overrides]
+        with _translated_errors(self.verb):
+            prepared = [prepare_override(one, self.verb, self.folders) for one in overrides]
         tree = _compose_prepared(self.verb, [*self._taken, *prepared], self.folders)
         self.cfg = to_config(tree)
         self._taken += prepared
@@ -182,7 +184,8 @@ def compose_tree(
         ConfigError: for the first thing that is wrong.
     """
     folders = _folders_of(verb, config_dir)
-    prepared = [prepare_override(override, verb, folders) for override in overrides]
+    with _translated_errors(verb):
+        prepared = [prepare_override(override, verb, folders) for override in overrides]
     return _compose_prepared(verb, prepared, folders)
 
 
@@ -200,14 +203,22 @@ def _compose_prepared(verb: str, prepared: Sequence[str], folders: Sequence[Path
     GlobalHydra.instance().clear()
     try:
         initialized = hydra.initialize_config_dir(config_dir=main, version_base="1.3")
-        with initialized, _no_foreign_resolvers():
+        with _translated_errors(verb), initialized, _no_foreign_resolvers():
             return hydra.compose(
                 primary_config(verb), overrides=[*prepared, *(search if others else [])]
             )
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError(_translate(error, verb)) from error
     finally:
         GlobalHydra.instance().hydra = previous
+
+
+@contextmanager
+def _translated_errors(verb: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigError(_translate(error, verb)) from error
 
 
 def to_config(tree: DictConfig) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qlora_builders.config.checks import value_of
 from qlora_builders.config.compose import compose, draft, to_yaml
 from qlora_builders.config.help import help_text
 from qlora_builders.config.instantiate import allow_prefixes, resolve_component
@@ -106,9 +107,28 @@ def draft_run(
     has arguments of theirs.
     """
     cfg, problems = draft(verb, overrides, config_dir=config_dir, known=known)
+    problems += names_of_code(cfg, overrides)
     if not problems or any(word.startswith(("optimizer.", "loggers")) for word in overrides):
         problems += component_problems(cfg)
     return cfg, problems
+
+
+def names_of_code(cfg: Any, overrides: Sequence[str]) -> list[str]:
+    """A config file may come from anywhere, and is not to choose code that runs.
+
+    Returns:
+        A message for each key that does so and has a value that is not from the command line.
+    """
+    problems = []
+    for key, knob in knobs(type(cfg)).items():
+        value = value_of(cfg, key)
+        typed = any(override.startswith(f"{key}=") for override in overrides)
+        if knob.names_code and value != knob.default and not typed:
+            problems.append(
+                f"{key}={value} is in a config file, but code runs from there: write it on the "
+                "command line"
+            )
+    return problems
 
 
 def component_problems(cfg: Any) -> list[str]:

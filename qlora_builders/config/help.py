@@ -62,6 +62,8 @@ EXAMPLES = {
         "qlora evaluate adapter.path=runs/NAME/adapter exact_match=20",
         "qlora evaluate checkpoint.dir=merged data.eval=rows.jsonl output=result.json",
         "qlora evaluate --multirun adapter.path=runs/A/adapter,runs/B/adapter output=both.json",
+        "qlora evaluate adapter.path=runs/NAME/adapter exact_match=50 compare=true",
+        "qlora evaluate checkpoint.dir=merged data.eval=null lm_eval.tasks=[arc_easy,hellaswag]",
     ),
     "merge": (
         "qlora merge adapter.path=runs/NAME/adapter output_dir=merged",

@@ -17,15 +17,18 @@ def knob(
     at_most: float | None = None,
     below: float | None = None,
     shapes_curve: bool = True,
+    names_code: bool = False,
 ) -> Any:
     """A config field: default, meaning with unit, allowed values (of each element for a list).
 
     `shapes_curve=False` says that a run may resume with another value: no loss depends on it.
+    `names_code=True` says that code will run from there: given on the command line, or not at all.
     """
     metadata = {
         "meaning": meaning,
         "choices": choices,
         "shapes_curve": shapes_curve,
+        "names_code": names_code,
         "bounds": {">=": at_least, ">": above, "<=": at_most, "<": below},
     }
     if isinstance(default, list | dict):
@@ -44,6 +47,7 @@ class Knob:
     choices: tuple[str, ...] | None
     bounds: dict[str, float | None]
     shapes_curve: bool
+    names_code: bool
 
 
 def knobs(root: type, prefix: str = "") -> dict[str, Knob]:

@@ -22,6 +22,7 @@ from qlora_builders.config.sections import (
     DataConfig,
     DistributedConfig,
     DPOLossConfig,
+    LmEvalConfig,
     LRScheduleConfig,
     MethodConfig,
     ModelConfig,
@@ -117,7 +118,7 @@ class GenerateConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Loss, perplexity and exact match on data.eval."""
+    """Loss, perplexity and exact match on data.eval, and tasks of lm-evaluation-harness."""
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -127,6 +128,10 @@ class EvaluateConfig:
     batch_size: int = knob(8, "rows per forward pass", at_least=1)
     exact_match: int = knob(0, "rows answered greedily and compared; 0: none", at_least=0)
     max_new_tokens: int = knob(128, "longest of those answers, tokens", at_least=1)
+    lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
+    compare: bool = knob(
+        False, "measure the base, the base in NF4 and the base with its adapter, one after another"
+    )
     output: str | None = knob(None, "JSON file for the results; null: only printed")
     dtype: str = base_dtype_knob()
     compute_dtype: str = compute_dtype_knob()

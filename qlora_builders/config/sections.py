@@ -103,6 +103,24 @@ class TokenizerConfig:
 
 
 @dataclass
+class LmEvalConfig:
+    """Tasks of lm-evaluation-harness (extra `lm-eval`)."""
+
+    tasks: list[str] = knob([], "tasks or groups to measure, by name")
+    tasks_dir: str | None = knob(
+        None,
+        "folder with tasks of your own, as YAML; they may run Python, so this is taken from the "
+        "command line only",
+        names_code=True,
+    )
+    num_fewshot: int | None = knob(
+        None, "solved examples before each question; null: as the task says, or none", at_least=0
+    )
+    limit: int | None = knob(None, "documents of each task; null: all", at_least=1)
+    apply_chat_template: bool = knob(False, "ask as a user in the tokenizer's chat template")
+
+
+@dataclass
 class ColumnsConfig:
     """Which columns of the data hold what."""
 

@@ -125,6 +125,12 @@ class ComponentRule:
         """The rank in an adapter file; None without an adapter."""
         return None if self.rank is None else stored_rank(self.rank, self.init_lora_weights)
 
+    def frozen(self) -> ComponentRule:
+        """The rule for the same base alone: no adapter, and nothing that trains."""
+        kind = {"lora": "linear", "qlora": "frozen_nf4"}.get(self.kind, self.kind)
+        kept = {k: v for k, v in self.options.items() if k in KINDS[kind] and k != "trainable"}
+        return ComponentRule(match=self.match, kind=kind, **kept)
+
     @classmethod
     def parse(cls, rule: ComponentRule | Mapping[str, Any]) -> ComponentRule:
         """A rule from the mapping that YAML gives.

@@ -14,7 +14,6 @@ has the divergence for its mean, is never negative and hardly noisy
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +26,7 @@ from qlora_builders.modules import CausalLM
 from qlora_builders.modules.loss import IGNORE_INDEX, trained_rows
 from qlora_builders.training.loop import Batch
 from qlora_builders.training.sensitivity import draw_tokens, log_probabilities
+from qlora_builders.training.statistics import mean_and_error
 
 STANDARD_ERRORS = 2.0  # a smaller difference is a tie: 1 in 40 such wins would be luck
 
@@ -116,19 +116,10 @@ def _at(log_probs: Tensor, tokens: Tensor) -> Tensor:
 
 
 def paired_difference(ours: Measured, theirs: Measured, name: str) -> tuple[float, float]:
-    """(mean `loss` or `kl` of ours - theirs, its standard error over the batches).
-
-    The error is that of a ratio of two sums; infinite for a single batch.
-    """
+    """(mean `loss` or `kl` of ours - theirs, its standard error over the batches)."""
     pairs = list(zip(ours.figures, theirs.figures, strict=True))
-    differences = [(getattr(a, name) - getattr(b, name), a.tokens) for a, b in pairs]
-    total = sum(tokens for _, tokens in differences)
-    mean = sum(difference for difference, _ in differences) / total
-    count = len(differences)
-    if count < 2:
-        return mean, math.inf
-    squares = sum((difference - mean * tokens) ** 2 for difference, tokens in differences)
-    return mean, math.sqrt(squares * count / (count - 1)) / total
+    differences = [getattr(a, name) - getattr(b, name) for a, b in pairs]
+    return mean_and_error(differences, [a.tokens for a, _ in pairs])
 
 
 def decide(

@@ -124,6 +124,26 @@ def test_linear_trains_when_told() -> None:
 # ---- a plan -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            rule(block_size=32, scale_format="bnb", use_dora=True, init_lora_weights="loftq"),
+            {"kind": "frozen_nf4", "block_size": 32, "scale_format": "bnb"},
+        ),
+        (rule(kind="lora", dropout=0.1, use_rslora=True), {"kind": "linear"}),
+        (ComponentRule(match="layers.**", kind="linear", trainable=True), {"kind": "linear"}),
+        (
+            ComponentRule(match="layers.**", kind="frozen_nf4", scale_search=True),
+            {"kind": "frozen_nf4", "scale_search": True},
+        ),
+    ],
+)
+def test_frozen_keeps_the_base(given: ComponentRule, expected: dict[str, Any]) -> None:
+    assert given.frozen() == ComponentRule(match="layers.**", **expected)
+    assert not given.frozen().trains
+
+
 def test_unmatched_slots_are_frozen_linear() -> None:
     plan = resolve([], SLOTS)
     assert list(plan) == SLOTS

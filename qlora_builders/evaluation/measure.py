@@ -1,0 +1,42 @@
+"""Loss, perplexity and exact match of a model, each with the parts that it is the mean of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from qlora_builders.data import Batch, TokenizedDataset
+from qlora_builders.evaluation.figures import Figure, mean_figure
+from qlora_builders.modules import CausalLM
+from qlora_builders.modules.loss import IGNORE_INDEX, sequence_log_probs
+from qlora_builders.training.samples import answer_rows
+
+
+@torch.no_grad()
+def measure_rows(model: CausalLM, batches: Iterable[Batch]) -> dict[str, Figure]:
+    """Loss, nats per target token, and perplexity; their parts are rows, packed ones as one."""
+    losses: list[float] = []
+    tokens: list[int] = []
+    for batch in batches:
+        hidden = model.model(batch.input_ids, document_ids=batch.document_ids)
+        log_probs = sequence_log_probs(hidden, batch.labels, model.lm_head)
+        losses += (-log_probs).tolist()
+        tokens += (batch.labels[:, 1:] != IGNORE_INDEX).sum(1).tolist()
+    loss = mean_figure(losses, tokens)
+    perplexity = math.exp(loss.value)
+    # a small change of the loss moves perplexity by itself times so much
+    parts = [perplexity * part for part in losses]
+    return {"loss": loss, "perplexity": Figure(perplexity, parts, tokens)}
+
+
+def measure_answers(
+    model: CausalLM, data: TokenizedDataset, count: int, *, max_new_tokens: int
+) -> tuple[Figure, list[dict[str, Any]]]:
+    """The share of greedy answers to the first `count` rows that are the reference, and all of
+    them as `answer_rows` gives them."""
+    answers = list(answer_rows(model, data, count, max_new_tokens=max_new_tokens))
+    right = [float(answer["right"]) for answer in answers]
+    return mean_figure(right, [1] * len(right)), answers
