@@ -97,11 +97,10 @@ def values_of_file(override: str, folders: Sequence[Path]) -> list[str]:
     group, _, option = override.partition("=")
     file = next((f for d in folders if (f := d / group / f"{option}.yaml").is_file()), None)
     try:
-        text = file.read_text("utf-8") if file else ""
-        tree: Any = OmegaConf.to_container(OmegaConf.create(text))
-    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):
+        tree = _load(file) if file else None
+    except (OSError, ConfigError, OmegaConfBaseException):
         return []
-    is_global = text.startswith("# @package _global_")
+    is_global = file is not None and file.read_text("utf-8").startswith("# @package _global_")
     if not isinstance(tree, dict) or "defaults" in tree or is_global != (group == "experiment"):
         return []
     values = flatten(tree, "" if is_global else f"{group}.")

@@ -238,4 +238,4 @@ def test_a_folder_that_cannot_be_written_is_one_message(
     assert cli.main([*argv, f"output_dir={tmp_path / 'file' / 'run'}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert "Not a directory" in error
+    assert "file is a file, not a folder; choose another place" in error
