@@ -18,8 +18,11 @@ _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _SLURM = {"SLURM_JOB_ID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
 _RECORD, _END = "\x1e", "\0"
-# bash calls this for every command it does not find, and with an empty PATH it finds none
-_RECORDER = f"command_not_found_handle() {{ printf '%s\\0' \"$@\" $'{_RECORD}'; }}\n"
+# bash calls this for every command it does not find, and with such a PATH it finds none
+_RECORDER = f"""
+readonly PATH
+command_not_found_handle() {{ printf '%s\\0' "$@" $'{_RECORD}'; }}
+"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def commands(script: str, *arguments: str) -> list[list[str]]:
     done = subprocess.run(
         ["/bin/bash", "--norc", "-c", _RECORDER + script, "script", *arguments],
         env={"PATH": "/nonexistent", **_SLURM},
+        cwd=DOCS,  # where no .venv can be activated
         capture_output=True,
         text=True,
         check=True,
