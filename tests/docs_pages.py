@@ -18,11 +18,8 @@ _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _SLURM = {"SLURM_JOB_ID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
 _RECORD, _END = "\x1e", "\0"
-# bash calls this for every command it does not find, and with such a PATH it finds none
-_RECORDER = f"""
-readonly PATH
-command_not_found_handle() {{ printf '%s\\0' "$@" $'{_RECORD}'; }}
-"""
+# bash calls this for every command it does not find, and with an empty PATH it finds none
+_RECORDER = f"command_not_found_handle() {{ printf '%s\\0' \"$@\" $'{_RECORD}'; }}\n"
 
 
 @dataclass(frozen=True)
@@ -48,15 +45,19 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(script: str, *arguments: str) -> list[list[str]]:
-    """What bash would run, each with its arguments as bash reads them."""
+    """What bash would run, each with its arguments as bash reads them.
+
+    The shell is a restricted one: it writes no file, sources none and keeps its PATH.
+    """
     done = subprocess.run(
-        ["/bin/bash", "--norc", "-c", _RECORDER + script, "script", *arguments],
+        ["/bin/bash", "--norc", "-r", "-c", _RECORDER + script, "script", *arguments],
         env={"PATH": "/nonexistent", **_SLURM},
-        cwd=DOCS,  # where no .venv can be activated
         capture_output=True,
         text=True,
         check=True,
     )
+    refused = [line for line in done.stderr.splitlines() if "restricted" in line]
+    assert all("bin/activate" in line for line in refused), refused
     records = done.stdout.split(_RECORD + _END)
     return [record.split(_END)[:-1] for record in records if record]
 
