@@ -88,7 +88,7 @@ def _rules_of(file: Path) -> list[Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 text: {error}") from error
     rules = content.get("components") if isinstance(content, dict) else None
-    if not isinstance(rules, list):
+    if not isinstance(content, dict) or not isinstance(rules, list):
         raise ConfigError(f"{file}: no list of rules under components:")
     others = sorted(str(key) for key in content if key != "components")
     if others:
