@@ -19,7 +19,10 @@ _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _SLURM = {"SLURM_JOB_ID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
 _RECORD, _END = "\x1e", "\0"
 # bash calls this for every command it does not find, and with an empty PATH it finds none
-_RECORDER = f"command_not_found_handle() {{ printf '%s\\0' \"$@\" $'{_RECORD}'; }}\n"
+_RECORDER = f"""
+trap '' PIPE  # none reads what another one pipes to it
+command_not_found_handle() {{ printf '%s\\0' "$@" $'{_RECORD}'; return 0; }}
+"""
 
 
 @dataclass(frozen=True)
