@@ -2,11 +2,12 @@
 
 usage: python scripts/bench_train.py --checkpoint DIR [--seq 512] [--batch 1] [--steps 5]
            [--dtype float32|bfloat16] [--compile auto|on|off] [--activation-checkpointing MODE]
+           [--method qlora|lora|full]
 
-Rank 8 on all seven projections, AdamW, random tokens that all carry loss, dtype for compute. One
-step is warm-up. Between two steps the bound is measured: two products with every linear weight
-(forward, and the gradient of the input) in that dtype, with the weights at hand; `bound_fraction`
-is the median of bound / step.
+Rank 8 on all seven projections (full: every weight trains), AdamW, random tokens that all carry
+loss, dtype for compute. One step is warm-up. Between two steps the bound is measured: two products
+with every linear weight (forward, and the gradient of the input; full training has a third) in that
+dtype, with the weights at hand; `bound_fraction` is the median of bound / step.
 Memory is what the process (or the GPU's allocator) held at its peak over what it had after its
 imports. torch._dynamo (150 MiB) is one of them: every optimizer of torch imports it, and where
 PEFT's imports have been made it is there already.
@@ -33,6 +34,12 @@ from qlora_builders.training.device import bound_heap, resolve_device, set_seed
 from qlora_builders.training.loop import train_step, trainable_parameters
 
 RANK = 8
+ADAPTED = {"match": "layers.**", "rank": RANK, "alpha": 2 * RANK}
+PLANS = {
+    "qlora": [{**ADAPTED, "kind": "qlora"}],
+    "lora": [{**ADAPTED, "kind": "lora"}],
+    "full": [{"match": "**", "kind": "linear", "trainable": True}],
+}
 
 
 def main() -> None:
@@ -41,8 +48,13 @@ def main() -> None:
     memory = PeakMemory(device)
     set_seed(0)
     started = time.perf_counter()
-    plan = [{"match": "layers.**", "kind": "qlora", "rank": RANK, "alpha": 2 * RANK}]
-    model = load_checkpoint(args.checkpoint, plan, device=device, compute_dtype=dtype)
+    model = load_checkpoint(
+        args.checkpoint,
+        PLANS[args.method],
+        train=["**"] if args.method == "full" else [],
+        device=device,
+        compute_dtype=dtype,
+    )
     load_s, load_peak = time.perf_counter() - started, memory.peak_mib()
     model.train()
     model.model.activation_checkpointing = args.activation_checkpointing
@@ -69,6 +81,7 @@ def main() -> None:
     print(f"steps {' '.join(f'{s:.2f}' for s in seconds)} s, bound {statistics.median(bounds):.2f}")
     result = {
         "library": "qlora_builders",
+        "method": args.method,
         "dtype": args.dtype,
         "seq": args.seq,
         "batch": args.batch,
@@ -99,6 +112,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--compile", default="auto", choices=COMPILE_MODES)
     parser.add_argument("--activation-checkpointing", default="none", choices=CHECKPOINTING_MODES)
+    parser.add_argument("--method", default="qlora", choices=list(PLANS))
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 

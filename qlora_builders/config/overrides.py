@@ -113,8 +113,14 @@ def _rules_of(file: Path) -> list[Any]:
         raise ConfigError(f"components={file}: no such file")
     content = _load(file)
     rules = content.get("components") if isinstance(content, dict) else None
-    if not isinstance(rules, list):
+    if not isinstance(content, dict) or not isinstance(rules, list):
         raise ConfigError(f"{file}: no list of rules under components:")
+    others = sorted(str(key) for key in content if key != "components")
+    if others:
+        raise ConfigError(
+            f"{file}: {', '.join(others)} beside components:, which alone is read from such a file;"
+            " set the rest on the command line or in an experiment"
+        )
     for key in (key for rule in rules if isinstance(rule, dict) for key in rule):
         if not re.fullmatch(r"\w+", str(key)):  # hydra's grammar has no words for others
             raise ConfigError(f"{file}: {key!r} is no option of a rule")

@@ -21,6 +21,7 @@ from qlora_builders.checkpoint import (
     stored_plan,
 )
 from qlora_builders.checkpoint.merge_report import streamed_model
+from qlora_builders.config.shipped import demo_path
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.tensor import NF4Tensor, to_nf4
 
@@ -116,9 +117,13 @@ def test_an_update_that_rounding_erases_is_refused(adapted: Build, tmp_path: Pat
     assert save_merged(model, tmp_path / "exact", dtype=torch.float32).total.error == 0
 
 
-def test_an_untrained_adapter_loses_nothing(checkpoints: Callable[..., Path]) -> None:
-    model = load_checkpoint(checkpoints(), QLORA, dtype=torch.float32)
-    merge_adapter(model)
+def test_an_untrained_adapter_loses_nothing() -> None:
+    """Though the logits of this base differ by the noise of two kernels."""
+    model = load_checkpoint(demo_path("base"), QLORA)
+    merged = merge_adapter(model)
+    for name, parameter in merged.named_parameters():
+        own = model.get_parameter(name)
+        assert torch.equal(parameter, own.dequantize() if isinstance(own, NF4Tensor) else own)
 
 
 # ---- quantizing the merged weights --------------------------------------------------------------

@@ -208,6 +208,10 @@ def test_files_that_exist_and_bases_that_are_quantized(
         (None, "no such file"),
         ("- {match: 'layers.**', kind: linear}\n", "no list of rules under components:"),
         ("components: nothing\n", "no list of rules under components:"),
+        (
+            "components: [{match: lm_head, kind: linear}]\ntrain: [norm]\n",
+            "train beside components:, which alone is read from such a file",
+        ),
         ("components: [\n", "plan.yaml, line 2: not valid YAML: expected the node content"),
         ("components: [{'a b': 1}]\n", "'a b' is no option of a rule"),
         ("components: [{match: 'layers.**', kind: linnear}]\n", "did you mean 'linear'"),
