@@ -16,7 +16,7 @@ from qlora_builders.checkpoint import load_with_adapter
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import GenerateConfig
 from qlora_builders.data import Tokenizer
-from qlora_builders.errors import DataError
+from qlora_builders.errors import ConfigError, DataError
 from qlora_builders.models import generate_batch
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 
@@ -25,6 +25,10 @@ def main(cfg: GenerateConfig) -> None:
     prompts = list(read_prompts(cfg))
     device = resolve_device(cfg.device)
     tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
+    if cfg.system is not None and tokenizer.chat_template is None:
+        raise ConfigError(
+            "system has no effect: the tokenizer has no chat template; write it into the prompt"
+        )
     model = load_with_adapter(
         cfg.checkpoint.dir,
         cfg.adapter.path,

@@ -339,6 +339,10 @@ COMMANDS: dict[str, Case] = {
         "generate checkpoint.dir=tiny tokenizer.path=no_bos prompt= chat=false",
         "the prompt has 0 tokens; allowed: 1 to 128",
     ),
+    "system without a template": (
+        "generate checkpoint.dir=tiny tokenizer.path=no_template prompt=hi system=short",
+        "system has no effect: the tokenizer has no chat template; write it into the prompt",
+    ),
     "long prompt": (
         f"generate checkpoint.dir=tiny prompt='{'word ' * 99}'",
         "tokens; allowed: 1 to 128",

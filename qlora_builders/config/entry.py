@@ -7,6 +7,7 @@ if __name__ == "__main__":
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from qlora_builders.errors import ConfigError, QLoRAError
 USER_ERROR = 2
 _LONGEST_LINE = 2000  # characters
 INTERRUPTED = 130  # what shells report for Ctrl-C
+BROKEN_PIPE = 141  # and for a reader that has left
 
 
 def run_recipe(main: Callable[[Any], object], verb: str, argv: Sequence[str] | None = None) -> int:
@@ -42,10 +44,15 @@ def run_recipe(main: Callable[[Any], object], verb: str, argv: Sequence[str] | N
 def with_errors(run: Callable[[], int]) -> int:
     """The exit code of `run()`; what a user can put right is printed, and is USER_ERROR."""
     try:
-        return run()
+        code = run()
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # of `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of the buffer
+        return BROKEN_PIPE
     except (QLoRAError, ImportError, OSError) as error:
         if isinstance(error, ImportError) and not _is_missing_extra(error):
             raise

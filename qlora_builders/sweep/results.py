@@ -16,6 +16,7 @@ from rich.table import Table
 from qlora_builders.config.schema import TRAINING_VERBS
 from qlora_builders.config.sweep import short_names
 from qlora_builders.errors import ConfigError
+from qlora_builders.outputs import write_whole
 from qlora_builders.report import read_run
 from qlora_builders.report.figures import final_figures
 from qlora_builders.strict_json import parse_json
@@ -79,7 +80,6 @@ def _known(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def write_results(folder: Path, verb: str, results: Sequence[Result]) -> None:
     """Both files, each in one step."""
-    folder.mkdir(parents=True, exist_ok=True)
     ordered = ranked(results)
     text = json.dumps({"verb": verb, "jobs": [asdict(r) for r in ordered]}, indent=2)
     table = StringIO()
@@ -88,9 +88,7 @@ def write_results(folder: Path, verb: str, results: Sequence[Result]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     for name, content in ((RESULTS_FILE, text + "\n"), ("sweep.csv", table.getvalue())):
-        partial = folder / f"{name}.partial"
-        partial.write_text(content, "utf-8")
-        partial.replace(folder / name)
+        write_whole(folder / name, content.encode())
 
 
 def read_results(folder: Path) -> list[Result]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 from omegaconf import OmegaConf
 
-from qlora_builders.config.entry import run_recipe
+from qlora_builders.config.entry import BROKEN_PIPE, run_recipe
 from qlora_builders.config.instantiate import resolve_component
 from qlora_builders.config.knobs import knobs
 from qlora_builders.config.schema import ROOTS, FinetuneConfig
@@ -174,3 +176,13 @@ def test_allow_lasts_for_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert run_recipe(main, "finetune", argv) == 2
     assert run_recipe(main, "finetune", [*argv, "--allow", "my_optimizers"]) == 0
     assert calls == [{"lr": 1e-4}]
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As in `qlora finetune --print-config | head -1`."""
+    command = [sys.executable, "-m", "qlora_builders.cli", "finetune", "--print-config"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (BROKEN_PIPE, b"")
