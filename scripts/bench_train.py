@@ -67,13 +67,14 @@ def main() -> None:
     shape = (args.batch, args.seq)
     ids = torch.randint(model.spec.arch.vocab_size, shape, generator=generator).to(device)
     batch = Batch(ids, ids, rows=list(range(args.batch)))
-    seconds, bounds, losses, faults = [], [], [], []
+    seconds, cpu_seconds, bounds, losses, faults = [], [], [], [], []
     for _ in range(args.steps + 1):
         memory.reset()
         faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         losses.append(train_step(model, [batch], optimizer, clip_grad_norm=1.0).loss)
         seconds.append(time.perf_counter() - started)
+        cpu_seconds.append(time.process_time() - cpu_started)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before)
         peak = memory.peak_mib()
         bounds.append(matmul_seconds(model, ids.numel(), dtype))
@@ -91,6 +92,7 @@ def main() -> None:
         "load_peak_mib": round(load_peak),
         "first_step_s": round(seconds[0], 2),
         "step_s": round(step_s, 3),
+        "step_cpu_s": round(statistics.median(cpu_seconds[1:]), 3),
         "tok_s": round(ids.numel() / step_s, 1),
         "bound_s": round(statistics.median(bounds[1:]), 3),
         "bound_fraction": round(
