@@ -50,7 +50,7 @@ def check_run(
     for role, data in (("train", train_data), ("eval", eval_data)):
         if data is not None:
             check_token_range(data.dataset, model.spec.arch.vocab_size)
-            check_positions(data.dataset, model)
+            check_positions(data.dataset, model.spec.arch.max_position_embeddings)
             found.append(f"{role} {data.summary()}")
     dataset = train_data.dataset
     warnings = [*stop_warnings(dataset), *lr_warnings(optimizer)]
@@ -67,12 +67,11 @@ def check_run(
     return [*found, *(f"warning: {line}" for line in warnings)]
 
 
-def check_positions(dataset: TokenizedDataset, model: CausalLM) -> None:
+def check_positions(dataset: TokenizedDataset, positions: int) -> None:
     """
     Raises:
-        DataError: naming the first row that is too long.
+        DataError: naming the first row that is longer than the model's positions.
     """
-    positions = model.spec.arch.max_position_embeddings
     lengths = np.diff(dataset.offsets)
     if lengths.max() > positions:
         index = int(np.argmax(lengths > positions))

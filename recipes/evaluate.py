@@ -40,6 +40,7 @@ from qlora_builders.evaluation import (
 )
 from qlora_builders.modules import CausalLM
 from qlora_builders.outputs import check_writable, write_whole
+from qlora_builders.preflight import check_positions
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 
 
@@ -109,6 +110,7 @@ def read_rows(cfg: EvaluateConfig, tokenizer: Tokenizer) -> Batches:
     )
     arch = read_arch(cfg.checkpoint.dir, format=cfg.checkpoint.format)
     check_token_range(data, arch.vocab_size)
+    check_positions(data, arch.max_position_embeddings)
     return Batches(
         data,
         batch_size=cfg.batch_size,

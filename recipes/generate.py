@@ -78,6 +78,8 @@ def read_prompts(cfg: GenerateConfig) -> Iterator[str]:
         file = Path(cfg.prompts_file)
         try:
             prompts = [line for line in file.read_text("utf-8").splitlines() if line]
+        except FileNotFoundError as error:
+            raise DataError(f"prompts_file={file}: no such file") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: not UTF-8 text: {error.reason} at {error.start}") from error
         if not prompts:

@@ -19,7 +19,8 @@ from qlora_builders.report import read_run, write_report
 
 def main(cfg: ReportConfig) -> None:
     runs = [read_run(path) for path in dict.fromkeys(cfg.runs)]
-    output = Path(cfg.output) if cfg.output else runs[0].path / "report.html"
+    folder = runs[0].path if len(runs) == 1 else Path()
+    output = Path(cfg.output) if cfg.output else folder / "report.html"
     print(f"wrote {write_report(runs, output)}")
 
 

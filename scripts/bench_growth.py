@@ -1,10 +1,12 @@
 """How a step's time and memory grow with the length of its row; the last line printed is JSON.
 
-usage: python scripts/bench_growth.py [--seqs 512,1024,2048] [--layers 2,4,8] [--repeat 3]
+usage: python scripts/bench_growth.py [--seqs 512,1024,2048] [--layers 2,4,8] [--repeat 2]
+           [--steps 1]
 
 A step of QLoRA (rank 8 on all seven projections, float32, full activation checkpointing, layers not
 compiled, batch 1) on Llamas of Llama-3.2-1B's width with random weights and a vocabulary of 32,000.
-Every measurement is a process of its own (`bench_train.py`).
+Every measurement is a process of its own (`bench_train.py`), with one thread: so that CPU time,
+which other work on the machine changes little, says how long a step takes.
 
 Time, at the second of `--layers`, `--repeat` alternating runs: `excess` is the time per token over
 that of the shortest row, less the time of attention's own FLOPs, measured as scaled dot product
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -38,8 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seqs", default="512,1024,2048")
     parser.add_argument("--layers", default="2,4,8")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1)
     args = parser.parse_args()
     seqs = [int(seq) for seq in args.seqs.split(",")]
     layers = [int(count) for count in args.layers.split(",")]
@@ -48,7 +51,7 @@ def main() -> None:
             count: measure(
                 checkpoint(Path(folder), count),
                 seqs,
-                steps=args.steps if count == layers[1] else 1,
+                steps=args.steps,
                 repeat=args.repeat if count == layers[1] else 1,
             )
             for count in layers
@@ -78,18 +81,23 @@ def checkpoint(folder: Path, num_layers: int) -> str:
 
 
 def measure(path: str, seqs: list[int], *, steps: int, repeat: int) -> dict[int, dict[str, float]]:
-    """Median step_s and peak_mib for every length."""
+    """Median step_cpu_s and peak_mib for every length."""
     runs: dict[int, list[dict[str, Any]]] = {seq: [] for seq in seqs}
     for _ in range(repeat):
         for seq in seqs:
             command = [sys.executable, str(Path(__file__).with_name("bench_train.py"))]
             command += ["--checkpoint", path, "--seq", str(seq), "--steps", str(steps)]
             command += ["--compile", "off", "--activation-checkpointing", "full"]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            output = subprocess.run(
+                command, check=True, capture_output=True, text=True, env=environment
+            ).stdout
             runs[seq].append(json.loads(output.splitlines()[-1]))
             print(path.rpartition("/")[2], output.splitlines()[-1], flush=True)
     return {
-        seq: {key: statistics.median(run[key] for run in group) for key in ("step_s", "peak_mib")}
+        seq: {
+            key: statistics.median(run[key] for run in group) for key in ("step_cpu_s", "peak_mib")
+        }
         for seq, group in runs.items()
     }
 
@@ -101,8 +109,8 @@ def time_growth(runs: dict[int, dict[str, float]], num_layers: int) -> list[dict
         rows.append(
             {
                 "seq": seq,
-                "step_s": run["step_s"],
-                "ms_per_token": 1e3 * run["step_s"] / seq,
+                "step_cpu_s": run["step_cpu_s"],
+                "ms_per_token": 1e3 * run["step_cpu_s"] / seq,
                 "attention_ms_per_token": 1e3 * attention / seq,
             }
         )
@@ -140,14 +148,15 @@ def attention_seconds(seq: int) -> float:
         torch.randn(1, heads, seq, HEAD_DIM, requires_grad=True)
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
+    torch.set_num_threads(1)
     times = []
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.process_time()
         with torch.no_grad():
             F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         output.backward(torch.ones_like(output))
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return statistics.median(times)
 
 

@@ -1,6 +1,6 @@
 """What the demo task is learned to, by QLoRA and by LoRA on the 16-bit base; last line JSON.
 
-usage: python scripts/bench_learning.py [--seeds 0,1,2] [--steps 30,100] [--rows 200]
+usage: python scripts/bench_learning.py [--seeds 0,1,2] [--steps 30,60] [--rows 100]
 
 A run of `experiment=demo_qlora` for every method, number of steps and seed (of adapters, data order
 and generators), then loss and exact match on rows that were held out: right answers of `--rows`.
@@ -25,8 +25,8 @@ METHODS = ("lora", "qlora")
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", default="30,100")
-    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--steps", default="30,60")
+    parser.add_argument("--rows", type=int, default=100)
     args = parser.parse_args()
     table = []
     for steps in args.steps.split(","):

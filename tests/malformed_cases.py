@@ -264,7 +264,10 @@ BASES: dict[str, Case] = {
 }
 # tokenizer.path -> the same
 TOKENIZERS: dict[str, Case] = {
-    "absent": ("no such directory: absent; set tokenizer.path or checkpoint.dir",),
+    "absent": (
+        "no such directory: absent; set checkpoint.dir (or tokenizer.path)",
+        "downloaded first",
+    ),
     "no_tokenizer": ("no tokenizer.json in no_tokenizer; set tokenizer.path to a directory",),
     "cut_tokenizer": ("cut_tokenizer/tokenizer.json: not a tokenizer.json this can read: ",),
     "stray_token": ("stray_token/tokenizer.json: not a tokenizer.json this can read: ",),
@@ -332,12 +335,24 @@ COMMANDS: dict[str, Case] = {
     "no budget": ("plan", "a budget is required: write budget=6GiB or bits=4.6"),
     "no runs": ("report", "a run is required: write qlora report RUN"),
     "no run": ("report nothing", "'nothing' is no run directory", "give the output_dir"),
-    "absent prompts": ("generate checkpoint.dir=tiny prompts_file=no.txt", "no.txt", "No such fil"),
+    "absent prompts": (
+        "generate checkpoint.dir=tiny prompts_file=no.txt",
+        "no such file",
+        "No such fil",
+    ),
     "empty prompts": ("generate checkpoint.dir=tiny prompts_file=empty.txt", "holds no prompt"),
     "latin prompts": ("generate checkpoint.dir=tiny prompts_file=latin.txt", "not UTF-8 text"),
     "empty prompt": (
         "generate checkpoint.dir=tiny tokenizer.path=no_bos prompt= chat=false",
         "the prompt has 0 tokens; allowed: 1 to 128",
+    ),
+    "chat rows read as instruct": (
+        "evaluate checkpoint.dir=tiny data.eval=empty_chat.jsonl",
+        "(there are: messages); rows like this one are read with data=chat",
+    ),
+    "rows longer than the positions": (
+        "evaluate checkpoint.dir=tiny data.eval=long.jsonl data.max_seq_len=9999",
+        "but the model was made for 128 positions; lower data.max_seq_len",
     ),
     "system without a template": (
         "generate checkpoint.dir=tiny tokenizer.path=no_template prompt=hi system=short",

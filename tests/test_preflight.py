@@ -74,8 +74,8 @@ def test_rows_longer_than_the_positions(model: CausalLM, data: Data) -> None:
     with pytest.raises(
         DataError, match=r"rows\.jsonl, line 2: has \d+ tokens, but .* data\.max_seq_len"
     ):
-        check_positions(dataset, model)
-    check_positions(data(ROW), model)
+        check_positions(dataset, model.spec.arch.max_position_embeddings)
+    check_positions(data(ROW), model.spec.arch.max_position_embeddings)
 
 
 def test_answers_that_never_end(data: Data) -> None:

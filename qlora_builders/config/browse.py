@@ -78,8 +78,9 @@ def _dispatch(options: argparse.Namespace) -> int:
     command, *names = options.words
     configs = find_configs(config_folders(options.config_dir))
     if command == "ls" and not names:
+        width = max(map(len, configs))
         for name, file in configs.items():
-            print(f"{name:<36}{_summary(file)}")
+            print(f"{name:<{width}}  {_summary(file)}")
     elif command == "show" and len(names) == 1:
         print(_find(names[0], configs)[1].read_text("utf-8"), end="")
     elif command == "cp" and len(names) == 2:

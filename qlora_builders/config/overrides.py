@@ -171,10 +171,30 @@ def quote(value: str) -> str:
     return f"'{escaped}'"
 
 
+# what other libraries call some keys
+OTHER_NAMES = {
+    "gradient_accumulation_steps": "training.grad_accumulation",
+    "gradient_checkpointing": "training.activation_checkpointing",
+    "learning_rate": "optimizer.lr",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "lora_r": "method.rank",
+    "lr": "optimizer.lr",
+    "max_seq_length": "data.max_seq_len",
+    "num_train_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.batch_size",
+    "r": "method.rank",
+    "target_modules": "method.targets",
+}
+
+
 def unknown_key(key: str, verb: str) -> str:
     """The message for a key that the schema lacks, with the spelling that was probably meant."""
     known = known_keys(verb)
     last = key.rpartition(".")[2]
+    other_name = OTHER_NAMES.get(last, "")
+    if other_name.partition(".")[0] in {other.partition(".")[0] for other in known}:
+        return f"unknown key {key!r}; it is {other_name!r} here"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     near += [other for other in known if other.rpartition(".")[2] == last]
     near += difflib.get_close_matches(key, known, n=1)

@@ -217,7 +217,9 @@ class ReportConfig:
     """Write one self-contained HTML page on one run, or on several beside each other."""
 
     runs: list[str] = knob([], "run folders; may be given without `runs=`")
-    output: str | None = knob(None, "HTML file; null: report.html in the first run's folder")
+    output: str | None = knob(
+        None, "HTML file; null: report.html in the run's folder, here for several"
+    )
 
 
 ROOTS: dict[str, type] = {

@@ -346,10 +346,23 @@ def _column(columns: Mapping[str, str | None], key: str) -> str:
     return name
 
 
+# what a row holds -> the format that reads it
+_FORMAT_OF_COLUMN = {
+    "messages": "chat",
+    "conversations": "chat",
+    "chosen": "preference",
+    "text": "text",
+    "completion": "instruct",
+}
+
+
 def _value(row: Row, column: str) -> Any:
     if column not in row:
         match = nearest(column, row)
         hint = f"; did you mean {match!r}?" if match is not None else ""
+        fitting = next((f for name, f in _FORMAT_OF_COLUMN.items() if name in row), None)
+        if not hint and fitting is not None:
+            hint = f"; rows like this one are read with data={fitting}"
         raise DataError(f"no column {column!r} (there are: {', '.join(sorted(row))}){hint}")
     return row[column]
 

@@ -275,7 +275,8 @@ def _take_post_processor(backend: tokenizers.Tokenizer) -> tuple[list[int], list
 def _missing_tokenizer(folder: Path) -> str:
     if not folder.is_dir():
         return (
-            f"no such directory: {folder}; set tokenizer.path or checkpoint.dir to one that exists"
+            f"no such directory: {folder}; set checkpoint.dir (or tokenizer.path) to one that "
+            "exists: models of the hub have to be downloaded first"
         )
     message = f"no tokenizer.json in {folder}; "
     if (folder / "tokenizer.model").is_file():

@@ -43,67 +43,55 @@ def train(
         CheckpointError: if a checkpoint cannot be written.
         SystemExit: after a signal, with a checkpoint to go on from.
     """
+    cfg, ranks, device, total_steps = run.cfg.training, run.ranks, run.device, data.total_steps
+    model.train()
+    step = run.start.step
+    _evaluate(run, data, model, log, objective, step)
     with Checkpoints(run, data, model, optimizer, log) as checkpoints:
-        step = _train(run, data, model, optimizer, schedule, log, objective, checkpoints)
+        while step < total_steps and not log.stop.agreed():
+            step += 1
+            ranks.seed_step(cfg.seed, step)
+            batches = data.train.of_step(step, cfg.grad_accumulation, device)
+            started = time.perf_counter()
+            try:
+                result = train_step(
+                    model,
+                    batches,
+                    optimizer,
+                    clip_grad_norm=cfg.clip_grad_norm,
+                    gather=ranks.gather,
+                    objective=objective,
+                )
+            except TrainingError as error:
+                _save_before(step, run, model, checkpoints)
+                raise _with_advice(error, run, step) from error
+            lr = float(schedule.get_last_lr()[0])
+            schedule.step()
+            if step % cfg.log_every == 0 or step == total_steps:
+                seconds, memory = time.perf_counter() - started, peak_memory_mib(device)
+                row = step_row(step, result, lr=lr, seconds=seconds, memory=memory)
+                log.metrics.write(**row)
+                log.progress.step(row)
+            if _is_due(step, cfg.save_every):
+                checkpoints.save(step)
+            _evaluate(run, data, model, log, objective, step)
         stopped = log.stop.agreed()
         if stopped:
             checkpoints.finish()
-            if step and not run.ranks.on_main(step_folder(run.folder, step).exists):
+            if step and not ranks.on_main(step_folder(run.folder, step).exists):
                 checkpoints.save(step)
-    run.ranks.on_main(lambda: write_csv(run.folder))
+    ranks.on_main(lambda: write_csv(run.folder))
     if stopped:
         _leave(run, log, step)
 
 
-def _train(
-    run: Run,
-    data: Data,
-    model: CausalLM,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    log: Log,
-    objective: Objective,
-    checkpoints: Checkpoints,
-) -> int:
-    """Up to the last step, or the one at which a signal asked to stop."""
-    cfg, ranks, device, total_steps = run.cfg.training, run.ranks, run.device, data.total_steps
-    parameters = trainable_parameters(model)
-
-    model.train()
-    step = run.start.step
-    _evaluate(run, data, model, log, objective, step)
-    while step < total_steps and not log.stop.agreed():
-        step += 1
-        ranks.seed_step(cfg.seed, step)
-        batches = data.train.of_step(step, cfg.grad_accumulation, device)
-        started = time.perf_counter()
-        try:
-            result = train_step(
-                model,
-                batches,
-                optimizer,
-                clip_grad_norm=cfg.clip_grad_norm,
-                gather=ranks.gather,
-                objective=objective,
-            )
-        except TrainingError as error:
-            checkpoints.finish()
-            saved = ranks.on_main(lambda: bool(step_folders(run.folder)))
-            if step > 1 and not saved and all_finite(parameters, gather=ranks.gather):
-                checkpoints.save(step - 1)
-                checkpoints.finish()
-            raise _with_advice(error, run, step) from error
-        lr = float(schedule.get_last_lr()[0])
-        schedule.step()
-        if step % cfg.log_every == 0 or step == total_steps:
-            seconds, memory = time.perf_counter() - started, peak_memory_mib(device)
-            row = step_row(step, result, lr=lr, seconds=seconds, memory=memory)
-            log.metrics.write(**row)
-            log.progress.step(row)
-        if _is_due(step, cfg.save_every):
-            checkpoints.save(step)
-        _evaluate(run, data, model, log, objective, step)
-    return step
+def _save_before(step: int, run: Run, model: CausalLM, checkpoints: Checkpoints) -> None:
+    """A checkpoint of the step before a bad one, where there is none and it would be good."""
+    checkpoints.finish()
+    saved = run.ranks.on_main(lambda: bool(step_folders(run.folder)))
+    if step > 1 and not saved and all_finite(trainable_parameters(model), gather=run.ranks.gather):
+        checkpoints.save(step - 1)
+        checkpoints.finish()
 
 
 def _with_advice(error: TrainingError, run: Run, step: int) -> TrainingError:

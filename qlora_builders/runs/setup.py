@@ -140,7 +140,9 @@ def look_ahead(
     """
     compiled = data.about["compile"]
     checked = check_run(run.cfg, model, data.train, data.eval, optimizer, compiled)
-    return [*run.start.messages, *checked, f"{data.total_steps} steps to do"]
+    left = data.total_steps - run.start.step
+    of_all = f" of {data.total_steps}" if run.start.step else ""
+    return [*run.start.messages, *checked, f"{left}{of_all} steps to do"]
 
 
 def _first_step(cfg: FinetuneConfig, folder: Path, ranks: Ranks) -> Start:

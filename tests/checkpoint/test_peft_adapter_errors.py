@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,9 @@ def test_unreadable_weights(adapter: Path) -> None:
 def test_missing_files(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="missing; expected a PEFT adapter directory"):
         read_adapter(tmp_path / "nowhere")
+    shutil.copytree(adapter, tmp_path / "run" / "adapter")
+    with pytest.raises(CheckpointError, match=r"did you mean .*run/adapter\?"):
+        read_adapter(tmp_path / "run")
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: cannot be read"):
         read_adapter(adapter)

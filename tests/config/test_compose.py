@@ -209,6 +209,8 @@ def test_null() -> None:
     ("overrides", "message"),
     [
         (["training.bach_size=2"], r"unknown key 'training\.bach_size'; .*'training\.batch_size'"),
+        (["training.learning_rate=1"], r"'training\.learning_rate'; it is 'optimizer\.lr' here"),
+        (["r=8"], r"unknown key 'r'; it is 'method\.rank' here"),
         (["batch_size=2"], r"unknown key 'batch_size'; did you mean 'training\.batch_size'\?"),
         (["+training.foo=1"], r"unknown key 'training\.foo'"),
         (["++foo=1"], r"unknown key 'foo'"),

@@ -217,7 +217,7 @@ def test_no_template(make_tokenizer: Callable[..., Tokenizer]) -> None:
 
 
 def test_errors_name_file_and_remedy(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such directory: .*nowhere; set tokenizer\.path"):
+    with pytest.raises(DataError, match=r"no such directory: .*nowhere; set checkpoint\.dir"):
         Tokenizer.from_dir(tmp_path / "nowhere")
     empty = tmp_path / "empty"
     empty.mkdir()

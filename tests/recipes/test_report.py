@@ -72,7 +72,10 @@ def test_the_csv_has_every_step(run: Path) -> None:
 
 
 def test_the_command_takes_folders_and_keys(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (run / "report.html").unlink()
     assert cli.main(["report", str(run)]) == 0  # a folder with a = in its name
@@ -80,6 +83,9 @@ def test_the_command_takes_folders_and_keys(
     other = tmp_path / "a 'quoted', {odd} name"
     other.mkdir()
     (other / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", str(run), str(other)]) == 0
+    assert (tmp_path / "report.html").is_file()  # neither run's own is replaced
     output = tmp_path / "new" / "both.html"
     assert cli.main(["report", str(run), str(other), f"output={output}"]) == 0
     page = output.read_text()
