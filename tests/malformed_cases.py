@@ -337,8 +337,7 @@ COMMANDS: dict[str, Case] = {
     "no run": ("report nothing", "'nothing' is no run directory", "give the output_dir"),
     "absent prompts": (
         "generate checkpoint.dir=tiny prompts_file=no.txt",
-        "no such file",
-        "No such fil",
+        "prompts_file=no.txt: no such file",
     ),
     "empty prompts": ("generate checkpoint.dir=tiny prompts_file=empty.txt", "holds no prompt"),
     "latin prompts": ("generate checkpoint.dir=tiny prompts_file=latin.txt", "not UTF-8 text"),
