@@ -305,7 +305,10 @@ FAULTS: dict[str, Case] = {
     "a_record": ("a_record/qlora_base.json: not a record of a base: 3 is not a list",),
     "a_dtype": ("qlora_base.json: dtype is 'int8'; allowed: float32, bfloat16, float16",),
     "a_plan": ("qlora_base.json plans other adapters, ranks or use_dora than",),
-    "adapter checkpoint.dir=other": ("this is not the base that the adapter was trained on",),
+    "adapter checkpoint.dir=other": (
+        "this is not the base that the adapter was trained on",
+        "Load that one, ",
+    ),
     "adapter checkpoint.dir=nf4": ("this is not the base that the adapter was trained on",),
     "adapter quantize=int8": ("quantize='int8' is not allowed; allowed: auto, nf4, none",),
 }

@@ -193,9 +193,14 @@ def check_base(
     if "dtype" in aspects and record.dtype != model.spec.dtype:
         problems.append(f"dtype: trained on {record.dtype}, here {model.spec.dtype}")
     if problems:
+        config = read_json_object(
+            source / "adapter_config.json", expected="a PEFT adapter directory"
+        )
+        name = config.get("base_model_name_or_path")
+        that_one = f"that one, {name}" if name else "that one"
         raise CheckpointError(
             f"{source / BASE_FILE}: this is not the base that the adapter was trained on "
-            f"({'; '.join(problems)}). Load that one, or accept another function with {ALLOW}"
+            f"({'; '.join(problems)}). Load {that_one}, or accept another function with {ALLOW}"
         )
 
 
