@@ -68,7 +68,10 @@ def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
     """Check an override's key against the schema and spell its value for hydra's grammar."""
     match = OVERRIDE.fullmatch(override)
     if match is None:
-        raise ConfigError(f"{override!r} is not KEY=VALUE, such as training.batch_size=8")
+        raise ConfigError(
+            f"{override!r} is not KEY=VALUE, such as training.batch_size=8; "
+            "put quotes around a value with spaces"
+        )
     sign, key, value = match[1], match[2].strip(), match[3]
     if sign == "~":
         raise ConfigError(f"{override!r}: keys cannot be removed; write {key}=null to unset one")

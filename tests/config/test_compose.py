@@ -269,7 +269,8 @@ def test_every_kind_of_mistake_is_in_one_error() -> None:
         "optimizer=adamv: no such config; did you mean 'adamw'?",
         "unknown key 'training.bach_size'; did you mean 'training.batch_size'?",
         "training.max_steps: Value 'ten' could not be converted to Integer",
-        "'training.seed' is not KEY=VALUE, such as training.batch_size=8",
+        "'training.seed' is not KEY=VALUE, such as training.batch_size=8; "
+        "put quotes around a value with spaces",
         "training.epochs=0 must be >= 1",
         "device='gpu' is not allowed; allowed: auto, cpu, cuda, cuda:N",
     ]
