@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qlora_builders.checkpoint.json_files import read_json_object
+from qlora_builders.checkpoint.peft_config import CONFIG_FILE
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.errors import CheckpointError, PlanError
 from qlora_builders.models import BaseCheckpoint, ComponentRule
@@ -193,9 +194,7 @@ def check_base(
     if "dtype" in aspects and record.dtype != model.spec.dtype:
         problems.append(f"dtype: trained on {record.dtype}, here {model.spec.dtype}")
     if problems:
-        config = read_json_object(
-            source / "adapter_config.json", expected="a PEFT adapter directory"
-        )
+        config = read_json_object(source / CONFIG_FILE, expected="a PEFT adapter directory")
         name = config.get("base_model_name_or_path")
         that_one = f"that one, {name}" if name else "that one"
         raise CheckpointError(

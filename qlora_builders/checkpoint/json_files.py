@@ -18,9 +18,7 @@ def read_json_object(file: Path, *, expected: str) -> dict[str, Any]:
         CheckpointError: if the file is missing or does not hold one JSON object.
     """
     if not file.is_file():
-        inside = file.parent / "adapter"  # of a run
-        hint = f"; did you mean {inside}?" if (inside / file.name).is_file() else ""
-        raise CheckpointError(f"{file}: missing; expected {expected}{hint}")
+        raise CheckpointError(f"{file}: missing; expected {expected}")
     try:
         content = parse_json(file.read_bytes())
     except ValueError as error:

@@ -189,8 +189,9 @@ def read_peft_config(directory: Path) -> PeftConfig:
         CheckpointError: for a missing file, a value of the wrong type or out of range, or a
             feature that we do not have.
     """
-    file = directory / CONFIG_FILE
-    config = read_json_object(file, expected="a PEFT adapter directory")
+    file, of_run = directory / CONFIG_FILE, directory / "adapter"
+    hint = f"; did you mean {of_run}?" if (of_run / CONFIG_FILE).is_file() else ""
+    config = read_json_object(file, expected=f"a PEFT adapter directory{hint}")
     if config.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"{file}: peft_type is {config['peft_type']!r}; only LORA is read")
     for key, allowed in _UNSUPPORTED.items():

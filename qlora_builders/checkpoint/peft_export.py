@@ -57,14 +57,16 @@ def save_adapter(model: CausalLM, path: str | Path, *, base_model: str = "") -> 
     Raises:
         CheckpointError: if the model has no adapter, or `path` cannot be written.
     """
-    write_adapter(collect_adapter(model, base_model=base_model), path)
-
-
-def write_adapter(adapter: AdapterFiles, path: str | Path) -> None:
+    adapter = collect_adapter(model, base_model=base_model)
     with atomic_directory(path, marker=CONFIG_FILE) as directory:
-        (directory / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2) + "\n")
-        (directory / BASE_FILE).write_text(json.dumps(adapter.base, indent=2) + "\n")
-        write_tensors(adapter.tensors, directory / WEIGHTS_FILE)
+        write_adapter_files(adapter, directory)
+
+
+def write_adapter_files(adapter: AdapterFiles, directory: Path) -> None:
+    """Into a folder that is there."""
+    (directory / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2) + "\n")
+    (directory / BASE_FILE).write_text(json.dumps(adapter.base, indent=2) + "\n")
+    write_tensors(adapter.tensors, directory / WEIGHTS_FILE)
 
 
 def collect_adapter(model: CausalLM, *, base_model: str = "") -> AdapterFiles:

@@ -36,7 +36,11 @@ from qlora_builders.checkpoint.hf_llama import (
 )
 from qlora_builders.checkpoint.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from qlora_builders.checkpoint.peft_adapter import load_adapter
-from qlora_builders.checkpoint.peft_export import AdapterFiles, collect_adapter, write_adapter
+from qlora_builders.checkpoint.peft_export import (
+    AdapterFiles,
+    collect_adapter,
+    write_adapter_files,
+)
 from qlora_builders.checkpoint.safetensors_io import MAX_SHARD_BYTES, atomic_directory, open_tensors
 from qlora_builders.checkpoint.sharded_state import (
     has_parts,
@@ -154,7 +158,8 @@ def write_step(
             on_main(lambda: write_manifest(directory))
             on_main(opened.close)
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+        reason = error.strerror or error  # as the main rank, on which atomic_directory says it
+        raise CheckpointError(f"{folder}: cannot be written: {reason}") from error
 
 
 def read_step(folder: Path) -> tuple[int, dict[str, Any]]:
@@ -234,7 +239,7 @@ def _on_host(tensors: T) -> T:
 def _write_whole(state: StepState, directory: Path) -> None:
     """What the main rank writes: all but `parts`."""
     if isinstance(state.trained, AdapterFiles):
-        write_adapter(state.trained, directory)
+        write_adapter_files(state.trained, directory)
     elif state.trained is not None:
         write_hf_files(
             [lazy_parameter(name, tensor, None) for name, tensor in state.trained.items()],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,7 +51,10 @@ def with_errors(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # of `| head`, which has seen enough
+    except BrokenPipeError as error:
+        if not _has_lost_its_reader(sys.stdout.fileno()):
+            report(error)
+            return USER_ERROR
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest of the buffer
         return BROKEN_PIPE
     except (QLoRAError, ImportError, OSError) as error:
@@ -63,6 +67,13 @@ def with_errors(run: Callable[[], int]) -> int:
             raise
         report(QLoRAError(f"out of memory: {_short(error)}; see `qlora estimate --help`"))
         return USER_ERROR
+
+
+def _has_lost_its_reader(descriptor: int) -> bool:
+    """As where `| head` has seen enough."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def report(error: Exception) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from qlora_builders.checkpoint import save_adapter, save_checkpoint
 from qlora_builders.checkpoint.train_state import has_adapters
 from qlora_builders.config.schema import FinetuneConfig
-from qlora_builders.distributed import Ranks, whole_parameters
+from qlora_builders.distributed import whole_parameters
 from qlora_builders.errors import QLoRAError
 from qlora_builders.modules import CausalLM
 from qlora_builders.report import read_run, write_report
@@ -19,8 +17,6 @@ from qlora_builders.training.device import resolve_dtype
 from qlora_builders.training.loop import check_adapters_learned
 from qlora_builders.training.progress import plot_losses
 
-T = TypeVar("T")
-
 
 def save_result(run: Run, model: CausalLM, log: Log) -> None:
     """adapter/ (PEFT layout) or model/ (Hugging Face layout).
@@ -29,7 +25,8 @@ def save_result(run: Run, model: CausalLM, log: Log) -> None:
         TrainingError: if the adapters have learned nothing.
     """
     check_adapters_learned(model, gather=run.ranks.gather)
-    written = write_whole(model, run.ranks, lambda: _save_trained(model, run.folder, run.cfg))
+    with whole_parameters(model, run.ranks, only_trained=has_adapters(model)):
+        written = run.ranks.on_main(lambda: _save_trained(model, run.folder, run.cfg))
     log.progress.say(f"wrote {written}")
 
 
@@ -37,12 +34,6 @@ def show_result(run: Run, log: Log) -> None:
     """loss.png and report.html."""
     for draw in (_plot, _report) if run.ranks.is_main else ():
         log.progress.say(draw(run.folder))
-
-
-def write_whole(model: CausalLM, ranks: Ranks, write: Callable[[], T]) -> T:
-    """`write()` on the main rank, where the model's parameters are whole meanwhile."""
-    with whole_parameters(model, ranks, only_trained=has_adapters(model)):
-        return ranks.on_main(write)
 
 
 def _save_trained(model: CausalLM, folder: Path, cfg: FinetuneConfig) -> Path:
