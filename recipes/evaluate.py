@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from qlora_builders.checkpoint import load_with_adapter, read_arch
@@ -42,15 +41,14 @@ from qlora_builders.modules import CausalLM
 from qlora_builders.outputs import check_writable, write_whole
 from qlora_builders.preflight import check_positions
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
+from qlora_builders.training.progress import table_console
 
 
 def main(cfg: EvaluateConfig) -> None:
     if cfg.output is not None:
         check_writable(Path(cfg.output), "output")
     device = resolve_device(cfg.device)
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(highlight=False, soft_wrap=True, width=140)
+    console = table_console()
     tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
     batches = None if cfg.data.eval is None else read_rows(cfg, tokenizer)
     tasks = find_tasks(**asdict(cfg.lm_eval)) if cfg.lm_eval.tasks else None

@@ -27,6 +27,7 @@ from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.models import SummaryRow, get_arch, linear_slots, llama, summarize
 from qlora_builders.modules import CausalLM
 from qlora_builders.training.device import resolve_dtype
+from qlora_builders.training.progress import table_console
 
 
 def main(cfg: FinetuneConfig) -> None:
@@ -41,11 +42,7 @@ def main(cfg: FinetuneConfig) -> None:
         dtype=resolve_dtype(cfg.training.dtype),
     )
     rows = summarize(model)
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(
-            highlight=False, soft_wrap=True, width=140
-        )  # rich would fold a piped table to 80 columns
+    console = table_console()
     figures = measure(model, cfg, console)
     console.print(plan_table(rows, figures))
     base, adapter = sum(r.base_bytes for r in rows), sum(r.adapter_bytes for r in rows)

@@ -55,6 +55,7 @@ from qlora_builders.modules import CausalLM
 from qlora_builders.outputs import check_writable, write_whole
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 from qlora_builders.training.plan_comparison import HeldOut, Measured, decide
+from qlora_builders.training.progress import table_console
 from qlora_builders.training.sensitivity import measure_sensitivity
 
 T = TypeVar("T")
@@ -73,9 +74,7 @@ def main(cfg: PlanConfig) -> None:
         )
     arch = read_arch(cfg.checkpoint.dir, format=cfg.checkpoint.format)
     fixed, weights, budget = check_budget(cfg, arch)
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(highlight=False, soft_wrap=True, width=140)
+    console = table_console()
     calibration, held_out = (dataset(source, cfg) for source in (cfg.data.train, cfg.data.eval))
     for data in (calibration, held_out):
         check_token_range(data, arch.vocab_size)

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-
 from qlora_builders.config.entry import parse_options
 from qlora_builders.config.instantiate import allow_prefixes
 from qlora_builders.config.overrides import key_of
@@ -29,6 +27,7 @@ from qlora_builders.sweep.results import (
     write_results,
 )
 from qlora_builders.training.loop import StopRequest
+from qlora_builders.training.progress import table_console
 
 
 def sweep(verb: str, words: Sequence[str], launch: Sequence[str] = ()) -> int:
@@ -149,9 +148,7 @@ def _status(verb: str, path: Path, code: int, stopped: bool) -> str:
 
 
 def _conclude(verb: str, folder: Path, results: Sequence[Result], stop: StopRequest) -> int:
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(highlight=False, soft_wrap=True, width=140)
+    console = table_console()
     console.print(results_table(results))
     for result in results:
         if result.error:

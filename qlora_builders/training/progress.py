@@ -121,6 +121,14 @@ def write_csv(directory: Path) -> None:
     write_whole(directory / CSV_FILE, text.getvalue().encode())
 
 
+def table_console() -> Console:
+    """Where it is no terminal 140 columns wide: rich would fold a table that is piped to 80."""
+    console = Console(highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        return console
+    return Console(highlight=False, soft_wrap=True, width=140)
+
+
 class ProgressReport:
     """A live bar on a terminal; elsewhere a line now and then, and one at the end.
 

@@ -1,0 +1,25 @@
+"""NF4 weights for the tests, and whether two are the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_builders.tensor import NF4Tensor, to_nf4
+
+
+def make(
+    *shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **options: Any
+) -> NF4Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return to_nf4(torch.randn(shape or (30, 70), generator=generator).to(dtype), **options)
+
+
+def assert_same(a: Tensor, b: Tensor) -> None:
+    assert isinstance(a, NF4Tensor)
+    assert isinstance(b, NF4Tensor)
+    assert (a.shape, a.dtype, a.nf4_options) == (b.shape, b.dtype, b.nf4_options)
+    for name in NF4Tensor.tensor_fields:
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
