@@ -59,13 +59,12 @@ def main() -> None:
     model.train()
     model.model.activation_checkpointing = args.activation_checkpointing
     bound_heap(model)
-    tokens = args.batch * args.seq * args.steps
-    compiled = compile_layers(model, args.compile, num_tokens=tokens)
     optimizer = torch.optim.AdamW(trainable_parameters(model), lr=2e-4, fused=True)
 
     generator = torch.Generator().manual_seed(1)
     shape = (args.batch, args.seq)
     ids = torch.randint(model.spec.arch.vocab_size, shape, generator=generator).to(device)
+    compiled = compile_layers(model, args.compile, num_tokens=ids.numel() * args.steps)
     batch = Batch(ids, ids, rows=list(range(args.batch)))
     seconds, cpu_seconds, bounds, losses, faults = [], [], [], [], []
     for _ in range(args.steps + 1):
