@@ -6,24 +6,29 @@ model does not have, a plan that trains nothing. Here are the things that may be
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.data import Batches, TokenizedDataset, check_token_range
 from qlora_builders.errors import DataError
 from qlora_builders.models import llama
-from qlora_builders.modules import CausalLM, TokenEmbedding
+from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.tensor.sharded import is_sharded
 from qlora_builders.training.memory import predict_phases, probe_optimizer
 
-# Adam's steps are about as large as the learning rate, whatever the gradient
-ADAPTER_LR = (1e-6, 1e-2)
-WEIGHT_LR = (1e-8, 1e-3)
+# Adam's steps are about as large as the learning rate, whatever the gradient. The upper ends are
+# for layers of _WIDTH and more; narrower ones take more, in inverse proportion
+# (https://arxiv.org/abs/2203.03466)
+ADAPTER_LR = (1e-5, 1e-3)
+WEIGHT_LR = (1e-7, 1e-4)
+_WIDTH = 4096
+_PREFERENCES = 0.01  # of the lower end: DPO moves less
 _TRAINED_NORM = 0.01  # of the median: rows that were never trained are far shorter
 _SHOWN = 5
 
@@ -53,7 +58,12 @@ def check_run(
             check_positions(data.dataset, model.spec.arch.max_position_embeddings)
             found.append(f"{role} {data.summary()}")
     dataset = train_data.dataset
-    warnings = [*stop_warnings(dataset), *lr_warnings(optimizer)]
+    warnings = [
+        *stop_warnings(dataset),
+        *rank_warnings(model),
+        *lr_warnings(optimizer, model, preferences=dataset.per_row > 1),
+        *load_warnings(_device(model)),
+    ]
     if not any(is_sharded(parameter) for parameter in model.parameters()):
         longest = min(dataset.report.longest_row, cfg.data.max_seq_len)
         peak = predicted_peak(
@@ -123,24 +133,41 @@ def token_warnings(dataset: TokenizedDataset, model: CausalLM) -> Iterator[str]:
         )
 
 
-def lr_warnings(optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    """Of Adam and its relatives: others have other scales."""
+def rank_warnings(model: CausalLM) -> Iterator[str]:
+    """Adapters that take more memory than the weight, and can do no more than it."""
+    wasted: dict[tuple[str, int, int, int], int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear) and module.rank > min(*module.weight.shape):
+            key = (name.rpartition(".")[2], *module.weight.shape, module.rank)
+            wasted[key] = wasted.get(key, 0) + 1
+    for (slot, out_features, in_features, rank), count in wasted.items():
+        yield (
+            f"rank {rank} of {count} x {slot}: a weight of {out_features} x {in_features} has rank "
+            f"{min(out_features, in_features)} at most, and more only costs; lower the rank"
+        )
+
+
+def lr_warnings(
+    optimizer: torch.optim.Optimizer, model: CausalLM, *, preferences: bool = False
+) -> Iterator[str]:
+    """Of Adam and its relatives: others have other scales.
+
+    Args:
+        preferences: whether the data is pairs of answers.
+    """
     if "adam" not in type(optimizer).__name__.lower():
         return
-    for group in optimizer.param_groups:
-        rates = WEIGHT_LR if _trains_weights(group["params"]) else ADAPTER_LR
-        lr = float(group.get("initial_lr", group["lr"]))
-        if not rates[0] <= lr <= rates[1]:
-            kind = "whole weights" if rates is WEIGHT_LR else "adapters"
-            yield (
-                f"optimizer.lr is {lr:g}; for {kind}, {rates[0]:g} to {rates[1]:g} is usual: "
-                + ("the run may learn nothing" if lr < rates[0] else "the run may diverge")
-            )
-
-
-def _trains_weights(parameters: list[nn.Parameter]) -> bool:
-    """Adapters have one side of a few hundred at most."""
-    return any(p.dim() == 2 and min(p.shape) > 1024 for p in parameters)
+    adapts = any(isinstance(module, LoRALinear) for module in model.modules())
+    kind, (low, high) = ("adapters", ADAPTER_LR) if adapts else ("whole weights", WEIGHT_LR)
+    width = model.spec.arch.hidden_size
+    low, high = low * (_PREFERENCES if preferences else 1), high * max(1, _WIDTH / width)
+    # the lowest: LoRA+ makes others of it
+    lr = min(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+    if not low <= lr <= high:
+        yield (
+            f"optimizer.lr is {lr:g}; for {kind} of layers {width} wide, {low:g} to {high:g} is "
+            "usual: " + ("the run may learn nothing" if lr < low else "the run may diverge")
+        )
 
 
 def predicted_peak(
@@ -180,6 +207,30 @@ def memory_warnings(model: CausalLM, peak: int) -> Iterator[str]:
             f"has {free / 2**30:.1f} GiB free; qlora estimate memory={free / 2**30:.1f}GiB shows "
             "what fits, training.activation_checkpointing=full needs less"
         )
+
+
+def load_warnings(device: torch.device) -> Iterator[str]:
+    """Of a CPU that others use. OpenMP's threads wait for the slowest of them."""
+    cores, threads, others = os.cpu_count() or 1, torch.get_num_threads(), busy_elsewhere()
+    if device.type == "cpu" and others + threads > 1.5 * cores:
+        yield (
+            f"{others} threads of other processes compute on these {cores} cores, where this one "
+            f"has {threads} that wait for each other: a step can take many times as long; "
+            f"{'stop the others' if threads == 1 else 'set OMP_NUM_THREADS=1 or stop the others'}"
+        )
+
+
+def busy_elsewhere(samples: int = 5) -> int:
+    """Threads of other processes that compute now; 0 where Linux does not tell."""
+    try:
+        found = []
+        for _ in range(samples):
+            time.sleep(0.01)  # until this process's own threads sleep too
+            running, _all = Path("/proc/loadavg").read_text().split()[3].split("/")
+            found.append(int(running) - 1)
+        return min(found)
+    except OSError:
+        return 0
 
 
 def _device(model: CausalLM) -> torch.device:

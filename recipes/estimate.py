@@ -58,6 +58,7 @@ def main(cfg: EstimateConfig) -> None:
         accumulate=cfg.training.grad_accumulation > 1,
         compiled=cfg.training.compile == "on",
         num_shards=cfg.distributed.shard or cfg.ranks,
+        cpu_offload=cfg.distributed.cpu_offload,
     )
     batch_size, seq_len = -(-cfg.training.batch_size // cfg.ranks), cfg.data.max_seq_len
     console = Console(highlight=False, soft_wrap=True)
@@ -69,6 +70,8 @@ def main(cfg: EstimateConfig) -> None:
         f"{batch_size} x {seq_len} tokens on {device.type}, "
         f"computed in {str(model.model.compute_dtype).removeprefix('torch.')}"
     )
+    if cfg.distributed.cpu_offload and device.type == "cuda":
+        console.print("the rank's share of weights, gradients and optimizer is in host memory")
     if cfg.memory is None:
         return
 

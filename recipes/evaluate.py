@@ -79,6 +79,8 @@ def main(cfg: EvaluateConfig) -> None:
         del model  # before the next one is loaded
     last = models[-1].name
     results |= details[last]
+    if cfg.exact_match:
+        console.print(answer_table(results["answers"], last))
     if cfg.compare:
         in_order = {one.name: figures[one.name] for one in models}
         against = {one.name: one.against for one in models if one.against is not None}
@@ -86,8 +88,6 @@ def main(cfg: EvaluateConfig) -> None:
         results["models"] = {name: details[name] for name in in_order}
         results["differences"] = differences(in_order)
     else:
-        if cfg.exact_match:
-            console.print(answer_table(results["answers"]))
         console.print(figure_table(figures[last]))
     if cfg.output is not None:
         text = json.dumps(results, indent=2, ensure_ascii=False)
@@ -145,8 +145,9 @@ def measure(
     return figures, details
 
 
-def answer_table(answers: list[dict[str, Any]], shown: int = 3) -> Table:
-    table = Table(title=f"the first {min(shown, len(answers))} answers", show_lines=True)
+def answer_table(answers: list[dict[str, Any]], model: str, shown: int = 3) -> Table:
+    title = f"{model}: the first {min(shown, len(answers))} of {len(answers)} answers"
+    table = Table(title=title, show_lines=True)
     for column in ("prompt", "reference", "answer", "right"):
         table.add_column(column, overflow="fold")
     for answer in answers[:shown]:

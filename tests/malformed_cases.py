@@ -39,7 +39,10 @@ DATA: dict[str, Case] = {
     "other.parquet": ("other.parquet, row 0 (counted from 0): no column 'prompt'",),
     "no_messages.jsonl data=chat": ("line 2: no column 'messages' or 'conversations'",),
     "empty_chat.jsonl data=chat": ("line 2: column 'messages' has to be a list of messages",),
-    "role.jsonl data=chat": ("line 2: message 1 has the role 'asistant'; did you mean 'assist",),
+    "role.jsonl data=chat": (
+        "line 2: message 1 has the role 'asistant'; did you mean 'assist",
+        "; data.on_error=skip leaves such rows out",
+    ),
     "no_content.jsonl data=chat": ("line 2: message 0 (user) has no 'content'",),
     "no_role.jsonl data=chat": ("line 2: message 0 has neither role/content nor from/value",),
     "picture.jsonl data=chat": ("line 2: message 0 holds something other than text",),

@@ -92,7 +92,7 @@ PLANS: dict[str, Case] = {
     "no match": (
         "inspect checkpoint.dir=tiny components='[{match: layers.9.mlp.up_proj, kind: linear}]'",
         "layers.9.mlp.up_proj",
-        "components[2] (kind 'linear')",
+        "rule of kind 'linear': match ",
     ),
     "range": (
         "inspect checkpoint.dir=tiny components='[{match: \"layers.[3-1].**\", kind: linear}]'",
@@ -146,6 +146,10 @@ PLANS |= {
         "optimizer: torch.optim.AdamW refuses its arguments: ",
     ),
     "closure": (f"{OPTIMIZER}lbfgs", "LBFGS computes the loss several times per step"),
+    "sparse": (
+        f"{OPTIMIZER}sparse",
+        "SparseAdam takes sparse gradients, and these are dense; name",
+    ),
     "no optimizer": (f"{OPTIMIZER}no_optimizer", "all_finite gives a bool; name an optimizer"),
     "schedule": (f"{OPTIMIZER}schedule", "optimizer: torch.optim.lr_scheduler.StepLR refuses its"),
     "logger": (

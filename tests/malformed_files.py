@@ -315,6 +315,7 @@ EXPERIMENTS: dict[str, str | bytes] = {
     "rules": GLOBAL + "components: {match: lm_head, kind: lora}\n",
 }
 OPTIMIZERS = {
+    "sparse": "component: torch.optim.SparseAdam\n",
     "lbfgs": "component: torch.optim.LBFGS\n",
     "schedule": "component: torch.optim.lr_scheduler.StepLR\nstep_size: 1\n",
     "no_optimizer": "component: qlora_builders.training.loop.all_finite\n",

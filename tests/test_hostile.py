@@ -44,6 +44,9 @@ COMMANDS: dict[str, list[str]] = {
     "hydra keys": ["finetune", "hydra.run.dir=OWNED"],
     "group outside": ["finetune", "experiment=../../../../etc/passwd"],
     "yaml tag": ["finetune", "experiment=evil", "--config-dir=configs"],
+    "yaml aliases": ["finetune", "experiment=bomb", "--config-dir=bombs"],
+    "yaml in itself": ["finetune", "experiment=bomb", "--config-dir=circles"],
+    "aliases in rules": ["inspect", "components=bombs/experiment/bomb.yaml"],
     "python script as data": ["finetune", "data.train=evil.py"],
     "pickled weights": ["generate", "checkpoint.dir=pickled", "prompt=hi"],
     "pickled adapter": ["generate", "adapter.path=pickled_adapter", "prompt=hi"],
@@ -64,6 +67,10 @@ TEMPLATES = {
     "template_endless": "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}"
     "{% endfor %}",
 }
+# nine lists of nine, each of the one before: 387 million values
+BOMB = (
+    "[&a0 [x], " + ", ".join(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)) + "]"
+)
 INDEXES = {"index_up": "../secret", "index_absolute": "/secret", "index_folder": "plain/model"}
 
 
@@ -84,6 +91,10 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "configs" / "experiment" / "evil.yaml").write_text(
         "# @package _global_\ntraining:\n  seed: !!python/object/apply:os.system ['touch OWNED']\n"
     )
+    for name, components in (("bombs", BOMB), ("circles", "&a [*a]")):
+        (folder / name / "experiment").mkdir(parents=True)
+        text = f"# @package _global_\ncomponents: {components}\n"
+        (folder / name / "experiment" / "bomb.yaml").write_text(text)
     (folder / "evil.py").write_text("import os\nos.system('touch OWNED')\n")
     pickled = copy_base(folder / "pickled")
     (pickled / "model.safetensors").unlink()

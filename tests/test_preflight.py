@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from qlora_builders import llama, load_checkpoint, preflight
+from qlora_builders import LLAMA_ARCHS, llama, load_checkpoint, preflight
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.data import Batches, TokenizedDataset, Tokenizer, build_dataset
 from qlora_builders.errors import DataError
 from qlora_builders.modules import CausalLM
 from qlora_builders.preflight import (
+    busy_elsewhere,
     check_positions,
     check_run,
     free_memory,
+    load_warnings,
     lr_warnings,
     memory_warnings,
+    rank_warnings,
     stop_warnings,
     token_warnings,
 )
 from qlora_builders.training.loop import trainable_parameters
+from qlora_builders.training.param_groups import lora_plus_groups
 
 BASE = Path(demo_path("base"))
 Data = Callable[..., TokenizedDataset]
@@ -111,28 +119,66 @@ def test_tokens_that_nobody_trained(model: CausalLM, data: Data) -> None:
 
 @pytest.mark.parametrize(
     ("lr", "expected"),
-    [(1e-7, "may learn nothing"), (2e-4, None), (1e-2, None), (0.3, "may diverge")],
+    [(9e-6, "may learn nothing"), (2e-4, None), (1e-2, None), (0.3, "may diverge")],
 )
 def test_learning_rates_of_adapters(model: CausalLM, lr: float, expected: str | None) -> None:
-    found = list(lr_warnings(adamw(model, lr)))
+    found = list(lr_warnings(adamw(model, lr), model))
     assert len(found) == (expected is not None)
     assert all(
         expected in text and f"optimizer.lr is {lr:g}; for adapters" in text for text in found
     )
 
 
-def test_learning_rates_of_weights_and_other_optimizers(model: CausalLM) -> None:
-    weights = [torch.nn.Parameter(torch.zeros(1025, 1025))]
-    (warning,) = lr_warnings(torch.optim.AdamW(weights, lr=5e-3))
-    assert "for whole weights, 1e-08 to 0.001 is usual: the run may diverge" in warning
-    assert not list(lr_warnings(torch.optim.SGD(weights, lr=5e-1)))
+def test_learning_rates_of_preferences_are_lower(model: CausalLM) -> None:
+    assert list(lr_warnings(adamw(model, 1e-6), model))
+    assert not list(lr_warnings(adamw(model, 1e-6), model, preferences=True))
+    assert list(lr_warnings(adamw(model, 9e-8), model, preferences=True))
+
+
+@pytest.mark.parametrize(("hidden_size", "high"), [(512, "0.008"), (4096, "0.001")])
+def test_narrow_layers_take_higher_learning_rates(hidden_size: int, high: str) -> None:
+    arch = replace(LLAMA_ARCHS["llama3_1_8b"], hidden_size=hidden_size, num_layers=1)
+    rule = {"match": "layers.**", "kind": "lora", "rank": 2, "alpha": 4}
+    wide = llama(arch, [rule], device="meta")
+    (warning,) = lr_warnings(adamw(wide, 0.01), wide)
+    expected = f"for adapters of layers {hidden_size} wide, 1e-05 to {high} is usual"
+    assert expected in warning
+
+
+def test_learning_rates_of_weights_and_other_optimizers() -> None:
+    arch = replace(LLAMA_ARCHS["llama3_1_8b"], num_layers=1)
+    whole = llama(arch, train=["**"], device="meta")
+    (warning,) = lr_warnings(adamw(whole, 5e-3), whole)
+    assert "for whole weights of layers 4096 wide, 1e-07 to 0.0001 is usual" in warning
+    assert not list(lr_warnings(torch.optim.SGD(whole.parameters(), lr=5e-1), whole))
+
+
+def test_lora_plus_is_judged_by_its_lower_learning_rate(model: CausalLM) -> None:
+    groups = lora_plus_groups(model, lr=2e-3, ratio=1000)
+    assert not list(lr_warnings(torch.optim.AdamW(groups), model))
+
+
+def test_a_rank_above_the_weights(model: CausalLM) -> None:
+    assert not list(rank_warnings(model))
+    arch = model.spec.arch
+    rank = arch.hidden_size + 1
+    rules = [
+        {"match": "layers.*.mlp.*", "kind": "lora", "rank": 4, "alpha": 8},
+        {"match": "layers.*.self_attn.o_proj", "kind": "lora", "rank": rank, "alpha": 8},
+    ]
+    (warning,) = rank_warnings(llama(arch, rules, device="meta"))
+    size = arch.hidden_size
+    assert warning == (
+        f"rank {rank} of {arch.num_layers} x o_proj: a weight of {size} x {size} has rank {size} "
+        "at most, and more only costs; lower the rank"
+    )
 
 
 def test_a_schedule_that_warms_up_is_judged_by_its_top(model: CausalLM) -> None:
     optimizer = adamw(model)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 100)
     assert optimizer.param_groups[0]["lr"] == 0
-    assert not list(lr_warnings(optimizer))
+    assert not list(lr_warnings(optimizer, model))
 
 
 def test_memory(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +191,36 @@ def test_memory(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a step is predicted to take 5.0 GiB beside the weights, but cpu has 3.0 GiB" in warning
     monkeypatch.setattr(preflight, "free_memory", lambda device: None)
     assert not list(memory_warnings(model, 2**60))
+
+
+@pytest.mark.parametrize(
+    ("others", "threads", "advice"),
+    [(0, 4, None), (2, 4, None), (3, 4, "set OMP_NUM_THREADS=1"), (6, 1, ": a step .*; stop the")],
+)
+def test_a_machine_that_others_use(
+    monkeypatch: pytest.MonkeyPatch, others: int, threads: int, advice: str | None
+) -> None:
+    monkeypatch.setattr(preflight, "busy_elsewhere", lambda: others)
+    monkeypatch.setattr(preflight.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = list(load_warnings(torch.device("cpu")))
+    assert len(found) == (advice is not None)
+    assert all(re.search(f"{others} threads of other .* 4 cores.*{advice}", line) for line in found)
+    assert not list(load_warnings(torch.device("cuda")))
+
+
+def test_threads_of_others_are_counted() -> None:
+    loop = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    processes = [subprocess.Popen(loop, stdout=subprocess.PIPE) for _ in range(3)]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        assert busy_elsewhere() >= 3
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def test_a_step_that_cannot_fit(

@@ -35,6 +35,7 @@ from qlora_builders.config.overrides import (
 )
 from qlora_builders.config.schema import ROOTS
 from qlora_builders.config.shipped import demo_path, shipped_dir
+from qlora_builders.config.yaml_file import check_bounded
 from qlora_builders.errors import ConfigError, did_you_mean
 from qlora_builders.outputs import write_whole
 
@@ -244,7 +245,8 @@ def config_folders(config_dir: str | Path | None = None) -> list[Path]:
     """The shipped folder and the user's own, which may add configs but not replace any.
 
     Raises:
-        ConfigError: if `config_dir` is not a folder, or has a file with a shipped one's name.
+        ConfigError: if `config_dir` is not a folder, or has a file with a shipped one's name or too
+            many aliases.
     """
     shipped = shipped_dir("configs")
     if config_dir is None:
@@ -255,6 +257,7 @@ def config_folders(config_dir: str | Path | None = None) -> list[Path]:
     for file in sorted(own.rglob("*.yaml")):
         if (shipped / file.relative_to(own)).exists():
             raise ConfigError(f"{str(file)!r} has the name of a shipped config; rename it")
+        check_bounded(file)
     return [shipped, own]
 
 

@@ -14,12 +14,12 @@ from typing import Any, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # a dependency of omegaconf
 
 from qlora_builders.config.knobs import knobs
 from qlora_builders.config.resume import flatten
 from qlora_builders.config.schema import ROOTS
 from qlora_builders.config.shipped import shipped_dir
+from qlora_builders.config.yaml_file import load_yaml
 from qlora_builders.errors import ConfigError, did_you_mean
 
 OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]+)=(.*)", re.DOTALL)
@@ -100,7 +100,7 @@ def values_of_file(override: str, folders: Sequence[Path]) -> list[str]:
     group, _, option = override.partition("=")
     file = next((f for d in folders if (f := d / group / f"{option}.yaml").is_file()), None)
     try:
-        tree = _load(file) if file else None
+        tree = load_yaml(file) if file else None
     except (OSError, ConfigError, OmegaConfBaseException):
         return []
     is_global = file is not None and file.read_text("utf-8").startswith("# @package _global_")
@@ -114,7 +114,7 @@ def _rules_of(file: Path) -> list[Any]:
     """The `components:` of a YAML file, such as `qlora plan` writes."""
     if not file.is_file():
         raise ConfigError(f"components={file}: no such file")
-    content = _load(file)
+    content = load_yaml(file)
     rules = content.get("components") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(rules, list):
         raise ConfigError(f"{file}: no list of rules under components:")
@@ -128,21 +128,6 @@ def _rules_of(file: Path) -> list[Any]:
         if not re.fullmatch(r"\w+", str(key)):  # hydra's grammar has no words for others
             raise ConfigError(f"{file}: {key!r} is no option of a rule")
     return rules
-
-
-def _load(file: Path) -> Any:
-    """What a YAML file says, as it is written."""
-    try:
-        return OmegaConf.to_container(OmegaConf.load(file))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not UTF-8 text: {error}") from error
-    except MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{file}{line}: not valid YAML: {error.problem}") from error
-    except YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from error
-    except RecursionError:
-        raise ConfigError(f"{file}: nested too deeply") from None
 
 
 def _spelled(value: Any) -> str:
@@ -162,7 +147,7 @@ def _check_option(group: str, option: str, folders: Sequence[Path]) -> None:
         raise ConfigError(f"{group}={option}: no such config{did_you_mean(option, options)}")
     for folder in folders[1:]:  # hydra says less about what is no config at all
         file = folder / group / f"{option}.yaml"
-        if file.is_file() and not isinstance(_load(file), dict):
+        if file.is_file() and not isinstance(load_yaml(file), dict):
             raise ConfigError(f"{group}/{file.name}: holds a list; keys and values are needed")
 
 

@@ -30,9 +30,11 @@ def check_same_curve(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
         if before.get(key, missing) != now.get(key, missing)
     ]
     if differing:
-        raise ConfigError(
-            "\n".join([f"cannot resume from {checkpoint} with another config:", *differing])
+        head = (
+            f"cannot resume from {checkpoint} with another config; set these back, or start anew "
+            "in another output_dir:"
         )
+        raise ConfigError("\n".join([head, *differing]))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

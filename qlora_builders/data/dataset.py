@@ -201,7 +201,7 @@ def build_dataset(
         try:
             row = next(unread)
         except DataError as error:  # names the row itself
-            builder.refuse(error)
+            builder.refuse(number, error)
             continue
         try:
             documents = to_documents(
@@ -211,7 +211,7 @@ def build_dataset(
             located = DataError(f"{describe_row(rows, source, number)}: {error}")
             if isinstance(error, UnsafeTemplateError):
                 raise located from error  # no fault of the row
-            builder.refuse(located)
+            builder.refuse(number, located)
             continue
         pending.append((number, documents))
         if len(pending) == _CHUNK:
@@ -266,10 +266,12 @@ class _Builder:
         self.lengths: list[int] = []
         self.row_numbers: list[int] = []
 
-    def refuse(self, error: DataError) -> None:
+    def refuse(self, number: int, error: DataError) -> None:
         """A row that cannot be used: raise, or skip and count it."""
+        if self.on_error == "raise" and number == 0:
+            raise error  # the next ones are probably like it
         if self.on_error == "raise":
-            raise error
+            raise DataError(f"{error}; data.on_error=skip leaves such rows out") from error
         self.report.rows += 1
         self.report.skip(str(error))
 
@@ -283,7 +285,7 @@ class _Builder:
             if not all(trained.any() for _, trained in parts):
                 where = describe_row(self.rows, self.report.source, number)
                 advice = "remove the row, or set data.train_on=all"
-                self.refuse(DataError(f"{where}: no token is trained on; {advice}"))
+                self.refuse(number, DataError(f"{where}: no token is trained on; {advice}"))
                 continue
             self.report.rows += 1
             reason = self._truncate(parts)

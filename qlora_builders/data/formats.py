@@ -300,7 +300,9 @@ def _message(message: Any, index: int) -> dict[str, Any]:
         )
     role = roles.get(str(message[role_key]))
     if role is None:
-        hint = did_you_mean(str(message[role_key]), roles)
+        name = str(message[role_key])
+        other = _SHAREGPT_ROLES.get(name)
+        hint = f"; with {role_key!r} it is {other!r}" if other else did_you_mean(name, roles)
         raise DataError(f"message {index} has the role {message[role_key]!r}{hint}")
     others = {k: v for k, v in message.items() if k not in (role_key, content_key)}
     content = _content(message.get(content_key), index)

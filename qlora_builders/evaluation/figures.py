@@ -101,7 +101,9 @@ def _cell(value: float, error: float | None, sign: str = "") -> str:
 
 
 def _table(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption="±: standard error")
+    told = any("±" in cell for cells in rows.values() for cell in cells)
+    caption = "±: standard error" if told else None
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption)
     table.add_column("", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)

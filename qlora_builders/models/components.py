@@ -165,12 +165,11 @@ def resolve(
             in some adapters only.
     """
     plan = {slot: ComponentRule(match=slot, kind="linear") for slot in slots}
-    for index, raw in enumerate(rules):
-        rule = ComponentRule.parse(raw)
+    for rule in map(ComponentRule.parse, rules):
         try:
             matched = match_names(rule.match, slots)
         except PlanError as error:
-            raise PlanError(f"components[{index}] (kind {rule.kind!r}): {error}") from error
+            raise PlanError(f"rule of kind {rule.kind!r}: {error}") from error
         plan.update(dict.fromkeys(matched, rule))
     _check_dora(plan.values())
     return plan

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qlora_builders.report.run import Run
 
-AVERAGED = 10  # values of the final loss
+AVERAGED = 10  # values of the final loss: those of the last steps that were logged
 
 
 @dataclass(frozen=True)

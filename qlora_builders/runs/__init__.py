@@ -1,10 +1,11 @@
 """What the training recipes are made of: a config becomes a run, the run its result.
 
-run = begin(cfg, ranks)                      # its folder, where it starts, device, seed
-data = load_data(run)                        # what it trains and evaluates on, how many steps
-model = load_model(run, data)                # the base under the plan, over the ranks
+run = begin(cfg, ranks)                            # its folder, where it starts, device, seed
+data = load_data(run)                              # what it trains and evaluates on, how many steps
+model = load_model(run, data)                      # the base under the plan, over the ranks
 optimizer, schedule = make_optimizer(run, data, model)
-with open_log(run, data, model) as log:      # metrics, progress, signals
+lines = look_ahead(run, data, model, optimizer)    # warnings, with what to do
+with open_log(run, data, model, lines) as log:     # metrics, progress, signals
     train(run, data, model, optimizer, schedule, log, objective)
     save_result(run, model, log)
 show_result(run, log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from typing import NoReturn
@@ -103,7 +104,9 @@ def _with_advice(error: TrainingError, run: Run, step: int) -> TrainingError:
 
 
 def _leave(run: Run, log: Log, step: int) -> NoReturn:
-    log.progress.say(f"stopped by signal {log.stop.signal_number} after step {step}")
+    assert log.stop.signal_number is not None
+    name = signal.Signals(log.stop.signal_number).name
+    log.progress.say(f"stopped by {name} after step {step}")
     last = last_checkpoint(run.folder)
     log.progress.say(f"{last}; training.resume=auto takes the run up again")
     sys.exit(log.stop.exit_code)

@@ -142,7 +142,8 @@ def look_ahead(
     checked = check_run(run.cfg, model, data.train, data.eval, optimizer, compiled)
     left = data.total_steps - run.start.step
     of_all = f" of {data.total_steps}" if run.start.step else ""
-    return [*run.start.messages, *checked, f"{left}{of_all} steps to do"]
+    ends = "; a dry run ends here, with nothing written" if run.cfg.dry_run else ""
+    return [*run.start.messages, *checked, f"{left}{of_all} steps to do{ends}"]
 
 
 def _first_step(cfg: FinetuneConfig, folder: Path, ranks: Ranks) -> Start:
@@ -237,6 +238,11 @@ def _check_steps(optimizer: Any, component: str) -> None:
         raise ConfigError(
             f"optimizer.component={component} gives a {kind}; name an optimizer, such as "
             "torch.optim.AdamW"
+        )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ConfigError(
+            f"optimizer.component={component} takes sparse gradients, and these are dense; name "
+            "another, such as torch.optim.AdamW"
         )
     closure = signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is Parameter.empty:

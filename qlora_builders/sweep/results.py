@@ -18,7 +18,7 @@ from qlora_builders.config.sweep import short_names
 from qlora_builders.errors import ConfigError
 from qlora_builders.outputs import write_whole
 from qlora_builders.report import read_run
-from qlora_builders.report.figures import final_figures
+from qlora_builders.report.figures import AVERAGED, final_figures
 from qlora_builders.strict_json import parse_json
 
 RESULTS_FILE = "sweep.json"
@@ -123,7 +123,8 @@ def results_table(results: Sequence[Result]) -> Table:
     if all(r.figures.get("best_eval_loss") == r.figures.get("eval_loss") for r in results):
         shown = [key for key in shown if key != "best_eval_loss"]
     labels = short_names(results[0].swept)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    caption = f"train loss: the mean of the last {AVERAGED}" if "loss" in shown else None
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption)
     for label in labels.values():
         table.add_column(label, no_wrap=True)
     for key in shown:

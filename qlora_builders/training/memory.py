@@ -102,6 +102,7 @@ def predict_phases(
     accumulate: bool = False,
     compiled: bool = False,
     num_shards: int = 1,
+    cpu_offload: bool = False,
 ) -> list[Phase]:
     """Load, forward, backward and optimizer step, each at its peak, in a step after the first.
 
@@ -116,12 +117,14 @@ def predict_phases(
         num_shards: ranks that share the model (FSDP2). Whole on each are then, beside its share,
             three layers (the one that computes, the next, and the buffer it arrives in), the norm
             and the head.
+        cpu_offload: whether that share, its gradients and the optimizer are in host memory; on
+            "cuda" their terms are then left out, but for the gradients of the layer that computes.
     """
     weights = weight_terms(model, num_shards)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     elements, largest = sum(trained) / num_shards, max(trained) / num_shards
     gradients = gradient_bytes(model) // num_shards
-    gathered = _gathered_bytes(model) if num_shards > 1 else 0
+    gathered = _gathered_bytes(model) if num_shards > 1 or cpu_offload else 0
     state = {"gathered weights": gathered, "optimizer state": round(optimizer.state * elements)}
     fixed = {**weights, **state, **_runtime(model, device_type, compiled)}
     small, kinds = _one_layer_of_each_kind(model)
@@ -145,12 +148,25 @@ def predict_phases(
         forward["gradients"], backward["gradients"] = gradients, gradients
     temporary = optimizer.temporary_of_all * elements + optimizer.temporary_of_one * largest
     step = {"gradients": gradients, "optimizer temporaries": round(temporary)}
-    return [
+    phases = [
         Phase("load", {**_load_terms(model, device_type), **weights}),
         Phase("forward", {**fixed, **forward, **_heap_holes(model, device_type, forward)}),
         Phase("backward", {**fixed, **backward, **_heap_holes(model, device_type, backward)}),
         Phase("optimizer step", {**fixed, **step}),
     ]
+    if cpu_offload and device_type == "cuda":
+        in_flight = max(map(gradient_bytes, small.model.layers))
+        return [_on_the_gpu(phase, set(weights), in_flight) for phase in phases]
+    return phases
+
+
+def _on_the_gpu(phase: Phase, weights: set[str], gradients: int) -> Phase:
+    """What of a phase is left there when a rank's share is in host memory."""
+    host = weights | {"optimizer state", "optimizer temporaries", "weights being read"}
+    terms = {name: size for name, size in phase.terms.items() if name not in host}
+    if "gradients" in terms:
+        terms["gradients"] = gradients if phase.name == "backward" else 0
+    return Phase(phase.name, terms)
 
 
 def _runtime(model: CausalLM, device_type: str, compiled: bool) -> dict[str, int]:

@@ -122,9 +122,9 @@ def write_csv(directory: Path) -> None:
 
 
 def table_console() -> Console:
-    """Where it is no terminal 140 columns wide: rich would fold a table that is piped to 80."""
+    """Where it is no terminal, and COLUMNS is not set, 140 columns wide: rich would take 80."""
     console = Console(highlight=False, soft_wrap=True)
-    if console.is_terminal:
+    if console.is_terminal or "COLUMNS" in os.environ:
         return console
     return Console(highlight=False, soft_wrap=True, width=140)
 
@@ -148,7 +148,7 @@ class ProgressReport:
         self.total_steps = total_steps
         self._steps_done = steps_done
         self._last_line = 0.0
-        self._started = 0.0
+        self._first: tuple[int, float] | None = None  # step shown, and when
         columns = (
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -165,7 +165,6 @@ class ProgressReport:
         )
 
     def __enter__(self) -> ProgressReport:
-        self._started = time.monotonic()
         if self._bar:
             self._bar.start()
         return self
@@ -193,8 +192,9 @@ class ProgressReport:
         first = self._steps_done + 1
         if step in (first, self.total_steps) or now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            seconds_per_step = (now - self._started) / (step - self._steps_done)
-            eta = seconds_per_step * (self.total_steps - step)
+            first_step, since = self._first or (step - 1, now - row["step_s"])
+            eta = (now - since) / (step - first_step) * (self.total_steps - step)
+            self._first = self._first or (step, now)
             self.say(f"step {step}/{self.total_steps}  {figures}  eta {eta:.0f} s")
 
     def say(self, text: str) -> None:

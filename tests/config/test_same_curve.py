@@ -61,7 +61,10 @@ def test_all_differing_keys_are_listed_with_both_values() -> None:
     with pytest.raises(ConfigError) as caught:
         check_same_curve(curve("data.eval=x.jsonl"), curve(*overrides), "run/step_4")
     first, *lines = str(caught.value).splitlines()
-    assert first == "cannot resume from run/step_4 with another config:"
+    assert first == (
+        "cannot resume from run/step_4 with another config; set these back, or start anew in "
+        "another output_dir:"
+    )
     assert [line.partition("=")[0] for line in lines] == [
         "components",
         "data.eval",

@@ -109,6 +109,10 @@ def test_named_columns_a_system_message_and_no_template(make_tokenizer: Make) ->
             "message 1 has the role 'asistant'; did you mean 'assistant'",
         ),
         (
+            {"chosen": [message("human", "a"), GOOD], "rejected": [USER, BAD]},
+            "message 0 has the role 'human'; with 'role' it is 'user'",
+        ),
+        (
             {"chosen": [USER, message("assistant", "")], "rejected": [USER, BAD]},
             "message 1 is an assistant turn without text",
         ),

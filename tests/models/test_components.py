@@ -165,7 +165,7 @@ def test_options_are_not_inherited_from_an_overridden_rule() -> None:
 
 
 def test_a_miss_names_rule_and_index() -> None:
-    with pytest.raises(PlanError, match=r"components\[1\] \(kind 'qlora'\): .*q_porj.*'q_proj'"):
+    with pytest.raises(PlanError, match=r"rule of kind 'qlora': .*q_porj.*'q_proj'"):
         resolve([rule(), rule(match="layers.*.self_attn.q_porj")], SLOTS)
 
 

@@ -47,6 +47,7 @@ def test_each_model_is_measured_as_it_is_alone(
     given = (f"adapter.path={adapter}", "exact_match=5", "max_new_tokens=8")
     found = results(checkpoint, rows, tmp_path / "all.json", *given, "compare=true")
     table = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "fine-tuned: the first 3 of 5 answers" in table
     alone = [
         results(checkpoint, rows, tmp_path / "base.json", *given[1:]),
         results(checkpoint, rows, tmp_path / "nf4.json", *given[1:], "quantize=nf4"),

@@ -54,6 +54,18 @@ def test_a_checkpoint_is_not_read_but_for_its_config(
     assert "heap holes" in output
 
 
+def test_what_is_in_host_memory_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("model.arch=llama3_1_8b", "device=cuda")
+    on_gpu = estimate(capsys, *given)
+    offloaded = estimate(capsys, *given, "distributed.cpu_offload=true")
+    peaks = [
+        float(re.findall(r"^peak ([\d.]+) GiB", text, re.M)[0]) for text in (on_gpu, offloaded)
+    ]
+    assert peaks[1] < peaks[0] - 3  # 8B parameters of 4.13 bits, three layers and the head are left
+    assert "gradients and optimizer is in host memory" in offloaded
+    assert "host memory" not in on_gpu
+
+
 def test_compiling_takes_memory_on_cpus(capsys: pytest.CaptureFixture[str]) -> None:
     runtimes = []
     for mode in ("auto", "on"):

@@ -48,7 +48,7 @@ def test_a_dry_run_checks_and_writes_nothing(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["train", "eval"]
     assert any(line.startswith("warning: optimizer.lr is 0.5; for adapters") for line in lines)
-    assert lines[-1] == "12 steps to do"
+    assert lines[-1] == "12 steps to do; a dry run ends here, with nothing written"
     assert not (tmp_path / "run").exists()
 
 

@@ -16,6 +16,7 @@ from qlora_builders.modules import CausalLM, loss
 from qlora_builders.training.memory import (
     OptimizerMemory,
     Phase,
+    gradient_bytes,
     largest_that_fits,
     predict_phases,
     probe_optimizer,
@@ -115,6 +116,25 @@ def test_offloaded_inputs_wait_elsewhere() -> None:
     }
     one_input = 2 * 96 * ARCH.hidden_size * 2  # bfloat16
     assert kept["full"] - kept["offload"] == 4 * one_input
+
+
+def test_a_share_in_host_memory_leaves_what_computes() -> None:
+    model = build("full", "meta")
+    here, offloaded = (
+        predict(model, "cuda", num_shards=2, cpu_offload=on, accumulate=True)
+        for on in (False, True)
+    )
+    for name, phase in offloaded.items():
+        assert phase.terms.get("activations") == here[name].terms.get("activations")
+        assert not phase.terms.keys() & {*weight_terms(model), "optimizer state"}
+    assert offloaded["forward"].terms["gathered weights"] > 0
+    layers = [gradient_bytes(layer) for layer in model.model.layers]
+    gradients = [offloaded[name].terms["gradients"] for name in ("forward", "backward")]
+    assert gradients == [0, max(layers)]
+    assert offloaded["optimizer step"].peak < here["optimizer step"].peak
+    assert predict(model, "cpu", num_shards=2) == predict(
+        model, "cpu", num_shards=2, cpu_offload=True
+    )
 
 
 def test_weights_by_component() -> None:

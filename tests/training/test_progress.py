@@ -75,17 +75,30 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch)
             report.step(row(step))
     lines = out.getvalue().splitlines()
     assert lines[0] == "hello"
-    assert lines[1] == "step 1/6  loss 1.2500  lr 1.00e-03  1,234 tok/s  512 MiB  eta 20 s"
+    assert lines[1] == "step 1/6  loss 1.2500  lr 1.00e-03  1,234 tok/s  512 MiB  eta 5 s"
     assert [line.split()[1] for line in lines[1:]] == ["1/6", "4/6", "6/6"]
 
 
-def test_the_eta_of_a_resumed_run_counts_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter((0.0, 5.0))
+def test_the_eta_counts_neither_what_came_before_nor_earlier_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one has the time of its step alone; then what came between is counted too."""
+    clock = iter((100.0, 120.0))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     out = io.StringIO()
     with ProgressReport(110, Console(file=out, width=120), steps_done=100) as report:
         report.step(row(101))
-    assert out.getvalue().endswith("eta 45 s\n")
+        report.step(row(105))
+    assert [line.split("eta ")[1] for line in out.getvalue().splitlines()] == ["9 s", "25 s"]
+
+
+def test_tables_are_as_wide_as_the_terminal_or_as_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert progress.table_console().width == 140
+    monkeypatch.setenv("COLUMNS", "90")
+    assert progress.table_console().width == 90
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, SystemExit])
