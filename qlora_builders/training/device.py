@@ -46,14 +46,16 @@ def resolve_dtype(name: str) -> torch.dtype:
 def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the hardware multiplies it natively, else float32.
 
-    On CPUs that means AMX: AVX-512 alone ran a QLoRA step 2.6 times slower in bfloat16.
+    On CPUs that means AMX or AVX512-BF16: with the latter (AMD EPYC, Zen 4) a QLoRA step took 0.56
+    of its CPU time in float32, with AVX-512 alone 2.6 times as long.
     """
     if name != "auto":
         return resolve_dtype(name)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        native = device.type == "cpu" and cpu
     return torch.bfloat16 if native else torch.float32
 
 

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -128,18 +129,13 @@ def predict_phases(
     state = {"gathered weights": gathered, "optimizer state": round(optimizer.state * elements)}
     fixed = {**weights, **state, **_runtime(model, device_type, compiled)}
     small, kinds = _one_layer_of_each_kind(model)
-    offload = small.model.activation_checkpointing == "offload"
-    if offload:
-        small.model.activation_checkpointing = "full"
-    trace = trace_step(
+    trace = _trace(
         small,
         device_type=device_type,
         batch_size=batch_size,
         seq_len=seq_len,
         accumulate=accumulate,
     )
-    if offload:
-        trace = offloaded(trace)
     left_by = [0 if accumulate else gradient_bytes(layer) for layer in small.model.layers]
     left_by_head = 0 if accumulate else gradient_bytes(small.model.norm, small.lm_head)
     forward, backward = _replay(trace, kinds, left_by, left_by_head)
@@ -158,6 +154,13 @@ def predict_phases(
         in_flight = max(map(gradient_bytes, small.model.layers))
         return [_on_the_gpu(phase, set(weights), in_flight) for phase in phases]
     return phases
+
+
+def _trace(model: CausalLM, **sizes: Any) -> StepTrace:
+    if model.model.activation_checkpointing != "offload":
+        return trace_step(model, **sizes)
+    model.model.activation_checkpointing = "full"
+    return offloaded(trace_step(model, **sizes))
 
 
 def _on_the_gpu(phase: Phase, weights: set[str], gradients: int) -> Phase:

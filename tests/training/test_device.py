@@ -30,8 +30,13 @@ def test_devices() -> None:
 
 def test_compute_dtype_auto_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_compute_dtype("float16", CPU) == torch.float16
-    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda native=native: native)
+    for amx, avx, dtype in (
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+        (False, False, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda native=amx: native)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=avx: native)
         assert resolve_compute_dtype("auto", CPU) == dtype
 
 
