@@ -12,8 +12,8 @@ from qlora_builders.data.formats import (
     check_format,
     prompt_and_answer,
     to_document,
-    to_messages,
 )
+from qlora_builders.data.messages import to_messages
 from qlora_builders.errors import DataError
 
 Make = Callable[..., Tokenizer]
