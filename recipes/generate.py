@@ -15,8 +15,8 @@ import torch
 from qlora_builders.checkpoint import load_with_adapter
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import GenerateConfig
-from qlora_builders.data import Tokenizer
-from qlora_builders.errors import ConfigError, DataError
+from qlora_builders.data import Tokenizer, encode_prompt
+from qlora_builders.errors import DataError
 from qlora_builders.models import generate_batch
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 
@@ -25,10 +25,6 @@ def main(cfg: GenerateConfig) -> None:
     prompts = list(read_prompts(cfg))
     device = resolve_device(cfg.device)
     tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
-    if cfg.system is not None and tokenizer.chat_template is None:
-        raise ConfigError(
-            "system has no effect: the tokenizer has no chat template; write it into the prompt"
-        )
     model = load_with_adapter(
         cfg.checkpoint.dir,
         cfg.adapter.path,
@@ -52,7 +48,7 @@ def main(cfg: GenerateConfig) -> None:
     )
     for start in range(0, len(prompts), cfg.batch_size):
         batch = prompts[start : start + cfg.batch_size]
-        steps = answer([encode_prompt(prompt, cfg, tokenizer) for prompt in batch])
+        steps = answer([to_ids(prompt, cfg, tokenizer) for prompt in batch])
         if len(batch) == 1 and cfg.stream:
             show_prompt(batch[0], prompts)
             for text in stream_text((t for row in steps if (t := row[0]) is not None), tokenizer):
@@ -87,13 +83,12 @@ def read_prompts(cfg: GenerateConfig) -> Iterator[str]:
         yield from prompts
 
 
-def encode_prompt(prompt: str, cfg: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
-    if not cfg.chat or tokenizer.chat_template is None:
-        return tokenizer.encode(prompt)
+def to_ids(prompt: str, cfg: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
+    if not cfg.chat:
+        return tokenizer.encode_prefix(prompt)
     messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages.append({"role": "user", "content": prompt})
-    text = tokenizer.render_chat(messages, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return encode_prompt(messages, tokenizer, plain=tokenizer.chat_template is None)
 
 
 def stream_text(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:

@@ -209,10 +209,6 @@ COMMANDS: dict[str, Case] = {
         "evaluate checkpoint.dir=tiny data.eval=long.jsonl data.max_seq_len=9999",
         "but the model was made for 128 positions; lower data.max_seq_len",
     ),
-    "system without a template": (
-        "generate checkpoint.dir=tiny tokenizer.path=no_template prompt=hi system=short",
-        "system has no effect: the tokenizer has no chat template; write it into the prompt",
-    ),
     "long prompt": (
         f"generate checkpoint.dir=tiny prompt='{'word ' * 99}'",
         "tokens; allowed: 1 to 128",

@@ -100,7 +100,11 @@ class GenerateConfig:
     prompt: str | None = knob(None, "the prompt")
     prompts_file: str | None = knob(None, "text file, one prompt per line, instead of prompt")
     system: str | None = knob(None, "system message; null: none")
-    chat: bool = knob(True, "wrap prompts in the tokenizer's chat template, if it has one")
+    chat: bool = knob(
+        True,
+        "ask as instruct and chat rows are trained: in the chat template, or without one with a "
+        "newline behind; false: the prompt is text to go on with",
+    )
     max_new_tokens: int = knob(128, "longest answer, tokens", at_least=1)
     temperature: float = knob(0.0, "0: always the likeliest token", at_least=0)
     top_k: int | None = knob(None, "sample from the k likeliest tokens; null: all", at_least=1)

@@ -18,6 +18,7 @@ from qlora_builders.data.dataset import (
     check_token_range,
 )
 from qlora_builders.data.files import load_rows
+from qlora_builders.data.formats import encode_prompt
 from qlora_builders.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "check_token_range",
     "collate",
     "collate_packed",
+    "encode_prompt",
     "load_rows",
 ]

@@ -174,11 +174,28 @@ def prompt_and_answer(
     if not turns:
         raise DataError("the conversation has no assistant turn to compare an answer with")
     before, answer = messages[: turns[-1]], messages[turns[-1]].get("content") or ""
+    tools = None if plain else tools_of(row)
+    return encode_prompt(before, tokenizer, plain=plain, tools=tools), answer
+
+
+def encode_prompt(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    plain: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
+    """Token ids up to where the answer to `messages` begins, which are those of training.
+
+    Through the chat template, or `plain`: a line per message.
+
+    Raises:
+        DataError: if there is no chat template for what is not plain, or it refuses the messages.
+    """
     if plain:
-        ids = tokenizer.encode(_plain_prompt(before), add_special_tokens=False)
-        return [*tokenizer.special_tokens_around(ids)[0], *ids], answer
-    text = tokenizer.render_chat(before, add_generation_prompt=True, tools=tools_of(row))
-    return tokenizer.encode(text, add_special_tokens=False), answer
+        return tokenizer.encode_prefix(_plain_prompt(messages))
+    text = tokenizer.render_chat(messages, add_generation_prompt=True, tools=tools)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _is_plain(row: Row, tokenizer: Tokenizer, columns: Mapping[str, str | None]) -> bool:

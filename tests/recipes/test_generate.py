@@ -1,0 +1,73 @@
+"""generate: prompts of every kind, and where its answers go."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_builders import cli
+
+F32 = "compute_dtype=float32"
+
+
+def test_generate_answers_streamed_or_not(
+    checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("what comes after three\nwhat comes after five\n")
+    argv = ["generate", f"checkpoint.dir={checkpoint}", f"adapter.path={adapter}", F32]
+    for stream in ("true", "false"):
+        assert cli.main([*argv, "prompt=what comes after one", f"stream={stream}"]) == 0
+        assert capsys.readouterr().out == "two\n"
+        assert cli.main([*argv, f"prompts_file={prompts}", f"stream={stream}"]) == 0
+        expected = ">>> what comes after three\nfour\n>>> what comes after five\nsix\n"
+        assert capsys.readouterr().out == expected
+    assert cli.main([*argv, f"prompts_file={prompts}", "batch_size=2"]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_sampling_depends_on_the_seed_alone(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", f"checkpoint.dir={checkpoint}", F32, "prompt=what", "max_new_tokens=20"]
+    outputs = []
+    for seed in (0, 0, 1):
+        options = ["temperature=1.0", "top_k=50", "top_p=0.9", f"seed={seed}"]
+        assert cli.main([*argv, *options]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+@pytest.fixture(scope="module")
+def plain_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without a chat template."""
+    path = tmp_path_factory.mktemp("plain") / "hf"
+    shutil.copytree(checkpoint, path)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_without_a_template_prompts_are_those_of_training(
+    plain_checkpoint: Path,
+    rows: Path,
+    train_adapter: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    adapter = train_adapter(plain_checkpoint, rows, tmp_path / "run")
+    argv = ["generate", f"checkpoint.dir={plain_checkpoint}", f"adapter.path={adapter}", F32]
+    outputs = []
+    question = "prompt=what comes after two"
+    for words in ([question], [f"{question}\n", "chat=false"]):
+        capsys.readouterr()
+        assert cli.main([*argv, *words]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs == ["three\n", "three\n"]
+    assert cli.main([*argv, question, "chat=false"]) == 0
+    assert capsys.readouterr().out != "three\n"  # no newline comes behind
