@@ -243,8 +243,14 @@ def _check_generate(cfg: GenerateConfig) -> list[str]:
     problems = []
     if cfg.prompt is not None and cfg.prompts_file is not None:
         problems.append("prompt and prompts_file are both given; give one of them")
-    if cfg.system is not None and not cfg.chat:
-        problems.append("system is a chat message and has no effect with chat=false")
+    if not cfg.chat:
+        problems += [
+            f"{name} is a chat message and has no effect with chat=false"
+            for name in ("system", "data.columns.system")
+            if value_of(cfg, name) is not None
+        ]
+    if cfg.output is not None and Path(cfg.output).suffix != ".jsonl":
+        problems.append(f"output={cfg.output} must end in .jsonl")
     if cfg.temperature == 0:
         problems += [
             f"{name}={value} has no effect at temperature=0; set a temperature such as 0.7"

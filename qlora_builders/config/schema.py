@@ -26,6 +26,7 @@ from qlora_builders.config.sections import (
     LRScheduleConfig,
     MethodConfig,
     ModelConfig,
+    PromptDataConfig,
     RequiredAdapterConfig,
     TokenizerConfig,
     TrainingConfig,
@@ -98,8 +99,16 @@ class GenerateConfig:
     quantize: str = quantize_knob()
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     prompt: str | None = knob(None, "the prompt")
-    prompts_file: str | None = knob(None, "text file, one prompt per line, instead of prompt")
-    system: str | None = knob(None, "system message; null: none")
+    prompts_file: str | None = knob(
+        None,
+        "file of prompts: .jsonl, .json or .parquet with rows as data.train has them (messages or "
+        "a prompt; an answer at the end is left out), else text with one per line",
+    )
+    data: PromptDataConfig = field(default_factory=PromptDataConfig)
+    output: str | None = knob(
+        None, "new .jsonl file with a row for each answer; null: only printed"
+    )
+    system: str | None = knob(None, "system message, for rows without one of their own; null: none")
     chat: bool = knob(
         True,
         "ask as instruct and chat rows are trained: in the chat template, or without one with a "

@@ -62,6 +62,42 @@ def to_messages(
     return _messages(row[name], name)
 
 
+def is_conversation(row: Row) -> bool:
+    """Whether it has messages, rather than a prompt."""
+    return any(row.get(name) is not None for name in ("messages", "conversations"))
+
+
+def to_prompt(
+    row: Row, *, columns: Mapping[str, str | None]
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The messages that are to be answered, and the answer, if the row has it.
+
+    Of a conversation that is its last message, where that is the assistant's.
+
+    Raises:
+        DataError: as `to_messages`, and if there is nothing to answer.
+    """
+    if not is_conversation(row):
+        prompt, completion = column_name(columns, "prompt"), column_name(columns, "completion")
+        if prompt not in row:
+            raise DataError(
+                f"no column {prompt!r}, 'messages' or 'conversations' (there are: "
+                f"{', '.join(sorted(row))}); name the one with prompts: data.columns.prompt=..."
+            )
+        messages = [*_system(row, columns), {"role": "user", "content": text_column(row, prompt)}]
+        has_answer = row.get(completion) is not None
+        return messages, text_column(row, completion) if has_answer else None
+    messages = to_messages(row, format="chat", columns=columns)
+    expected = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+    last = messages[-1]["role"] if messages else None
+    if last not in ("user", "tool"):
+        raise DataError(
+            "nothing to answer: the last message before the answer has to have the role user or "
+            f"tool, and {'there is none' if last is None else f'it has {last!r}'}"
+        )
+    return messages, expected
+
+
 def to_pair(
     row: Row, *, columns: Mapping[str, str | None]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -71,3 +71,59 @@ def test_without_a_template_prompts_are_those_of_training(
     assert outputs == ["three\n", "three\n"]
     assert cli.main([*argv, question, "chat=false"]) == 0
     assert capsys.readouterr().out != "three\n"  # no newline comes behind
+
+
+@pytest.mark.parametrize("options", [[], ["stream=false"], ["batch_size=3"]])
+def test_answers_to_rows_in_a_file(
+    checkpoint: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+) -> None:
+    turns = [
+        {"from": "human", "value": "what comes after one"},
+        {"from": "gpt", "value": "two"},
+        {"from": "human", "value": "what comes after two"},
+    ]
+    rows = [
+        {"question": "what comes after five", "answer": "six"},
+        {"messages": [{"role": "user", "content": "what comes after three"}]},
+        {"conversations": [*turns, {"from": "gpt", "value": "dr\u00e9i"}]},
+    ]
+    file, output = tmp_path / "rows.jsonl", tmp_path / "new" / "answers.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["generate", f"checkpoint.dir={checkpoint}", f"adapter.path={adapter}", F32]
+    argv += [f"prompts_file={file}", f"output={output}", "max_new_tokens=9", *options]
+    argv += ["data.columns.prompt=question", "data.columns.completion=answer"]
+    assert cli.main(argv) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(
+        ">>> what comes after five\nsix\n>>> what comes after three\nfour\n>>> "
+    )
+    assert shown.endswith(f"\nwrote {output}\n")
+    text = output.read_text()
+    assert "dréi" in text  # as it was written
+    answers = [json.loads(line) for line in text.splitlines()]
+    assert [list(answer) for answer in answers] == [
+        ["prompt", "answer", "expected", "num_tokens", "finish_reason"],
+        ["messages", "answer", "num_tokens", "finish_reason"],
+        ["messages", "answer", "expected", "num_tokens", "finish_reason"],
+    ]
+    assert (answers[0]["prompt"], answers[0]["answer"]) == ("what comes after five", "six")
+    assert answers[0]["expected"] == "six"
+    assert answers[1]["messages"] == rows[1]["messages"]
+    assert answers[1]["answer"] == "four"
+    assert [m["role"] for m in answers[2]["messages"]] == ["user", "assistant", "user"]
+    assert answers[0]["finish_reason"] == answers[1]["finish_reason"] == "stop"
+    assert 0 < answers[0]["num_tokens"] < 9
+    assert cli.main(argv) == 2
+    assert f"output={output} exists; choose another name" in capsys.readouterr().err
+    assert output.read_text() == text
+
+
+def test_an_answer_that_is_cut_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    argv = ["generate", f"checkpoint.dir={checkpoint}", F32, f"output={tmp_path / 'a.jsonl'}"]
+    assert cli.main([*argv, "prompt=what", "max_new_tokens=3"]) == 0
+    row = json.loads((tmp_path / "a.jsonl").read_text())
+    assert (row["num_tokens"], row["finish_reason"]) == (3, "length")
