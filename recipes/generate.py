@@ -2,15 +2,18 @@
 
 qlora generate prompt="..." [checkpoint.dir=...] [adapter.path=...]
 qlora generate prompts_file=rows.jsonl output=answers.jsonl
+qlora generate interactive=true
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,8 @@ import torch
 from qlora_builders.checkpoint import load_with_adapter, read_arch
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import GenerateConfig
-from qlora_builders.data import Prompt, Tokenizer, read_prompts, row_to_prompt
-from qlora_builders.errors import ConfigError, QLoRAError
+from qlora_builders.data import Prompt, Tokenizer, encode_prompt, read_prompts, row_to_prompt
+from qlora_builders.errors import ConfigError, DataError, QLoRAError
 from qlora_builders.models import LlamaArch, check_prompt, generate_batch, max_steps
 from qlora_builders.outputs import check_writable, write_whole
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
@@ -31,7 +34,12 @@ def main(cfg: GenerateConfig) -> None:
         check_output(Path(cfg.output))
     device = resolve_device(cfg.device)
     tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
-    prompts = find_prompts(cfg, tokenizer)
+    if cfg.interactive and tokenizer.chat_template is None:
+        raise ConfigError(
+            "interactive=true needs a chat template, and the tokenizer has none: put a "
+            "chat_template.jinja beside its tokenizer.json, or ask with prompt='...'"
+        )
+    prompts = [] if cfg.interactive else find_prompts(cfg, tokenizer)
     arch = read_arch(cfg.checkpoint.dir, format=cfg.checkpoint.format)
     check_prompts(prompts, arch)
     model = load_with_adapter(
@@ -55,6 +63,9 @@ def main(cfg: GenerateConfig) -> None:
         generator=torch.Generator(device).manual_seed(cfg.seed),
         compile=cfg.compile,
     )
+    if cfg.interactive:
+        converse(answer, cfg, tokenizer, arch)
+        return
     results: list[dict[str, Any]] = []
     for start in range(0, len(prompts), cfg.batch_size):
         batch = prompts[start : start + cfg.batch_size]
@@ -62,7 +73,7 @@ def main(cfg: GenerateConfig) -> None:
         steps = answer(ids)
         if len(batch) == 1 and cfg.stream:
             show_prompt(batch[0], prompts)
-            answers = [stream_answer(steps, tokenizer)]
+            answers = [print_answer(steps, tokenizer)]
         else:
             rows = list(steps)
             answers = [[t for row in rows if (t := row[i]) is not None] for i in range(len(batch))]
@@ -108,19 +119,63 @@ def show_prompt(prompt: Prompt, prompts: Sequence[Prompt]) -> None:
         print(f">>> {prompt.last_message}")
 
 
-def stream_answer(steps: Iterable[Sequence[int | None]], tokenizer: Tokenizer) -> list[int]:
+def print_answer(
+    steps: Iterable[Sequence[int | None]], tokenizer: Tokenizer, *, stream: bool = True
+) -> list[int]:
     """Print text as it becomes certain: a character may need several tokens to be complete."""
     ids: list[int] = []
     shown = ""
     for (token,) in steps:
         assert token is not None
         ids.append(token)
-        text = tokenizer.decode(ids)
+        text = tokenizer.decode(ids) if stream else ""
         if not text.endswith("\ufffd"):
             print(text.removeprefix(shown), end="", flush=True)
             shown = text
     print(tokenizer.decode(ids).removeprefix(shown))
     return ids
+
+
+def converse(
+    answer: Callable[..., Iterator[list[int | None]]],
+    cfg: GenerateConfig,
+    tokenizer: Tokenizer,
+    arch: LlamaArch,
+) -> None:
+    """Answer line by line, each with all that was said before."""
+    if sys.stdin.isatty():
+        with suppress(ImportError):  # some Pythons are built without it
+            import_module("readline")  # so that input() edits lines, of any length
+    messages = [{"role": "system", "content": cfg.system}] if cfg.system else []
+    try:
+        while (line := read_line()) is not None:
+            messages.append({"role": "user", "content": line})
+            ids = encode_prompt(messages, tokenizer, plain=False)
+            if len(ids) >= arch.max_position_embeddings:
+                raise QLoRAError(
+                    f"the conversation has {len(ids)} tokens, which leaves no room for an answer "
+                    f"in the model's {arch.max_position_embeddings} positions; start a new one"
+                )
+            tokens = print_answer(answer([ids]), tokenizer, stream=cfg.stream)
+            messages.append({"role": "assistant", "content": tokenizer.decode(tokens)})
+    except KeyboardInterrupt:
+        print()
+
+
+def read_line() -> str | None:
+    """What the user says next; None at the end of the input."""
+    is_terminal = sys.stdin.isatty()
+    try:
+        while True:
+            line = input(">>> " if is_terminal else "")
+            if line.strip():
+                return line
+    except EOFError:
+        if is_terminal:
+            print()
+        return None
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin: not UTF-8 text: {error.reason} at {error.start}") from error
 
 
 def to_result(

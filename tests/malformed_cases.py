@@ -216,7 +216,12 @@ COMMANDS: dict[str, Case] = {
     "processes without number": ("finetune --nproc-per-node", "expected one argument"),
     "processes of generate": ("generate --nproc-per-node 2 prompt=hi", "--nproc-per-node"),
     "processes and a typo": ("finetune --nproc-per-node 2 training.sed=1", "'training.seed'?"),
-    "no prompt": ("generate", "a prompt is required: write prompt='...' or prompts_file=FILE"),
+    "no prompt": ("generate", "a prompt is required: write prompt='...', prompts_file=FILE or"),
+    "a conversation without a template": (
+        "generate checkpoint.dir=tiny tokenizer.path=no_template interactive=true",
+        "interactive=true needs a chat template, and the tokenizer has none: put a",
+        "or ask with prompt='...'",
+    ),
     "no adapter": ("merge output_dir=out", "adapter.path is required: write adapter.path=..."),
     "no budget": ("plan", "a budget is required: write budget=6GiB or bits=4.6"),
     "no runs": ("report", "a run is required: write qlora report RUN"),

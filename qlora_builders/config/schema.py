@@ -104,6 +104,9 @@ class GenerateConfig:
         "file of prompts: .jsonl, .json or .parquet with rows as data.train has them (messages or "
         "a prompt; an answer at the end is left out), else text with one per line",
     )
+    interactive: bool = knob(
+        False, "a conversation: a line of stdin, its answer, and so on until Ctrl-D or Ctrl-C"
+    )
     data: PromptDataConfig = field(default_factory=PromptDataConfig)
     output: str | None = knob(
         None, "new .jsonl file with a row for each answer; null: only printed"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qlora_builders import cli
+from qlora_builders import cli, models
+from qlora_builders.data import Tokenizer
 
 F32 = "compute_dtype=float32"
 
@@ -127,3 +132,100 @@ def test_an_answer_that_is_cut_says_so(checkpoint: Path, tmp_path: Path) -> None
     assert cli.main([*argv, "prompt=what", "max_new_tokens=3"]) == 0
     row = json.loads((tmp_path / "a.jsonl").read_text())
     assert (row["num_tokens"], row["finish_reason"]) == (3, "length")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Token ids of all prompts, as the model gets them."""
+    found: list[list[int]] = []
+    generate_batch = models.generate_batch
+
+    def listen(model: Any, prompts: Sequence[list[int]], **options: Any) -> Iterator[Any]:
+        found.extend(prompts)
+        return generate_batch(model, prompts, **options)
+
+    monkeypatch.setattr(models, "generate_batch", listen)
+    return found
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stdin", "options", "shown"),
+    [
+        (io.StringIO, [], "two\n{}\n"),
+        (io.StringIO, ["stream=false"], "two\n{}\n"),
+        (Terminal, [], ">>> two\n>>> >>> {}\n>>> \n"),  # and what the user types
+    ],
+)
+def test_a_conversation_has_all_that_was_said_before(
+    checkpoint: Path,
+    adapter: Path,
+    asked: list[list[int]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stdin: type[io.StringIO],
+    options: list[str],
+    shown: str,
+) -> None:
+    argv = ["generate", f"checkpoint.dir={checkpoint}", f"adapter.path={adapter}", F32]
+    argv += ["max_new_tokens=5", "interactive=true", *options]
+    monkeypatch.setattr(sys, "stdin", stdin("what comes after one\n\nand then\n"))
+    assert cli.main(argv) == 0
+    captured = capsys.readouterr()
+    tokenizer = Tokenizer.from_dir(checkpoint)
+    first = [{"role": "user", "content": "what comes after one"}]
+    then = [{"role": "assistant", "content": "two"}, {"role": "user", "content": "and then"}]
+    texts = [tokenizer.render_chat(m, add_generation_prompt=True) for m in (first, first + then)]
+    assert [tokenizer.decode(ids, skip_special_tokens=False) for ids in asked] == texts
+    head, tail = shown.split("{}")
+    assert captured.out.startswith(head)
+    assert captured.out.endswith(tail)
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize("when", ["asked", "answering"])
+def test_ctrl_c_ends_a_conversation_quietly(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def interrupt(*_: object, **__: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    where = "builtins.input" if when == "asked" else "qlora_builders.models.generate_batch"
+    monkeypatch.setattr(where, interrupt)
+    assert cli.main(["generate", f"checkpoint.dir={checkpoint}", F32, "interactive=true"]) == 0
+    assert capsys.readouterr() == ("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("word " * 200, r"the conversation has \d+ tokens, which leaves no room for an answer in "),
+        ("caf\udce9", "stdin: not UTF-8 text: "),
+    ],
+)
+def test_what_a_conversation_cannot_hold(
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    message: str,
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(said.encode("utf-8", "surrogateescape")), "utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert cli.main(["generate", f"checkpoint.dir={checkpoint}", F32, "interactive=true"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_system_message_begins_the_conversation(
+    checkpoint: Path, asked: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi"))
+    argv = ["generate", f"checkpoint.dir={checkpoint}", F32, "max_new_tokens=2"]
+    assert cli.main([*argv, "interactive=true", "system=be brief"]) == 0
+    assert cli.main([*argv, "prompt=hi", "system=be brief"]) == 0
+    assert asked[0] == asked[1]
