@@ -68,6 +68,36 @@ PAIRS: dict[str, Case] = {
     "rejected.jsonl": ("rejected.jsonl, line 2: no column 'rejected'",),
     "differ.jsonl": ("line 2: columns 'chosen' and 'rejected' differ",),
 }
+# prompts_file -> the same
+PROMPTS: dict[str, Case] = {
+    "no.txt": ("prompts_file=no.txt: no such file; name one with prompts",),
+    "no.jsonl": ("prompts_file=no.jsonl: no such file; name one with prompts",),
+    "empty.txt": ("empty.txt: holds no prompt; write at least one",),
+    "empty.jsonl": ("empty.jsonl: holds no prompt; write at least one",),
+    "latin.txt": ("latin.txt: not UTF-8 text",),
+    "long.txt": ("long.txt, line 3: the prompt has ", "tokens; allowed: 1 to 128"),
+    "long_prompt.jsonl": ("long_prompt.jsonl, line 2: the prompt has ", "allowed: 1 to 128"),
+    "broken.jsonl": ("broken.jsonl, line 3: not JSON: Expecting value",),
+    "list.jsonl": ("list.jsonl, line 2: holds a list, and an object is needed",),
+    "values.json": ("values.json, row 1 (counted from 0): holds a int, and an object",),
+    "cut.parquet": ("cut.parquet: not a Parquet file this can read: ",),
+    "number.jsonl": ("number.jsonl, line 2: column 'prompt' holds a int, and text is needed",),
+    "answer.jsonl": ("answer.jsonl, line 2: column 'completion' holds a int, and text is needed",),
+    "half.jsonl": ("half.jsonl, line 2: '\\ud800'", "half of a surrogate pair"),
+    "column.jsonl": (
+        "column.jsonl, line 2: no column 'prompt', 'messages' or 'conversations' (there are: "
+        "completion, promt); name the one with prompts: data.columns.prompt=...",
+    ),
+    "empty_chat.jsonl": ("empty_chat.jsonl, line 2: column 'messages' has to be a list of mess",),
+    "role.jsonl": ("role.jsonl, line 2: message 1 has the role 'asistant'; did you mean",),
+    "unasked.jsonl": ("unasked.jsonl, line 2: nothing to answer: ", "and there is none"),
+    "instructed.jsonl": ("instructed.jsonl, line 2: nothing to answer: ", "and it has 'system'"),
+    "questions.jsonl chat=false": ("line 1: holds messages", "leave out chat=false"),
+    "questions.jsonl tokenizer.path=no_template": (
+        "questions.jsonl, line 1: holds messages, and the tokenizer has no chat template to put",
+        "or write the row with a prompt",
+    ),
+}
 
 # checkpoint.dir -> what its message has to say
 BASES: dict[str, Case] = {
@@ -186,17 +216,16 @@ COMMANDS: dict[str, Case] = {
     "processes without number": ("finetune --nproc-per-node", "expected one argument"),
     "processes of generate": ("generate --nproc-per-node 2 prompt=hi", "--nproc-per-node"),
     "processes and a typo": ("finetune --nproc-per-node 2 training.sed=1", "'training.seed'?"),
-    "no prompt": ("generate", "a prompt is required: write prompt='...' or prompts_file=FILE"),
+    "no prompt": ("generate", "a prompt is required: write prompt='...', prompts_file=FILE or"),
+    "a conversation without a template": (
+        "generate checkpoint.dir=tiny tokenizer.path=no_template interactive=true",
+        "interactive=true needs a chat template, and the tokenizer has none: put a",
+        "or ask with prompt='...'",
+    ),
     "no adapter": ("merge output_dir=out", "adapter.path is required: write adapter.path=..."),
     "no budget": ("plan", "a budget is required: write budget=6GiB or bits=4.6"),
     "no runs": ("report", "a run is required: write qlora report RUN"),
     "no run": ("report nothing", "'nothing' is no run directory", "give the output_dir"),
-    "absent prompts": (
-        "generate checkpoint.dir=tiny prompts_file=no.txt",
-        "prompts_file=no.txt: no such file",
-    ),
-    "empty prompts": ("generate checkpoint.dir=tiny prompts_file=empty.txt", "holds no prompt"),
-    "latin prompts": ("generate checkpoint.dir=tiny prompts_file=latin.txt", "not UTF-8 text"),
     "empty prompt": (
         "generate checkpoint.dir=tiny tokenizer.path=no_bos prompt= chat=false",
         "the prompt has 0 tokens; allowed: 1 to 128",
@@ -208,10 +237,6 @@ COMMANDS: dict[str, Case] = {
     "rows longer than the positions": (
         "evaluate checkpoint.dir=tiny data.eval=long.jsonl data.max_seq_len=9999",
         "but the model was made for 128 positions; lower data.max_seq_len",
-    ),
-    "system without a template": (
-        "generate checkpoint.dir=tiny tokenizer.path=no_template prompt=hi system=short",
-        "system has no effect: the tokenizer has no chat template; write it into the prompt",
     ),
     "long prompt": (
         f"generate checkpoint.dir=tiny prompt='{'word ' * 99}'",
@@ -261,6 +286,12 @@ OUTPUTS: dict[str, Case] = {
         "evaluate checkpoint.dir=tiny data.eval=good.jsonl output=file/a.json",
         "file is a file, not a folder; choose another place",
     ),
+    "generate": ("generate prompt=hi output=good.jsonl", "output=good.jsonl exists; choose anoth"),
+    "generate in a file": (
+        "generate prompt=hi output=file/a.jsonl",
+        "file is a file, not a folder; choose another place",
+    ),
+    "generate ending": ("generate prompt=hi output=a.json", "output=a.json must end in .jsonl"),
     "plan": ("plan bits=4.6 output=plan.yaml", "output=plan.yaml, or its .json, exists; choose"),
     "plan ending": ("plan bits=4.6 output=a.txt", "output=a.txt must end in .yaml"),
     "report": ("report run output=full", "output=full is a folder; give the name of a file"),
@@ -296,6 +327,11 @@ NO_SPACE: dict[str, tuple[int, str, str]] = {
         "evaluate checkpoint.dir=tiny data.eval=good.jsonl output=out.json",
         "out.json: cannot be written: File too large",
     ),
+    "generate": (
+        9,
+        "generate checkpoint.dir=tiny prompt=hi output=out.jsonl",
+        "out.jsonl: cannot be written: File too large",
+    ),
     "configs cp": (
         9,
         "configs cp finetune out.yaml",
@@ -314,6 +350,8 @@ def table() -> dict[str, Case]:
         found[f"data: {words}"] = (f"{TRAIN} data.train={words}", *pieces)
     for words, pieces in PAIRS.items():
         found[f"pairs: {words}"] = (f"dpo checkpoint.dir=tiny data.train={words}", *pieces)
+    for words, pieces in PROMPTS.items():
+        found[f"prompts: {words}"] = (f"generate checkpoint.dir=tiny prompts_file={words}", *pieces)
     commands = {
         "checkpoint": ("generate prompt=hi tokenizer.path=tiny checkpoint.dir=", BASES),
         "tokenizer": ("generate prompt=hi checkpoint.dir=tiny tokenizer.path=", TOKENIZERS),

@@ -43,6 +43,10 @@ CONFIGS: dict[str, Case] = {
     "evaluation of nothing": ("finetune training.eval_every=2 data.eval=null", "which is null"),
     "warmup": ("finetune lr_schedule.warmup_steps=9 training.max_steps=3", "must be <= training.m"),
     "greedy top_p": ("generate prompt=hi top_p=0.5", "top_p=0.5 has no effect at temperature=0"),
+    "conversation into a file": (
+        "generate interactive=true output=a.jsonl",
+        "interactive=true is a conversation in the terminal and does not go with output; leave",
+    ),
     "two prompts": ("generate prompt=hi prompts_file=a", "prompt and prompts_file are both given"),
     "pairs to finetune": ("finetune data=preference", "which only `qlora dpo` takes"),
     "forgotten data": ("finetune data=chat", "data.train is required", "write data.train=FILE"),

@@ -80,6 +80,10 @@ LINES: dict[str, tuple[str | bytes, ...]] = {
     "no_role": (chat(*TURNS), chat({"text": "q"})),
     "picture": (chat(*TURNS), chat({"role": "user", "content": [{"image": "x"}]}, TURNS[1])),
     "questions": (chat(*TURNS), chat(TURNS[0])),
+    "unasked": (chat(*TURNS), chat(TURNS[1])),
+    "instructed": (chat(*TURNS), chat({"role": "system", "content": "s"})),
+    "answer": ('{"prompt": "a"}', '{"prompt": "a", "completion": 7}'),
+    "long_prompt": (GOOD, json.dumps({"prompt": "word " * 99})),
     "silent": (chat(*TURNS), chat(TURNS[0], {"role": "assistant", "content": ""})),
     "masked": ('{"text": "<|end_of_text|>"}',),
     "same": (pair(rejected="yes"), pair(rejected="yes")),
@@ -105,6 +109,7 @@ def write_rows(folder: Path) -> None:
     (folder / "rows.csv").write_text("prompt,completion\na,b\n")
     (folder / "no.parquet").write_text("PAR1 but no more")
     (folder / "empty.txt").write_text("\n\n")
+    (folder / "long.txt").write_text("hi\n\n" + "word " * 99)
     (folder / "latin.txt").write_bytes(b"caf\xe9\n")
 
 

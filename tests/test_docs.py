@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import json
 import re
 import shutil
@@ -101,6 +102,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text((json.dumps(ROW) + "\n") * 24)
     (tmp_path / "prompts.txt").write_text("Two red dresses.\nNine plates.\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Two red dresses.\nNine plates.\n"))
     return tmp_path
 
 

@@ -87,8 +87,11 @@ def required(cfg: Any) -> list[str]:
         needed.append(
             "a run is required: write qlora report RUN, with the output_dir of a finetune or dpo"
         )
-    if isinstance(cfg, GenerateConfig) and cfg.prompt is None and cfg.prompts_file is None:
-        needed.append("a prompt is required: write prompt='...' or prompts_file=FILE")
+    asked = isinstance(cfg, GenerateConfig) and (cfg.prompt, cfg.prompts_file, cfg.interactive)
+    if asked == (None, None, False):
+        needed.append(
+            "a prompt is required: write prompt='...', prompts_file=FILE or interactive=true"
+        )
     return needed
 
 
@@ -243,8 +246,16 @@ def _check_generate(cfg: GenerateConfig) -> list[str]:
     problems = []
     if cfg.prompt is not None and cfg.prompts_file is not None:
         problems.append("prompt and prompts_file are both given; give one of them")
-    if cfg.system is not None and not cfg.chat:
-        problems.append("system is a chat message and has no effect with chat=false")
+    if cfg.interactive:
+        problems += _check_interactive(cfg)
+    if not cfg.chat:
+        problems += [
+            f"{name} is a chat message and has no effect with chat=false"
+            for name in ("system", "data.columns.system")
+            if value_of(cfg, name) is not None
+        ]
+    if cfg.output is not None and Path(cfg.output).suffix != ".jsonl":
+        problems.append(f"output={cfg.output} must end in .jsonl")
     if cfg.temperature == 0:
         problems += [
             f"{name}={value} has no effect at temperature=0; set a temperature such as 0.7"
@@ -252,6 +263,22 @@ def _check_generate(cfg: GenerateConfig) -> list[str]:
             if value is not None
         ]
     return problems
+
+
+def _check_interactive(cfg: GenerateConfig) -> list[str]:
+    given = {
+        "prompt": cfg.prompt is not None,
+        "prompts_file": cfg.prompts_file is not None,
+        "output": cfg.output is not None,
+        "batch_size": cfg.batch_size != 1,
+        "chat=false": not cfg.chat,
+    }
+    return [
+        f"interactive=true is a conversation in the terminal and does not go with {name}; "
+        "leave out one of them"
+        for name, is_given in given.items()
+        if is_given
+    ]
 
 
 def _check_evaluate(cfg: EvaluateConfig) -> list[str]:

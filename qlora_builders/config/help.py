@@ -57,6 +57,8 @@ EXAMPLES = {
     "generate": (
         "qlora generate adapter.path=runs/NAME/adapter prompt='Hello, who are you?'",
         "qlora generate checkpoint.dir=merged prompts_file=prompts.txt temperature=0.7 top_p=0.9",
+        "qlora generate checkpoint.dir=merged prompts_file=rows.jsonl output=answers.jsonl",
+        "qlora generate checkpoint.dir=merged interactive=true system='Answer in one word.'",
     ),
     "evaluate": (
         "qlora evaluate adapter.path=runs/NAME/adapter exact_match=20",

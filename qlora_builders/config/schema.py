@@ -26,6 +26,7 @@ from qlora_builders.config.sections import (
     LRScheduleConfig,
     MethodConfig,
     ModelConfig,
+    PromptDataConfig,
     RequiredAdapterConfig,
     TokenizerConfig,
     TrainingConfig,
@@ -98,9 +99,24 @@ class GenerateConfig:
     quantize: str = quantize_knob()
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     prompt: str | None = knob(None, "the prompt")
-    prompts_file: str | None = knob(None, "text file, one prompt per line, instead of prompt")
-    system: str | None = knob(None, "system message; null: none")
-    chat: bool = knob(True, "wrap prompts in the tokenizer's chat template, if it has one")
+    prompts_file: str | None = knob(
+        None,
+        "file of prompts: .jsonl, .json or .parquet with rows as data.train has them (messages or "
+        "a prompt; an answer at the end is left out), else text with one per line",
+    )
+    interactive: bool = knob(
+        False, "a conversation: a line of stdin, its answer, and so on until Ctrl-D or Ctrl-C"
+    )
+    data: PromptDataConfig = field(default_factory=PromptDataConfig)
+    output: str | None = knob(
+        None, "new .jsonl file with a row for each answer; null: only printed"
+    )
+    system: str | None = knob(None, "system message, for rows without one of their own; null: none")
+    chat: bool = knob(
+        True,
+        "ask as instruct and chat rows are trained: in the chat template, or without one with a "
+        "newline behind; false: the prompt is text to go on with",
+    )
     max_new_tokens: int = knob(128, "longest answer, tokens", at_least=1)
     temperature: float = knob(0.0, "0: always the likeliest token", at_least=0)
     top_k: int | None = knob(None, "sample from the k likeliest tokens; null: all", at_least=1)

@@ -121,15 +121,28 @@ class LmEvalConfig:
 
 
 @dataclass
-class ColumnsConfig:
-    """Which columns of the data hold what."""
+class PromptColumnsConfig:
+    """Which columns of rows without messages hold what."""
 
     prompt: str = knob("prompt", "format=instruct, preference: the question")
     completion: str = knob("completion", "format=instruct: the answer")
     system: str | None = knob(None, "format=instruct: the system message; null: none")
+
+
+@dataclass
+class ColumnsConfig(PromptColumnsConfig):
+    """Which columns of the data hold what."""
+
     text: str = knob("text", "format=text: the text")
     chosen: str = knob("chosen", "format=preference: the better answer, or conversation")
     rejected: str = knob("rejected", "format=preference: the worse one")
+
+
+@dataclass
+class PromptDataConfig:
+    """Rows with prompts."""
+
+    columns: PromptColumnsConfig = field(default_factory=PromptColumnsConfig)
 
 
 @dataclass

@@ -18,6 +18,8 @@ from qlora_builders.data.dataset import (
     check_token_range,
 )
 from qlora_builders.data.files import load_rows
+from qlora_builders.data.formats import encode_prompt
+from qlora_builders.data.prompts import Prompt, read_prompts, row_to_prompt
 from qlora_builders.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Batches",
     "DatasetReport",
     "Example",
+    "Prompt",
     "TokenizedDataset",
     "Tokenizer",
     "batch_indices",
@@ -33,5 +36,8 @@ __all__ = [
     "check_token_range",
     "collate",
     "collate_packed",
+    "encode_prompt",
     "load_rows",
+    "read_prompts",
+    "row_to_prompt",
 ]

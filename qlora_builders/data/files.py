@@ -16,7 +16,7 @@ from qlora_builders.strict_json import parse_json
 
 Row = dict[str, Any]
 
-_SUFFIXES = (".json", ".jsonl", ".parquet")
+ROW_SUFFIXES = (".json", ".jsonl", ".parquet")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # owner/name, then perhaps the split, or configuration and split: "openai/gsm8k:main:train"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+){0,2}")
@@ -47,11 +47,11 @@ def load_rows(source: str | Path, *, split: str = "train") -> Sequence[Row]:
             return _read_parquet(path)
         raise DataError(
             f"{path}: cannot read files that end in {suffix or 'nothing'!r}; "
-            f"allowed: {', '.join(_SUFFIXES)}"
+            f"allowed: {', '.join(ROW_SUFFIXES)}"
         )
     looks_local = (
         name.startswith((".", "/", "~"))
-        or path.suffix.lower() in _SUFFIXES
+        or path.suffix.lower() in ROW_SUFFIXES
         or (len(path.parts) > 1 and path.parent.is_dir())
     )
     if path.exists() or looks_local or not _HUB_ID.fullmatch(name):
@@ -175,7 +175,7 @@ def _read_hub(name: str, split: str) -> Sequence[Row]:
 
 def _missing_file(path: Path) -> str:
     if path.is_dir():
-        held = sorted(p.name for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+        held = sorted(p.name for p in path.iterdir() if p.suffix.lower() in ROW_SUFFIXES)
         return f"{path} is a directory; name one file in it: {', '.join(held) or 'none fits'}"
     message = f"no such file: {path}"
     if path.parent.is_dir():

@@ -152,6 +152,15 @@ class Tokenizer:
         ids = list(self._backend.encode(text, add_special_tokens=False).ids)
         return [*self._prefix_ids, *ids, *self._suffix_ids] if add_special_tokens else ids
 
+    def encode_prefix(self, text: str) -> list[int]:
+        """Token ids of a text that is to go on: what begins a text before it, nothing behind it.
+
+        Raises:
+            DataError: for half of a surrogate pair.
+        """
+        ids = self.encode(text, add_special_tokens=False)
+        return [*self.special_tokens_around(ids)[0], *ids]
+
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """Encodings without added special tokens, on all cores.
 

@@ -1,7 +1,7 @@
 """Builders: arch rows, component plans, and the Llama assembled from both."""
 
 from qlora_builders.models.components import ComponentRule, resolve
-from qlora_builders.models.generation import generate, generate_batch
+from qlora_builders.models.generation import check_prompt, generate, generate_batch, max_steps
 from qlora_builders.models.llama import (
     BaseCheckpoint,
     LlamaSpec,
@@ -20,11 +20,13 @@ __all__ = [
     "LlamaSpec",
     "RopeScaling",
     "SummaryRow",
+    "check_prompt",
     "generate",
     "generate_batch",
     "get_arch",
     "linear_slots",
     "llama",
+    "max_steps",
     "other_modules",
     "resolve",
     "summarize",

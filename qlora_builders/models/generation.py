@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_builders.errors import QLoRAError
+from qlora_builders.models.llama_archs import LlamaArch
 from qlora_builders.modules import CausalLM, KVCache
 
 _COLD = 1e-5  # dividing by less could overflow, and the likeliest token is certain anyway
@@ -65,11 +66,11 @@ def generate_batch(
         QLoRAError: for an empty prompt, one longer than the model's positions, or a token that the
             model does not have.
     """
-    _check_prompts(model, prompts)
-    positions = model.spec.arch.max_position_embeddings
-    longest = max(len(prompt) for prompt in prompts)
-    num_steps = min(max_new_tokens, positions - longest)
-    max_seq_len = longest + num_steps
+    arch = model.spec.arch
+    for prompt in prompts:
+        check_prompt(arch, prompt)
+    num_steps = max_steps(arch, prompts, max_new_tokens)
+    max_seq_len = max(len(prompt) for prompt in prompts) + num_steps
     if compile:
         max_seq_len = 1 << (max_seq_len - 1).bit_length()  # few sizes, and a graph for each
     logits, cache = _read_prompts(model, prompts, max_seq_len=max_seq_len)
@@ -95,16 +96,25 @@ def generate_batch(
             logits = decode(model, tokens, cache)
 
 
-def _check_prompts(model: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
-    positions, vocab_size = model.spec.arch.max_position_embeddings, model.spec.arch.vocab_size
-    for prompt in prompts:
-        if not 0 < len(prompt) <= positions:
-            raise QLoRAError(f"the prompt has {len(prompt)} tokens; allowed: 1 to {positions}")
-        if max(prompt) >= vocab_size:
-            raise QLoRAError(
-                f"the prompt has token {max(prompt)}, but the model's vocabulary has {vocab_size} "
-                "entries; tokenizer and model do not belong together"
-            )
+def check_prompt(arch: LlamaArch, prompt: Sequence[int]) -> None:
+    """
+    Raises:
+        QLoRAError: if a prompt is empty, or has more tokens or others than a model can have.
+    """
+    positions, vocab_size = arch.max_position_embeddings, arch.vocab_size
+    if not 0 < len(prompt) <= positions:
+        raise QLoRAError(f"the prompt has {len(prompt)} tokens; allowed: 1 to {positions}")
+    if max(prompt) >= vocab_size:
+        raise QLoRAError(
+            f"the prompt has token {max(prompt)}, but the model's vocabulary has {vocab_size} "
+            "entries; tokenizer and model do not belong together"
+        )
+
+
+def max_steps(arch: LlamaArch, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """Steps that `generate_batch` takes unless all prompts meet a stop token before."""
+    longest = max(len(prompt) for prompt in prompts)
+    return min(max_new_tokens, arch.max_position_embeddings - longest)
 
 
 def next_tokens(

@@ -141,19 +141,44 @@ def test_warmup_longer_than_the_run() -> None:
 def test_generate() -> None:
     assert check(GenerateConfig(prompt="a")) == []
     problems = check(
-        GenerateConfig(prompt="a", prompts_file="b", system="c", chat=False, top_k=5, top_p=0.5)
+        GenerateConfig(
+            prompt="a",
+            prompts_file="b",
+            system="c",
+            chat=False,
+            output="d.json",
+            top_k=5,
+            top_p=0.5,
+        )
     )
     assert problems == [
         "prompt and prompts_file are both given; give one of them",
         "system is a chat message and has no effect with chat=false",
+        "output=d.json must end in .jsonl",
         "top_k=5 has no effect at temperature=0; set a temperature such as 0.7",
         "top_p=0.5 has no effect at temperature=0; set a temperature such as 0.7",
     ]
+    cfg = GenerateConfig(prompts_file="b", chat=False)
+    cfg.data.columns.system = "s"
+    assert check(cfg) == ["data.columns.system is a chat message and has no effect with chat=false"]
     assert check(GenerateConfig(top_p=0.0, temperature=1.0)) == ["top_p=0.0 must be > 0"]
     assert check(GenerateConfig(quantize="int8"))[0].startswith("quantize='int8' is not allowed")
     assert required(GenerateConfig()) == [
-        "a prompt is required: write prompt='...' or prompts_file=FILE"
+        "a prompt is required: write prompt='...', prompts_file=FILE or interactive=true"
     ]
+
+
+def test_interactive() -> None:
+    cfg = GenerateConfig(interactive=True, system="s")
+    assert check(cfg) == required(cfg) == []
+    cfg = GenerateConfig(interactive=True, prompt="a", output="b.jsonl", batch_size=2, chat=False)
+    head = "interactive=true is a conversation in the terminal and does not go with"
+    assert check(cfg) == [
+        f"{head} {name}; leave out one of them"
+        for name in ("prompt", "output", "batch_size", "chat=false")
+    ]
+    cfg = GenerateConfig(interactive=True, prompts_file="a")
+    assert check(cfg) == [f"{head} prompts_file; leave out one of them"]
 
 
 def test_merge() -> None:

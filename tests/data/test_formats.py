@@ -10,10 +10,11 @@ import pytest
 from qlora_builders.data import Tokenizer
 from qlora_builders.data.formats import (
     check_format,
+    encode_prompt,
     prompt_and_answer,
     to_document,
-    to_messages,
 )
+from qlora_builders.data.messages import to_messages
 from qlora_builders.errors import DataError
 
 Make = Callable[..., Tokenizer]
@@ -139,6 +140,7 @@ def test_prompt_and_answer(chatml: Tokenizer, plain: Tokenizer) -> None:
     ids, answer = prompt_and_answer(row, plain, format="instruct", columns=COLUMNS)
     assert ids == plain.encode("p\n")
     assert answer == " c "
+    assert ids == encode_prompt([USER | {"content": "p"}], plain, plain=True)
     with pytest.raises(DataError, match=r"data\.format=text has no prompts to answer"):
         prompt_and_answer(row, plain, format="text", columns=COLUMNS)
     with pytest.raises(DataError, match="no assistant turn to compare an answer with"):

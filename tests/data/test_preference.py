@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from qlora_builders.data import Batches, TokenizedDataset, Tokenizer, build_dataset
-from qlora_builders.data.formats import check_format, prompt_and_answer, to_documents, to_pair
+from qlora_builders.data.formats import check_format, prompt_and_answer, to_documents
+from qlora_builders.data.messages import to_pair
 from qlora_builders.errors import DataError
 
 Make = Callable[..., Tokenizer]

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from qlora_builders import LlamaArch, llama, load_checkpoint, save_checkpoint
 from qlora_builders.errors import QLoRAError
-from qlora_builders.models import generate, generate_batch
+from qlora_builders.models import generate, generate_batch, max_steps
 from qlora_builders.models.generation import next_tokens
 from qlora_builders.modules import CausalLM
 
@@ -146,8 +146,9 @@ def test_rows_stop_one_by_one(model: CausalLM, answers: list[list[int]]) -> None
 
 
 def test_the_positions_end_with_the_longest_prompt(model: CausalLM) -> None:
-    steps = list(generate_batch(model, [[1] * 38, [2]], max_new_tokens=20))
-    assert len(steps) == 2
+    prompts = [[1] * 38, [2]]
+    steps = list(generate_batch(model, prompts, max_new_tokens=20))
+    assert len(steps) == max_steps(ARCH, prompts, 20) == 2
     assert list(generate(model, [1] * 40, max_new_tokens=5)) == []
 
 

@@ -1,16 +1,17 @@
-"""A tiny checkpoint with a tokenizer, and a data file, made once for all recipe tests."""
+"""A tiny checkpoint with a tokenizer, a data file, and an adapter trained on it, made once."""
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from qlora_builders import LlamaArch, llama, save_checkpoint
+from qlora_builders import LlamaArch, cli, llama, save_checkpoint
 
 SPECIAL = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
 TEMPLATE = (
@@ -63,3 +64,29 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines * 4))
     return path
+
+
+@pytest.fixture(scope="session")
+def train_adapter() -> Callable[[Path, Path, Path], Path]:
+    """From a checkpoint, rows and a run folder to an adapter that knows the rows by heart."""
+
+    def train(checkpoint: Path, rows: Path, run: Path) -> Path:
+        words = [f"checkpoint.dir={checkpoint}", f"data.train={rows}", f"output_dir={run}"]
+        words += ["training.max_steps=100", "training.compute_dtype=float32", "optimizer.lr=1e-2"]
+        # the base is random, so the frozen embedding and head could not tell the words apart
+        head = "components=[{match: lm_head, kind: lora, rank: 16, alpha: 32}]"
+        words += [head, "train=[embed_tokens, norm]", "data.eval=null", "training.batch_size=20"]
+        assert cli.main(["finetune", *words]) == 0
+        return run / "adapter"
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def adapter(
+    checkpoint: Path,
+    rows: Path,
+    train_adapter: Callable[[Path, Path, Path], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    return train_adapter(checkpoint, rows, tmp_path_factory.mktemp("adapter") / "run")

@@ -1,4 +1,4 @@
-"""generate, evaluate, merge and inspect on a tiny checkpoint and an adapter trained on it."""
+"""evaluate, merge and inspect on a tiny checkpoint and an adapter trained on it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,6 @@ from qlora_builders import cli
 from qlora_builders.checkpoint import load_checkpoint, load_with_adapter
 
 F32 = "compute_dtype=float32"
-
-
-@pytest.fixture(scope="module")
-def adapter(checkpoint: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("adapter") / "run"
-    argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}", f"output_dir={run}"]
-    argv += ["training.max_steps=100", "training.compute_dtype=float32", "optimizer.lr=1e-2"]
-    # the base is random, so the frozen embedding and head could not tell the words apart
-    head = "components=[{match: lm_head, kind: lora, rank: 16, alpha: 32}]"
-    argv += [head, "train=[embed_tokens, norm]"]
-    assert cli.main([*argv, "data.eval=null", "training.batch_size=20"]) == 0
-    return run / "adapter"
 
 
 def test_evaluate_reports_what_it_writes(
@@ -79,34 +67,6 @@ def test_evaluation_loss_is_transformers_loss(
     result = json.loads(output.read_text())
     assert result["target_tokens"] == count
     assert result["loss"] == pytest.approx(total / count, rel=1e-5)
-
-
-def test_generate_answers_streamed_or_not(
-    checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("what comes after three\nwhat comes after five\n")
-    argv = ["generate", f"checkpoint.dir={checkpoint}", f"adapter.path={adapter}", F32]
-    for stream in ("true", "false"):
-        assert cli.main([*argv, "prompt=what comes after one", f"stream={stream}"]) == 0
-        assert capsys.readouterr().out == "two\n"
-        assert cli.main([*argv, f"prompts_file={prompts}", f"stream={stream}"]) == 0
-        expected = ">>> what comes after three\nfour\n>>> what comes after five\nsix\n"
-        assert capsys.readouterr().out == expected
-    assert cli.main([*argv, f"prompts_file={prompts}", "batch_size=2"]) == 0
-    assert capsys.readouterr().out == expected
-
-
-def test_sampling_depends_on_the_seed_alone(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["generate", f"checkpoint.dir={checkpoint}", F32, "prompt=what", "max_new_tokens=20"]
-    outputs = []
-    for seed in (0, 0, 1):
-        options = ["temperature=1.0", "top_k=50", "top_p=0.9", f"seed={seed}"]
-        assert cli.main([*argv, *options]) == 0
-        outputs.append(capsys.readouterr().out)
-    assert outputs[0] == outputs[1] != outputs[2]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

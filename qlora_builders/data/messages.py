@@ -1,0 +1,251 @@
+"""One row to its messages, whichever of the formats it is written in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_builders.data.files import Row
+from qlora_builders.errors import DataError, did_you_mean, nearest
+
+DEFAULT_COLUMNS = {
+    "prompt": "prompt",
+    "completion": "completion",
+    "system": None,
+    "text": "text",
+    "chosen": "chosen",
+    "rejected": "rejected",
+}
+
+_OPENAI_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+
+
+def check_row(row: Any) -> None:
+    """
+    Raises:
+        DataError: if a file has something else than an object for a row.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"holds a {type(row).__name__}, and an object is needed")
+
+
+def to_messages(
+    row: Row, *, format: str, columns: Mapping[str, str | None]
+) -> list[dict[str, Any]]:
+    """The row as `{"role": ..., "content": ...}` messages.
+
+    Raises:
+        DataError: for a missing column, an unknown role, or content that is no text.
+    """
+    if format == "instruct":
+        messages = _system(row, columns)
+        messages.append(
+            {"role": "user", "content": text_column(row, column_name(columns, "prompt"))}
+        )
+        completion = text_column(row, column_name(columns, "completion"), empty_allowed=False)
+        messages.append({"role": "assistant", "content": completion})
+        return messages
+    name = "messages" if row.get("messages") is not None else "conversations"
+    if name not in row:
+        raise DataError(
+            "no column 'messages' or 'conversations', one of which data.format=chat reads "
+            f"(there are: {', '.join(sorted(row))})"
+        )
+    return _messages(row[name], name)
+
+
+def is_conversation(row: Row) -> bool:
+    """Whether it has messages, rather than a prompt."""
+    return any(row.get(name) is not None for name in ("messages", "conversations"))
+
+
+def to_prompt(
+    row: Row, *, columns: Mapping[str, str | None]
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The messages that are to be answered, and the answer, if the row has it.
+
+    Of a conversation that is its last message, where that is the assistant's.
+
+    Raises:
+        DataError: as `to_messages`, and if there is nothing to answer.
+    """
+    if not is_conversation(row):
+        prompt, completion = column_name(columns, "prompt"), column_name(columns, "completion")
+        if prompt not in row:
+            raise DataError(
+                f"no column {prompt!r}, 'messages' or 'conversations' (there are: "
+                f"{', '.join(sorted(row))}); name the one with prompts: data.columns.prompt=..."
+            )
+        messages = [*_system(row, columns), {"role": "user", "content": text_column(row, prompt)}]
+        has_answer = row.get(completion) is not None
+        return messages, text_column(row, completion) if has_answer else None
+    messages = to_messages(row, format="chat", columns=columns)
+    expected = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+    last = messages[-1]["role"] if messages else None
+    if last not in ("user", "tool"):
+        raise DataError(
+            "nothing to answer: the last message before the answer has to have the role user or "
+            f"tool, and {'there is none' if last is None else f'it has {last!r}'}"
+        )
+    return messages, expected
+
+
+def to_pair(
+    row: Row, *, columns: Mapping[str, str | None]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The conversation with the chosen answer at its end, and with the rejected one.
+
+    Each column holds text or a list of messages. `chosen` and `rejected` are the answers, and
+    `prompt` what comes before; or they are whole conversations, and then there may be no `prompt`,
+    or one that only repeats their beginning.
+
+    Raises:
+        DataError: as `to_messages`, and if the two differ in more than the last answer.
+    """
+    names = [column_name(columns, key) for key in ("chosen", "rejected")]
+    chosen, rejected = (_with_prompt(row, name, columns) for name in names)
+    for name, messages in zip(names, (chosen, rejected), strict=True):
+        if messages[-1]["role"] != "assistant":
+            raise DataError(
+                f"column {name!r} ends with a {messages[-1]['role']} message; it has to end with "
+                "the assistant's answer, which is what is compared"
+            )
+    if chosen[:-1] != rejected[:-1]:
+        pairs = zip(chosen[:-1], rejected[:-1], strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        where = f"in message {first}" if first is not None else "in their number of messages"
+        raise DataError(
+            f"columns {names[0]!r} and {names[1]!r} differ {where}; they have to be one "
+            "conversation with two different last answers"
+        )
+    return chosen, rejected
+
+
+def _with_prompt(row: Row, name: str, columns: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    if isinstance(_value(row, name), str):
+        content = text_column(row, name, empty_allowed=False)
+        answer = [{"role": "assistant", "content": content}]
+    else:
+        answer = _messages(row[name], name)
+    is_whole = answer[0]["role"] != "assistant"
+    column = column_name(columns, "prompt")
+    if is_whole and not _is_list(row.get(column)):
+        return answer
+    if _is_list(_value(row, column)):
+        prompt = _messages(row[column], column)
+        return answer if answer[: len(prompt)] == prompt else prompt + answer
+    prompt = [{"role": "user", "content": text_column(row, column)}]
+    return _system(row, columns) + prompt + answer
+
+
+def _system(row: Row, columns: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    """No message for an empty cell."""
+    column = columns["system"]
+    if column is None or not _value(row, column):
+        return []
+    return [{"role": "system", "content": text_column(row, column)}]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _messages(value: Any, column: str) -> list[dict[str, Any]]:
+    if not _is_list(value) or not value:
+        raise DataError(f"column {column!r} has to be a list of messages that is not empty")
+    return [_message(message, index) for index, message in enumerate(value)]
+
+
+def _message(message: Any, index: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise DataError(f"message {index} is a {type(message).__name__}, and an object is needed")
+    if message.get("role") is not None:
+        role_key, content_key, roles = "role", "content", _OPENAI_ROLES
+    elif message.get("from") is not None:
+        role_key, content_key, roles = "from", "value", _SHAREGPT_ROLES
+    else:
+        raise DataError(
+            f"message {index} has neither role/content nor from/value; "
+            f"its keys: {', '.join(sorted(message)) or 'none'}"
+        )
+    role = roles.get(str(message[role_key]))
+    if role is None:
+        name = str(message[role_key])
+        other = _SHAREGPT_ROLES.get(name)
+        hint = f"; with {role_key!r} it is {other!r}" if other else did_you_mean(name, roles)
+        raise DataError(f"message {index} has the role {message[role_key]!r}{hint}")
+    others = {k: v for k, v in message.items() if k not in (role_key, content_key)}
+    content = _content(message.get(content_key), index)
+    if content is None and not message.get("tool_calls"):
+        raise DataError(f"message {index} ({role}) has no {content_key!r}")
+    if role == "assistant" and not (content or "").strip() and not message.get("tool_calls"):
+        raise DataError(
+            f"message {index} is an assistant turn without text; there is nothing to learn from "
+            "it: remove the row or fill it in"
+        )
+    return {"role": role, "content": content, **others}
+
+
+def _content(value: Any, index: int) -> str | None:
+    """Text, from a string or from a list of text parts."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) and all(
+        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value
+    ):
+        return "".join(part["text"] for part in value)
+    raise DataError(f"message {index} holds something other than text, which is not supported")
+
+
+def tools_of(row: Row) -> list[Mapping[str, Any]] | None:
+    tools = row.get("tools")
+    if tools is None or (isinstance(tools, Sequence) and not tools):
+        return None
+    if isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools):
+        return list(tools)
+    raise DataError("column 'tools' has to be a list of objects (JSON schemas)")
+
+
+def column_name(columns: Mapping[str, str | None], key: str) -> str:
+    name = columns[key]
+    if name is None:
+        raise DataError(f"data.columns.{key} is null; name the column to read")
+    return name
+
+
+# what a row holds -> the format that reads it
+_FORMAT_OF_COLUMN = {
+    "messages": "chat",
+    "conversations": "chat",
+    "chosen": "preference",
+    "text": "text",
+    "completion": "instruct",
+}
+
+
+def _value(row: Row, column: str) -> Any:
+    if column not in row:
+        match = nearest(column, row)
+        hint = f"; did you mean {match!r}?" if match is not None else ""
+        fitting = next((f for name, f in _FORMAT_OF_COLUMN.items() if name in row), None)
+        if not hint and fitting is not None:
+            hint = f"; rows like this one are read with data={fitting}"
+        raise DataError(f"no column {column!r} (there are: {', '.join(sorted(row))}){hint}")
+    return row[column]
+
+
+def text_column(row: Row, column: str, *, empty_allowed: bool = True) -> str:
+    value = _value(row, column)
+    if not isinstance(value, str):
+        raise DataError(f"column {column!r} holds a {type(value).__name__}, and text is needed")
+    if not empty_allowed and not value.strip():
+        raise DataError(f"column {column!r} is empty, so nothing in the row is trained on")
+    return value

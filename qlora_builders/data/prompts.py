@@ -1,0 +1,144 @@
+"""What `generate` is to answer: lines of text, or rows like those of the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qlora_builders.data.files import ROW_SUFFIXES, Row, describe_row, load_rows
+from qlora_builders.data.formats import encode_prompt
+from qlora_builders.data.messages import (
+    DEFAULT_COLUMNS,
+    check_row,
+    is_conversation,
+    to_prompt,
+    tools_of,
+)
+from qlora_builders.data.tokenizer import Tokenizer, check_text
+from qlora_builders.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Something to answer.
+
+    Attributes:
+        ids: the tokens up to where the answer begins.
+        asked: `{"prompt": ...}` or `{"messages": [...]}`.
+        expected: the answer that the row has, or None.
+        where: file and line, as the beginning of a message; empty for one of no file.
+    """
+
+    ids: list[int]
+    asked: dict[str, Any]
+    expected: str | None
+    where: str = ""
+
+    @property
+    def last_message(self) -> str:
+        """What was said last, which is the whole of a prompt."""
+        prompt = self.asked.get("prompt")
+        return self.asked["messages"][-1]["content"] if prompt is None else prompt
+
+
+def read_prompts(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    chat: bool = True,
+    system: str | None = None,
+    columns: Mapping[str, str | None] = DEFAULT_COLUMNS,
+) -> list[Prompt]:
+    """The prompts of a file: rows as `load_rows` reads them, or text with one prompt per line.
+
+    Arguments are those of `to_prompts`.
+
+    Raises:
+        DataError: naming file and line, for what cannot be read or asked.
+    """
+    path = Path(path).expanduser()
+    prompts = []
+    for where, row, names in _read(path, columns):
+        try:
+            prompt = row_to_prompt(row, tokenizer, chat=chat, system=system, columns=names)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        prompts.append(replace(prompt, where=f"{where}: "))
+    if not prompts:
+        raise DataError(f"{path}: holds no prompt; write at least one")
+    return prompts
+
+
+def row_to_prompt(
+    row: Row,
+    tokenizer: Tokenizer,
+    *,
+    chat: bool = True,
+    system: str | None = None,
+    columns: Mapping[str, str | None] = DEFAULT_COLUMNS,
+) -> Prompt:
+    """A row with `messages`, `conversations` or the column of prompts.
+
+    Args:
+        chat: ask as rows are trained (`encode_prompt`); else the prompt is text to go on with.
+        system: message at the beginning of what has none.
+        columns: names of `prompt`, `completion` and `system`.
+
+    Raises:
+        DataError: if the row is broken, or messages cannot be put into a chat template.
+    """
+    check_row(row)
+    messages, expected = to_prompt(row, columns=columns)
+    check_text(expected or "")
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    plain = tokenizer.chat_template is None
+    asked: dict[str, Any] = {"prompt": messages[-1]["content"]}
+    if is_conversation(row):
+        asked = {"messages": messages}
+        _check_chat(chat, plain)
+    if not chat:
+        return Prompt(tokenizer.encode_prefix(asked["prompt"]), asked, expected)
+    tools = None if plain else tools_of(row)
+    return Prompt(encode_prompt(messages, tokenizer, plain=plain, tools=tools), asked, expected)
+
+
+def _check_chat(chat: bool, plain: bool) -> None:
+    if not chat:
+        raise DataError("holds messages, and chat=false goes on with text; leave out chat=false")
+    if plain:
+        raise DataError(
+            "holds messages, and the tokenizer has no chat template to put them in: put a "
+            "chat_template.jinja beside its tokenizer.json, or write the row with a prompt"
+        )
+
+
+def _read(
+    path: Path, columns: Mapping[str, str | None]
+) -> Iterator[tuple[str, Row, Mapping[str, str | None]]]:
+    """Where each row is, the row, and the names of its columns; of text a row per line."""
+    if path.suffix.lower() not in ROW_SUFFIXES:
+        for number, line in enumerate(_read_text(path).split("\n"), start=1):
+            if line.strip():
+                yield f"{path}, line {number}", {"prompt": line}, DEFAULT_COLUMNS
+        return
+    if not path.is_file():
+        raise DataError(_missing(path))
+    rows = load_rows(path)
+    for number, row in enumerate(rows):
+        yield describe_row(rows, path, number), row, columns
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(_missing(path)) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text: {error.reason} at {error.start}") from error
+
+
+def _missing(path: Path) -> str:
+    return f"prompts_file={path}: no such file; name one with prompts"
