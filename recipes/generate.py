@@ -183,8 +183,8 @@ def to_result(
 ) -> dict[str, Any]:
     """A row of `output`; `limit` tokens are as many as there could be."""
     row = prompt.asked | {"answer": tokenizer.decode(tokens)}
-    if prompt.expected is not None:
-        row["expected"] = prompt.expected
+    if prompt.reference is not None:
+        row["reference"] = prompt.reference
     row["num_tokens"] = len(tokens)
     row["finish_reason"] = "stop" if len(tokens) < limit else "length"
     return row

@@ -88,14 +88,14 @@ def to_prompt(
         has_answer = row.get(completion) is not None
         return messages, text_column(row, completion) if has_answer else None
     messages = to_messages(row, format="chat", columns=columns)
-    expected = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+    reference = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
     last = messages[-1]["role"] if messages else None
     if last not in ("user", "tool"):
         raise DataError(
             "nothing to answer: the last message before the answer has to have the role user or "
             f"tool, and {'there is none' if last is None else f'it has {last!r}'}"
         )
-    return messages, expected
+    return messages, reference
 
 
 def to_pair(

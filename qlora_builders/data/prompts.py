@@ -27,13 +27,13 @@ class Prompt:
     Attributes:
         ids: the tokens up to where the answer begins.
         asked: `{"prompt": ...}` or `{"messages": [...]}`.
-        expected: the answer that the row has, or None.
+        reference: the answer that the row has, or None.
         where: file and line, as the beginning of a message; empty for one of no file.
     """
 
     ids: list[int]
     asked: dict[str, Any]
-    expected: str | None
+    reference: str | None
     where: str = ""
 
     @property
@@ -90,8 +90,8 @@ def row_to_prompt(
         DataError: if the row is broken, or messages cannot be put into a chat template.
     """
     check_row(row)
-    messages, expected = to_prompt(row, columns=columns)
-    check_text(expected or "")
+    messages, reference = to_prompt(row, columns=columns)
+    check_text(reference or "")
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     plain = tokenizer.chat_template is None
@@ -100,9 +100,9 @@ def row_to_prompt(
         asked = {"messages": messages}
         _check_chat(chat, plain)
     if not chat:
-        return Prompt(tokenizer.encode_prefix(asked["prompt"]), asked, expected)
+        return Prompt(tokenizer.encode_prefix(asked["prompt"]), asked, reference)
     tools = None if plain else tools_of(row)
-    return Prompt(encode_prompt(messages, tokenizer, plain=plain, tools=tools), asked, expected)
+    return Prompt(encode_prompt(messages, tokenizer, plain=plain, tools=tools), asked, reference)
 
 
 def _check_chat(chat: bool, plain: bool) -> None:

@@ -122,11 +122,10 @@ def predict_phases(
             "cuda" their terms are then left out, but for the gradients of the layer that computes.
     """
     weights = weight_terms(model, num_shards)
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    elements, largest = sum(trained) / num_shards, max(trained) / num_shards
+    optimizer_state, optimizer_temporaries = _optimizer_bytes(model, optimizer, num_shards)
     gradients = gradient_bytes(model) // num_shards
     gathered = _gathered_bytes(model) if num_shards > 1 or cpu_offload else 0
-    state = {"gathered weights": gathered, "optimizer state": round(optimizer.state * elements)}
+    state = {"gathered weights": gathered, "optimizer state": optimizer_state}
     fixed = {**weights, **state, **_runtime(model, device_type, compiled)}
     small, kinds = _one_layer_of_each_kind(model)
     trace = _trace(
@@ -142,8 +141,7 @@ def predict_phases(
     backward["gradients"] = backward.get("gradients", 0) // num_shards
     if accumulate:
         forward["gradients"], backward["gradients"] = gradients, gradients
-    temporary = optimizer.temporary_of_all * elements + optimizer.temporary_of_one * largest
-    step = {"gradients": gradients, "optimizer temporaries": round(temporary)}
+    step = {"gradients": gradients, "optimizer temporaries": optimizer_temporaries}
     phases = [
         Phase("load", {**_load_terms(model, device_type), **weights}),
         Phase("forward", {**fixed, **forward, **_heap_holes(model, device_type, forward)}),
@@ -154,6 +152,16 @@ def predict_phases(
         in_flight = max(map(gradient_bytes, small.model.layers))
         return [_on_the_gpu(phase, set(weights), in_flight) for phase in phases]
     return phases
+
+
+def _optimizer_bytes(
+    model: CausalLM, optimizer: OptimizerMemory, num_shards: int
+) -> tuple[int, int]:
+    """What it keeps of a rank's share, and what it needs during a step."""
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    elements, largest = sum(trained) / num_shards, max(trained) / num_shards
+    temporary = optimizer.temporary_of_all * elements + optimizer.temporary_of_one * largest
+    return round(optimizer.state * elements), round(temporary)
 
 
 def _trace(model: CausalLM, **sizes: Any) -> StepTrace:

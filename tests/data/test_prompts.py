@@ -49,14 +49,14 @@ def test_a_conversation_without_its_answer(row: dict[str, Any], chatml: Tokenize
     prompt = row_to_prompt(row, chatml)
     assert prompt.ids == rendered(chatml, TURNS)
     assert prompt.asked == {"messages": TURNS}
-    assert (prompt.expected, prompt.last_message) == (None, "u2")
+    assert (prompt.reference, prompt.last_message) == (None, "u2")
 
 
-def test_the_answer_at_the_end_is_expected(chatml: Tokenizer) -> None:
+def test_the_answer_at_the_end_is_the_reference(chatml: Tokenizer) -> None:
     row = {"messages": [*TURNS, ANSWER], "prompt": "not this one"}
     prompt = row_to_prompt(row, chatml)
     assert prompt.ids == rendered(chatml, TURNS)
-    assert (prompt.asked, prompt.expected) == ({"messages": TURNS}, "a2")
+    assert (prompt.asked, prompt.reference) == ({"messages": TURNS}, "a2")
     assert len(row["messages"]) == 4  # it stays as it was
 
 
@@ -81,13 +81,13 @@ def test_tools_and_their_results(make_tokenizer: Make, templates: dict[str, str]
     assert prompt.ids == rendered(tokenizer, messages, tools=tools)  # type: ignore[arg-type]
     prompt = row_to_prompt({"messages": messages[:2], "tools": tools}, tokenizer)
     assert prompt.asked == {"messages": messages[:1]}
-    assert prompt.expected is None  # a call is no text
+    assert prompt.reference is None  # a call is no text
 
 
 def test_prompts_with_a_template(chatml: Tokenizer) -> None:
     prompt = row_to_prompt({"prompt": "p", "completion": "c"}, chatml, system="s")
     assert prompt.ids == rendered(chatml, [SYSTEM, {"role": "user", "content": "p"}])
-    assert (prompt.asked, prompt.expected) == ({"prompt": "p"}, "c")
+    assert (prompt.asked, prompt.reference) == ({"prompt": "p"}, "c")
     columns = {"prompt": "q", "completion": "a", "system": "sys"}
     row = {"q": "p", "a": "c", "sys": "s"}
     assert row_to_prompt(row, chatml, columns=columns) == prompt
@@ -97,7 +97,7 @@ def test_prompts_with_a_template(chatml: Tokenizer) -> None:
 def test_prompts_without_a_template(plain: Tokenizer) -> None:
     prompt = row_to_prompt({"prompt": "p", "completion": None, "tools": [3]}, plain)
     assert prompt.ids == plain.encode("p\n")
-    assert prompt.expected is None
+    assert prompt.reference is None
     assert row_to_prompt({"prompt": "p"}, plain, system="s").ids == plain.encode("s\np\n")
     assert row_to_prompt({"prompt": "p"}, plain, chat=False).ids == plain.encode("p")
 
@@ -112,7 +112,7 @@ def test_ids_are_the_beginning_of_the_trained_row(
     dataset = build_dataset(rows, tokenizer, format="instruct", max_seq_len=256)
     (prompt,) = read_prompts(rows, tokenizer)
     assert dataset[0].input_ids.tolist()[: len(prompt.ids)] == prompt.ids
-    assert (prompt.ids, prompt.expected) == dataset.prompt_and_answer(0)
+    assert (prompt.ids, prompt.reference) == dataset.prompt_and_answer(0)
 
 
 def test_files_of_every_kind(chatml: Tokenizer, tmp_path: Path) -> None:

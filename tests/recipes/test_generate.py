@@ -111,12 +111,12 @@ def test_answers_to_rows_in_a_file(
     assert "dréi" in text  # as it was written
     answers = [json.loads(line) for line in text.splitlines()]
     assert [list(answer) for answer in answers] == [
-        ["prompt", "answer", "expected", "num_tokens", "finish_reason"],
+        ["prompt", "answer", "reference", "num_tokens", "finish_reason"],
         ["messages", "answer", "num_tokens", "finish_reason"],
-        ["messages", "answer", "expected", "num_tokens", "finish_reason"],
+        ["messages", "answer", "reference", "num_tokens", "finish_reason"],
     ]
     assert (answers[0]["prompt"], answers[0]["answer"]) == ("what comes after five", "six")
-    assert answers[0]["expected"] == "six"
+    assert answers[0]["reference"] == "six"
     assert answers[1]["messages"] == rows[1]["messages"]
     assert answers[1]["answer"] == "four"
     assert [m["role"] for m in answers[2]["messages"]] == ["user", "assistant", "user"]
