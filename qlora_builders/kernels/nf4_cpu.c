@@ -23,12 +23,11 @@
        patterns without their sign: it vectorizes, and NaN and infinity come out on top, which
        makes the check for them free. Counting midpoints is 15 compares without a branch.
        Dequantize computes the 16 values that a block can hold, rounded to the weight's dtype and
-       then to the output's, and then only looks them up; with AVX-512 that is one permute for 16 elements.
-       Outputs of 4 MiB and more ask Linux for large pages.
+       then to the output's, and then only looks them up; with AVX-512 that is one permute for 16
+       elements. Outputs of 4 MiB and more ask Linux for large pages.
        Measured on two cores of an AMD EPYC with AVX-512, 4096 x 4096 bfloat16, geometric, blocks
-       of 64 in groups of 256: quantize 16 ms (bitsandbytes
-       0.50.2: 348); dequantize into a buffer 4.8 ms, where copying the result takes 2.3, and to
-       float32 4.8 ms (copy 4.5).
+       of 64 in groups of 256: quantize 16 ms (bitsandbytes 0.50.2: 348); dequantize into a buffer
+       4.8 ms, where copying the result takes 2.3, and to float32 4.8 ms (copy 4.5).
 
        With `search`, 16 scales a (1 - 0.02 k), rounded to the dtype, are tried for every block and
        the first with the least squared error is kept; errors are relative to a and added up by
@@ -38,87 +37,21 @@
 
    Limits
        float32, bfloat16, float16; pointers aligned as their type. block_size must be even, and with
-       `search` a power of two from 32 (to_nf4 allows powers of two from 32 to 4096). Threads split whole groups
-       when quantizing and whole blocks when dequantizing. Indices are 64-bit. No fast-math: the
-       compiler must not contract or reassociate.
+       `search` a power of two from 32 (to_nf4 allows powers of two from 32 to 4096). Threads split
+       whole groups when quantizing and whole blocks when dequantizing. Indices are 64-bit. No
+       fast-math: the compiler must not contract or reassociate.
 
    Compiled by nf4_cpu.py at first use; scripts/bench_nf4.py measures it. */
 
-#include <stdint.h>
+#include "nf4_cpu.h"
+
 #include <stdlib.h>
-#include <string.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
-#define HAVE_AVX512 1
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-
-enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
-enum { GEOMETRIC = 0, NONE = 1, BNB = 2 };
-
-static const float CODEBOOK[16] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
-
-/* ---- bits and dtypes ---------------------------------------------------------------------- */
-
-INLINE uint32_t to_bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
-INLINE float from_bits(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
-
-INLINE uint16_t float_to_bfloat16(float x) { /* to nearest, ties to even; x finite */
-    uint32_t b = to_bits(x);
-    return (uint16_t)((b + 0x7FFF + ((b >> 16) & 1)) >> 16);
-}
-
-INLINE float half_to_float(uint16_t h) {
-    uint32_t magnitude = h & 0x7FFF, sign = (uint32_t)(h & 0x8000) << 16;
-    uint32_t special = 0x7F800000u | magnitude << 13; /* infinity and NaN */
-    /* 2^112 moves the exponent bias from 15 to 127, exactly, subnormals included */
-    uint32_t finite = to_bits(from_bits(magnitude << 13) * from_bits(0x77800000u));
-    return from_bits(sign | (magnitude >= 0x7C00 ? special : finite));
-}
-
-INLINE uint16_t float_to_half(float x) { /* to nearest, ties to even; overflow is infinity */
-    uint32_t b = to_bits(x), sign = (b >> 16) & 0x8000;
-    b &= 0x7FFFFFFF;
-    if (b >= 0x47800000) return (uint16_t)(sign | 0x7C00); /* 65536 and above */
-    if (b < 0x38800000) /* subnormal halves: adding 0.5 rounds at its last bit, 2^-24 */
-        return (uint16_t)(sign | (to_bits(from_bits(b) + 0.5f) - to_bits(0.5f)));
-    return (uint16_t)(sign | ((b + 0xC8000FFFu + ((b >> 13) & 1)) >> 13));
-}
-
-INLINE float round_to(float x, int dtype) {
-    if (dtype == BFLOAT16) return from_bits((uint32_t)float_to_bfloat16(x) << 16);
-    if (dtype == FLOAT16) return half_to_float(float_to_half(x));
-    return x;
-}
-
-INLINE float load(const void *data, int64_t i, int dtype) {
-    if (dtype == BFLOAT16) return from_bits((uint32_t)((const uint16_t *)data)[i] << 16);
-    if (dtype == FLOAT16) return half_to_float(((const uint16_t *)data)[i]);
-    return ((const float *)data)[i];
-}
-
-INLINE float smallest_normal(int dtype) { return dtype == FLOAT16 ? 0x1p-14f : 0x1p-126f; }
-
-INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /* ---- scales ------------------------------------------------------------------------------- */
-
-/* Scale of code k = 1..255 before rounding: its bit pattern lies k - 1 of 254 steps from lo. */
-INLINE float grid_scale(int k, float lo, float hi) {
-    int64_t lo_bits = to_bits(lo), hi_bits = to_bits(hi);
-    return from_bits((uint32_t)(lo_bits + ((k - 1) * (hi_bits - lo_bits) + 127) / 254));
-}
 
 /* First index in ascending grid[255] whose value is not below x; 254 if there is none. */
 INLINE int first_not_below(const float *grid, float x) {
@@ -262,8 +195,10 @@ INLINE int quantize(const void *weight, uint8_t *codes, void *scales, float *gro
                 continue;
             }
             uint8_t *scale_codes = (uint8_t *)scales + first;
-            if (format == GEOMETRIC) encode_scales(wanted, count, scale_codes, groups + 2 * g, dtype);
-            else memcpy((float *)scales + first, wanted, (size_t)count * sizeof(float));
+            if (format == GEOMETRIC)
+                encode_scales(wanted, count, scale_codes, groups + 2 * g, dtype);
+            else
+                memcpy((float *)scales + first, wanted, (size_t)count * sizeof(float));
             for (int64_t b = 0; b < count; b++) {
                 float decoded = wanted[b];
                 if (format == GEOMETRIC)
@@ -341,42 +276,37 @@ static void ask_for_large_pages(void *out, int64_t bytes) {
 #endif
 }
 
-/* Elements first .. last of the weight go to out[0 ..]; first is a multiple of block_size.
-   scale_codebook[256] is read by bnb only. */
+/* `rows` pieces of `count` elements, the first at element `first` and each `stride` after the one
+   before, go to out[0 ..] without gaps. first and stride are multiples of block_size, and so is
+   count where there are several pieces. scale_codebook[256] is read by bnb only. */
 INLINE void dequantize(const uint8_t *codes, const void *scales, const float *groups,
-                       const float *scale_codebook, void *out, int64_t first, int64_t last, int64_t block_size, int64_t scale_block_size,
+                       const float *scale_codebook, void *out, int64_t first, int64_t count,
+                       int64_t rows, int64_t stride, int64_t block_size, int64_t scale_block_size,
                        int format, int dtype, int threads, int out_dtype) {
-    int64_t blocks = ceil_div(last - first, block_size), first_block = first / block_size;
-    codes += first / 2;
-    ask_for_large_pages(out, (last - first) * (out_dtype == FLOAT32 ? 4 : 2));
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t b = 0; b < blocks; b++) {
-        int64_t block = first_block + b;
-        const float *group = groups + 2 * (block / scale_block_size);
-        float scale;
-        if (format == BNB) {
-            scale = scale_codebook[((const uint8_t *)scales)[block]] * group[0] + group[1];
-        } else if (format == NONE) {
-            scale = round_to(((const float *)scales)[block], dtype);
-        } else {
-            int k = ((const uint8_t *)scales)[block];
-            scale = k ? round_to(grid_scale(k, group[0], group[1]), dtype) : 0;
+    const int64_t blocks = ceil_div(count, block_size), out_size = out_dtype == FLOAT32 ? 4 : 2;
+    ask_for_large_pages(out, rows * count * out_size);
+#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t start = first + r * stride, block = start / block_size + b;
+            const float *group = group_of(groups, block, scale_block_size);
+            float scale = block_scale(scales, group, scale_codebook, block, format, dtype);
+            float values[16];
+            block_values(scale, values, dtype, out_dtype);
+            look_up_block(values, codes + start / 2, (char *)out + r * count * out_size,
+                          b * block_size, min64(block_size, count - b * block_size), out_dtype);
         }
-        float values[16]; /* what the block can hold, rounded to the weight's, then out's dtype */
-        for (int k = 0; k < 16; k++)
-            values[k] = round_to(round_to(CODEBOOK[k] * scale, dtype), out_dtype);
-        int64_t start = b * block_size;
-        look_up_block(values, codes, out, start, min64(block_size, last - first - start),
-                      out_dtype);
     }
 }
 
 void qlora_dequantize_nf4(const uint8_t *codes, const void *scales, const float *groups,
-                          const float *scale_codebook, void *out, int64_t first, int64_t last, int64_t block_size,
+                          const float *scale_codebook, void *out, int64_t first, int64_t count,
+                          int64_t rows, int64_t stride, int64_t block_size,
                           int64_t scale_block_size, int format, int dtype, int out_dtype,
                           int threads) {
-#define ARGS \
-    codes, scales, groups, scale_codebook, out, first, last, block_size, scale_block_size, format
+#define ARGS                                                                                  \
+    codes, scales, groups, scale_codebook, out, first, count, rows, stride, block_size,       \
+        scale_block_size, format
 #define DISPATCH(D)                                                        \
     if (out_dtype == BFLOAT16) dequantize(ARGS, D, threads, BFLOAT16);     \
     else if (out_dtype == FLOAT16) dequantize(ARGS, D, threads, FLOAT16);  \

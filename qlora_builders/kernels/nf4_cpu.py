@@ -1,4 +1,4 @@
-"""Compiles and calls `nf4_cpu.c`, the CPU kernels.
+"""Compiles and calls `nf4_cpu.c` and `nf4_cpu_rows.c`, the CPU kernels.
 
 The C compiler runs once per machine and source version, about two seconds; the library is kept in
 the user's cache folder. It shares torch's OpenMP threads and honours `torch.get_num_threads()`.
@@ -34,11 +34,13 @@ from qlora_builders.kernels.nf4_reference import (
 )
 from qlora_builders.kernels.tiles import tiled_matmul
 
-_SOURCE = Path(__file__).with_name("nf4_cpu.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("nf4_cpu.c", "nf4_cpu_rows.c")]
+_HEADER = Path(__file__).with_name("nf4_cpu.h")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std=gnu11")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS = {"geometric": 0, "none": 1, "bnb": 2}
 _NOT_FINITE = 1
+_FEW_ROWS = 4  # of input: MOST_ROWS of nf4_cpu_rows.c
 
 
 def supports(scale_format: str, *dtypes: torch.dtype) -> bool:
@@ -128,16 +130,23 @@ def dequantize_range_(
     scale_groups: Tensor,
     *,
     start: int,
+    stride: int | None = None,
     block_size: int,
     scale_block_size: int,
     scale_format: str,
     dtype: torch.dtype,
 ) -> None:
-    """Decode the elements from `start` (a multiple of block_size) into all of contiguous `out`."""
+    """Decode the elements from `start` (a multiple of block_size) into all of contiguous `out`.
+
+    With `stride`, out's second row is what begins so much later in the weight, and so on; strides
+    and the length of out's rows are then multiples of block_size, too.
+    """
     library = _library()
     assert library is not None
     assert out.is_contiguous()
+    rows, count = (1, out.numel()) if stride is None else out.shape
     assert start % block_size == 0
+    assert stride is None or (stride % block_size == 0 and count % block_size == 0)
     library.qlora_dequantize_nf4(
         codes.data_ptr(),
         scales.data_ptr(),
@@ -145,7 +154,9 @@ def dequantize_range_(
         dynamic_codebook().data_ptr(),
         out.data_ptr(),
         start,
-        start + out.numel(),
+        count,
+        rows,
+        stride or 0,
         block_size,
         scale_block_size,
         _FORMATS[scale_format],
@@ -169,15 +180,33 @@ def matmul_nf4(
     scale_format: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `nf4_reference.matmul_nf4`, decoding some rows of the weight at a time."""
+    """As `nf4_reference.matmul_nf4`, decoding a part of the weight at a time.
 
-    def decode(first: int, rows: Tensor) -> None:
-        dequantize_range_(
-            rows.view(-1),
+    With AVX-512, few rows of input are multiplied without that, which adds up in another order.
+    """
+    if transposed and len(input) <= _FEW_ROWS and shape[1] % block_size == 0:
+        output = _matmul_rows(
+            input,
             codes,
             scales,
             scale_groups,
-            start=first * shape[1],
+            shape=shape,
+            block_size=block_size,
+            scale_block_size=scale_block_size,
+            scale_format=scale_format,
+            dtype=dtype,
+        )
+        if output is not None:
+            return (output if bias is None else output.add_(bias)).to(input.dtype)
+
+    def decode(rows: slice, columns: slice, out: Tensor) -> None:
+        dequantize_range_(
+            out,
+            codes,
+            scales,
+            scale_groups,
+            start=rows.start * shape[1] + columns.start,
+            stride=None if out.shape[1] == shape[1] else shape[1],
             block_size=block_size,
             scale_block_size=scale_block_size,
             scale_format=scale_format,
@@ -191,7 +220,46 @@ def matmul_nf4(
         shape=shape,
         transposed=transposed,
         row_multiple=block_size // math.gcd(shape[1], block_size),  # a tile begins with a block
+        column_multiple=block_size if shape[1] % block_size == 0 else None,
     )
+
+
+def _matmul_rows(
+    input: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    scale_groups: Tensor,
+    *,
+    shape: Sequence[int],
+    block_size: int,
+    scale_block_size: int,
+    scale_format: str,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """`input @ W.T` in float32; None where the library has no code for it."""
+    rows, (out_features, in_features) = len(input), shape
+    even_then_odd = input.float().unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
+    output = torch.empty(rows, out_features)
+    library = _library()
+    assert library is not None
+    failed = library.qlora_matmul_nf4_rows(
+        even_then_odd.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        scale_groups.data_ptr(),
+        dynamic_codebook().data_ptr(),
+        output.data_ptr(),
+        rows,
+        out_features,
+        in_features,
+        block_size,
+        scale_block_size,
+        _FORMATS[scale_format],
+        _DTYPES[dtype],
+        _DTYPES[input.dtype],
+        torch.get_num_threads(),
+    )
+    return None if failed else output
 
 
 # ---- building -----------------------------------------------------------------------------------
@@ -212,15 +280,17 @@ def _library() -> ctypes.CDLL | None:
         return None
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.qlora_quantize_nf4.argtypes = [pointer] * 4 + [size] * 3 + [integer] * 4
-    library.qlora_dequantize_nf4.argtypes = [pointer] * 5 + [size] * 4 + [integer] * 4
+    library.qlora_dequantize_nf4.argtypes = [pointer] * 5 + [size] * 6 + [integer] * 4
     library.qlora_dequantize_nf4.restype = None
+    library.qlora_matmul_nf4_rows.argtypes = [pointer] * 6 + [integer] + [size] * 4 + [integer] * 4
     return library
 
 
 def _build() -> Path:
     """Path of the compiled library, made now if this machine has not made it before."""
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    key = "\n".join([_SOURCE.read_text(), *_FLAGS, *compiler, _cpu_identity(), torch.__version__])
+    texts = [file.read_text() for file in (*_SOURCES, _HEADER)]
+    key = "\n".join([*texts, *_FLAGS, *compiler, _cpu_identity(), torch.__version__])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     target = _cache_dir() / f"nf4_cpu_{digest}.so"
     if not target.exists():
@@ -237,20 +307,30 @@ def _compile(compiler: list[str], folder: Path) -> None:
     A second OpenMP library in the process would bring its own, competing threads. Compilers
     without OpenMP give a library that works in one thread.
     """
-    object_file, library = folder / "nf4.o", folder / "nf4.so"
-    base = [*compiler, *(flag for flag in _FLAGS if flag != "-shared")]
-    with_openmp = [*base, "-fopenmp", "-c", str(_SOURCE), "-o", str(object_file)]
-    if subprocess.run(with_openmp, capture_output=True, check=False).returncode == 0:
-        _run([*compiler, "-shared", str(object_file), "-o", str(library)])
+    library = folder / "nf4.so"
+    objects = [folder / f"{source.stem}.o" for source in _SOURCES]
+    to_object: list[str | Path] = [
+        *compiler,
+        *(flag for flag in _FLAGS if flag != "-shared"),
+        "-fopenmp",
+        "-c",
+    ]
+    commands = [
+        [*to_object, source, "-o", made] for source, made in zip(_SOURCES, objects, strict=True)
+    ]
+    if all(
+        subprocess.run(one, capture_output=True, check=False).returncode == 0 for one in commands
+    ):
+        _run([*compiler, "-shared", *objects, "-o", library])
         try:
             ctypes.CDLL(str(library), mode=os.RTLD_NOW)
             return
         except OSError:
             pass  # torch brings no OpenMP whose symbols can be used
-    _run([*compiler, *_FLAGS, "-Wno-unknown-pragmas", str(_SOURCE), "-o", str(library)])
+    _run([*compiler, *_FLAGS, "-Wno-unknown-pragmas", *_SOURCES, "-o", library])
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str | Path]) -> None:
     subprocess.run(command, capture_output=True, check=True, text=True, timeout=120)
 
 

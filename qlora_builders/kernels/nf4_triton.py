@@ -212,8 +212,8 @@ def matmul_nf4(
     if transposed and input.shape[0] <= _MATVEC_BATCH and shape[1] % block_size == 0:
         return _matvec(input, *fields, bias, shape=shape, **options)
 
-    def decode(first: int, rows: Tensor) -> None:
-        dequantize_range_(rows.view(-1), *fields, start=first * shape[1], **options)
+    def decode(rows: slice, _all: slice, out: Tensor) -> None:
+        dequantize_range_(out, *fields, start=rows.start * shape[1], **options)
 
     return tiled_matmul(
         input,

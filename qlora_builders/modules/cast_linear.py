@@ -57,7 +57,9 @@ class _CastLinear(torch.autograd.Function):
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
-    def decode(first: int, rows: Tensor) -> None:
-        rows.copy_(weight[first : first + len(rows)])
+    def decode(rows: slice, columns: slice, out: Tensor) -> None:
+        out.copy_(weight[rows, columns])
 
-    return tiled_matmul(input, bias, decode, shape=weight.shape, transposed=transposed)
+    return tiled_matmul(
+        input, bias, decode, shape=weight.shape, transposed=transposed, column_multiple=1
+    )

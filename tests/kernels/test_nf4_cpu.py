@@ -13,7 +13,7 @@ import pytest
 import torch
 from nf4_weights import DTYPES, FORMATS, adversarial, bits
 
-from qlora_builders import to_nf4
+from qlora_builders import linear_nf4, to_nf4
 from qlora_builders.kernels import nf4_cpu, nf4_reference, tiles
 
 pytestmark = pytest.mark.skipif(
@@ -135,6 +135,73 @@ def test_tiled_products_are_those_of_the_reference(
                 want = nf4_reference.matmul_nf4(*args, **options, transposed=transposed)
                 got = nf4_cpu.matmul_nf4(*args, **options, transposed=transposed)
                 torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(96, 256), (40, 1024)], ids=str)
+def test_some_columns_at_a_time(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sums are left to add up: as exact as one product."""
+    monkeypatch.setattr(tiles, "_FEWEST_COLUMNS", 64)
+    generator = torch.Generator().manual_seed(0)
+    weight = to_nf4(torch.randn(shape, generator=generator).bfloat16(), scale_block_size=3)
+    options = {**weight.nf4_format, "dtype": weight.dtype, "shape": shape, "transposed": False}
+    args = weight.codes, weight.scales, weight.scale_groups, None
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        grad = torch.randn(70, shape[0], generator=generator).to(dtype)
+        want = nf4_reference.matmul_nf4(grad, *args, **options)
+        for columns in (64, 128, 192):
+            monkeypatch.setattr(tiles, "_TILE_ELEMENTS", shape[0] * columns + 63)
+            got = nf4_cpu.matmul_nf4(grad, *args, **options)
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pieces_that_lie_apart(dtype: torch.dtype, scale_format: str) -> None:
+    weight = to_nf4(torch.randn(6, 256).to(dtype), block_size=32, scale_format=scale_format)
+    fields = weight.codes, weight.scales, weight.scale_groups
+    for out_dtype in DTYPES:
+        out = torch.full((3, 96), 7, dtype=out_dtype)
+        options = {**weight.nf4_format, "dtype": dtype, "start": 2 * 256 + 64, "stride": 256}
+        nf4_cpu.dequantize_range_(out, *fields, **options)
+        assert torch.equal(out, weight.dequantize(out_dtype)[2:5, 64:160])
+
+
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows_are_multiplied_without_decoding(dtype: torch.dtype, scale_format: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape, sizes in (((50, 128), (64, 256)), ((7, 96), (32, 5)), ((1, 64), (32, 1))):
+        weight = torch.randn(shape, generator=generator).to(dtype)
+        weight[0, :40] = 0
+        q = to_nf4(
+            weight, block_size=sizes[0], scale_block_size=sizes[1], scale_format=scale_format
+        )
+        options = {**q.nf4_format, "dtype": dtype, "shape": shape, "transposed": True}
+        fields = q.codes, q.scales, q.scale_groups
+        for input_dtype, tolerance in zip(DTYPES, (1e-5, 0.02, 2e-3), strict=True):
+            exact = q.dequantize(input_dtype).double()
+            bias = torch.randn(shape[0], generator=generator).to(input_dtype)
+            for rows in range(1, nf4_cpu._FEW_ROWS + 1):
+                input = torch.randn(rows, shape[1], generator=generator).to(input_dtype)
+                for b in (None, bias):
+                    got = nf4_cpu.matmul_nf4(input, *fields, b, **options)
+                    want = input.double() @ exact.t() + (0 if b is None else b.double())
+                    assert got.dtype == input_dtype
+                    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+def test_few_rows_give_the_same_bits_with_any_number_of_threads() -> None:
+    weight, input = to_nf4(torch.randn(65, 256)), torch.randn(3, 256)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(linear_nf4(input, weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
