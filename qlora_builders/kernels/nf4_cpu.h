@@ -1,4 +1,18 @@
-/* What the CPU kernels share: dtypes, their rounding, and the scales of NF4 blocks. */
+/* NF4 on CPUs: what the kernels share. They give, bit for bit, what nf4_reference.py gives.
+
+   Layout (n elements, blocks of `block_size`, groups of `scale_block_size` blocks)
+
+       weight   w0 w1 w2 w3 ...                n elements, row-major
+       codes    [w0:hi nibble | w1:lo nibble]  one byte per pair, ceil(n / 2) bytes
+       scales   one per block: uint8 code (geometric, bnb) or float32 (none)
+       groups   two float32 per group: smallest positive and largest scale (geometric);
+                largest magnitude of (scale - offset), offset (bnb)
+
+   Limits
+       float32, bfloat16, float16; pointers aligned as their type; block_size even. Indices are
+       64-bit. No fast-math: the compiler must not contract or reassociate.
+
+   Compiled by nf4_cpu.py at first use; scripts/bench_nf4.py measures them. */
 
 #pragma once
 
@@ -6,8 +20,10 @@
 #include <string.h>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
 #define HAVE_AVX512 1
+#endif
+#if defined(__SSE4_1__)
+#include <immintrin.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -89,25 +105,31 @@ INLINE const float *group_of(const float *groups, int64_t block, int64_t scale_b
                                   : block / scale_block_size);
 }
 
+/* Vectors of GCC and Clang: a loop over the constant codebook becomes 16 scalar lines. */
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+INLINE void round_all(Floats *x, int dtype) { /* round_to of each */
+    if (dtype == BFLOAT16) {
+        Words bits = (Words)*x;
+        *x = (Floats)((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000u);
+    }
+    if (dtype == FLOAT16) {
 #ifdef HAVE_AVX512
-INLINE __m512 round_all_to(__m512 x, int dtype) { /* round_to of each; compilers take 16 times */
-    if (dtype == FLOAT16)
-        return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    if (dtype == FLOAT32) return x;
-    __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xFFFF0000)));
-}
+        const int to_nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        *x = (Floats)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)*x, to_nearest));
+#else
+        for (int k = 0; k < 16; k++) (*x)[k] = round_to((*x)[k], FLOAT16);
 #endif
+    }
+}
 
 /* The 16 values a block can hold, rounded to the weight's dtype and then to the output's. */
-INLINE void block_values(float scale, float *values, int dtype, int out_dtype) {
-#ifdef HAVE_AVX512
-    __m512 products = _mm512_mul_ps(_mm512_loadu_ps(CODEBOOK), _mm512_set1_ps(scale));
-    _mm512_storeu_ps(values, round_all_to(round_all_to(products, dtype), out_dtype));
-#else
-    for (int k = 0; k < 16; k++)
-        values[k] = round_to(round_to(CODEBOOK[k] * scale, dtype), out_dtype);
-#endif
+INLINE Floats block_values(float scale, int dtype, int out_dtype) {
+    Floats values;
+    memcpy(&values, CODEBOOK, sizeof values);
+    values *= scale;
+    round_all(&values, dtype);
+    if (out_dtype != dtype) round_all(&values, out_dtype);
+    return values;
 }

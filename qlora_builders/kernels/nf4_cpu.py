@@ -1,4 +1,4 @@
-"""Compiles and calls `nf4_cpu.c` and `nf4_cpu_rows.c`, the CPU kernels.
+"""Compiles and calls the CPU kernels, `nf4_cpu_*.c`.
 
 The C compiler runs once per machine and source version, about two seconds; the library is kept in
 the user's cache folder. It shares torch's OpenMP threads and honours `torch.get_num_threads()`.
@@ -34,7 +34,7 @@ from qlora_builders.kernels.nf4_reference import (
 )
 from qlora_builders.kernels.tiles import tiled_matmul
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("nf4_cpu.c", "nf4_cpu_rows.c")]
+_SOURCES = sorted(Path(__file__).parent.glob("nf4_cpu_*.c"))
 _HEADER = Path(__file__).with_name("nf4_cpu.h")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std=gnu11")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -1,13 +1,14 @@
 /* Products of a few rows with an NF4 weight on CPUs with AVX-512: nothing is decoded to memory.
 
    Formula
-       y[r][o] = sum over i of x[r][i] * w[o][i], with w as nf4_cpu.c decodes it: its values are the
-       same bits, the sums float32 in an order of their own, the same for any number of threads.
+       y[r][o] = sum over i of x[r][i] * w[o][i], with w as nf4_cpu_dequantize.c decodes it: its
+       values are the same bits, the sums float32 in an order of their own, the same for any number
+       of threads.
 
    Layout
        x     float32, a row at a time: its in / 2 even elements, then its in / 2 odd ones
        y     float32 [rows, out]
-       codes, scales, groups: see nf4_cpu.c; a row of the weight is a whole number of blocks
+       codes, scales, groups: see nf4_cpu.h; a row of the weight is a whole number of blocks
 
    How
        A byte holds an even element in its high and an odd one in its low nibble. Sixteen bytes are
@@ -39,11 +40,9 @@ INLINE void dot_rows(const float *x, const uint8_t *codes, const void *scales, c
     for (int r = 0; r < rows; r++) even_sums[r] = odd_sums[r] = _mm512_setzero_ps();
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t block = out_feature * blocks + b;
-        float values[16];
         const float *group = group_of(groups, block, scale_block_size);
-        block_values(block_scale(scales, group, scale_codebook, block, format, dtype), values,
-                     dtype, x_dtype);
-        const __m512 table = _mm512_loadu_ps(values);
+        float scale = block_scale(scales, group, scale_codebook, block, format, dtype);
+        const __m512 table = (__m512)block_values(scale, dtype, x_dtype);
         for (int64_t i = b * block_size / 2; i < (b + 1) * block_size / 2; i += 16) {
             __m512i low = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(bytes + i)));
             __m512 odd = _mm512_permutexvar_ps(low, table);

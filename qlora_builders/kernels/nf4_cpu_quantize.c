@@ -1,55 +1,34 @@
-/* NF4 on CPUs: quantize and dequantize, bit for bit what nf4_reference.py gives.
-
-   Layout (n elements, blocks of `block_size`, groups of `scale_block_size` blocks)
-
-       weight   w0 w1 w2 w3 ...                n elements, row-major
-       codes    [w0:hi nibble | w1:lo nibble]  one byte per pair, ceil(n / 2) bytes
-       scales   one per block: uint8 code (geometric, bnb) or float32 (none)
-       groups   two float32 per group: smallest positive and largest scale (geometric);
-                largest magnitude of (scale - offset), offset (bnb)
+/* Quantize to NF4 on CPUs; nf4_cpu.h has the layout.
 
    Formula
-       quantize    a = max |w| of the block; scale code = the entry of the group's grid that is
-                   nearest to a when rounded to the weight's dtype; s = that rounded scale
-                   code = number of midpoints below w / s, but 0 or 15 where |w| = a
-                   (bnb: midpoints below w * (1 / a))
-                   a block with s below 16 times the smallest normal number is coded twice, see
-                   nf4_reference; with `search`, s is nearest to the scale found instead of to a
-       dequantize  w = round(codebook[code] * round(scale)); for bnb the scale is not rounded
+       a = max |w| of the block; scale code = the entry of the group's grid that is nearest to a
+       when rounded to the weight's dtype; s = that rounded scale
+       code = number of midpoints below w / s, but 0 or 15 where |w| = a
+       (bnb: midpoints below w * (1 / a))
+       a block with s below 16 times the smallest normal number is coded twice, see nf4_reference;
+       with `search`, s is nearest to the scale found instead of to a
 
    How
-       Quantize makes two passes over a group (32 KiB of bfloat16 at the default sizes), so the
-       second finds the weights in cache. The block maximum is an integer maximum of the bit
-       patterns without their sign: it vectorizes, and NaN and infinity come out on top, which
-       makes the check for them free. Counting midpoints is 15 compares without a branch.
-       Dequantize computes the 16 values that a block can hold, rounded to the weight's dtype and
-       then to the output's, and then only looks them up; with AVX-512 that is one permute for 16
-       elements. Outputs of 4 MiB and more ask Linux for large pages.
+       Two passes over a group (32 KiB of bfloat16 at the default sizes), so the second finds the
+       weights in cache. The block maximum is an integer maximum of the bit patterns without their
+       sign: it vectorizes, and NaN and infinity come out on top, which makes the check for them
+       free. Counting midpoints is 15 compares without a branch. Threads split whole groups.
        Measured on two cores of an AMD EPYC with AVX-512, 4096 x 4096 bfloat16, geometric, blocks
-       of 64 in groups of 256: quantize 16 ms (bitsandbytes 0.50.2: 348); dequantize into a buffer
-       4.8 ms, where copying the result takes 2.3, and to float32 4.8 ms (copy 4.5).
+       of 64 in groups of 256: 16 ms (bitsandbytes 0.50.2: 348).
 
        With `search`, 16 scales a (1 - 0.02 k), rounded to the dtype, are tried for every block and
        the first with the least squared error is kept; errors are relative to a and added up by
        halves, as the reference adds them.
-       The offset of bnb is a mean over all blocks: there quantize returns the block maxima as
-       float32 scales, and nf4_cpu.py has the reference encode them.
+       The offset of bnb is a mean over all blocks: there the block maxima are returned as float32
+       scales, and nf4_cpu.py has the reference encode them.
 
    Limits
-       float32, bfloat16, float16; pointers aligned as their type. block_size must be even, and with
-       `search` a power of two from 32 (to_nf4 allows powers of two from 32 to 4096). Threads split
-       whole groups when quantizing and whole blocks when dequantizing. Indices are 64-bit. No
-       fast-math: the compiler must not contract or reassociate.
-
-   Compiled by nf4_cpu.py at first use; scripts/bench_nf4.py measures it. */
+       With `search`, block_size is a power of two from 32 (to_nf4 allows powers of two from 32 to
+       4096). */
 
 #include "nf4_cpu.h"
 
 #include <stdlib.h>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 /* ---- scales ------------------------------------------------------------------------------- */
 
@@ -223,95 +202,4 @@ int qlora_quantize_nf4(const void *weight, uint8_t *codes, void *scales, float *
     if (dtype == FLOAT16) return quantize(ARGS, FLOAT16);
     return quantize(ARGS, FLOAT32);
 #undef ARGS
-}
-
-/* ---- dequantize --------------------------------------------------------------------------- */
-
-INLINE void store(void *out, int64_t i, float x, int dtype) {
-    if (dtype == BFLOAT16) ((uint16_t *)out)[i] = (uint16_t)(to_bits(x) >> 16);
-    else if (dtype == FLOAT16) ((uint16_t *)out)[i] = float_to_half(x);
-    else ((float *)out)[i] = x;
-}
-
-INLINE void look_up_block(const float *values, const uint8_t *codes, void *out, int64_t start,
-                          int64_t length, int out_dtype) {
-    const uint8_t *bytes = codes + start / 2;
-    int64_t i = 0;
-#ifdef HAVE_AVX512
-    __m512 table = _mm512_loadu_ps(values);
-    for (; i + 32 <= length; i += 32) { /* 16 bytes: interleave nibbles, permute, narrow, store */
-        __m128i packed = _mm_loadu_si128((const __m128i *)(bytes + i / 2));
-        __m128i mask = _mm_set1_epi8(15);
-        __m128i high = _mm_and_si128(_mm_srli_epi16(packed, 4), mask);
-        __m128i low = _mm_and_si128(packed, mask);
-        __m128i halves[2] = {_mm_unpacklo_epi8(high, low), _mm_unpackhi_epi8(high, low)};
-        for (int h = 0; h < 2; h++) {
-            int64_t at = start + i + 16 * h;
-            __m512 x = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(halves[h]), table);
-            if (out_dtype == FLOAT32) {
-                _mm512_storeu_ps((float *)out + at, x);
-            } else {
-                __m256i narrow = out_dtype == FLOAT16
-                    ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)
-                    : _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16));
-                _mm256_storeu_si256((__m256i *)((uint16_t *)out + at), narrow);
-            }
-        }
-    }
-#endif
-    for (; i < length; i++) {
-        int code = i & 1 ? bytes[i / 2] & 15 : bytes[i / 2] >> 4;
-        store(out, start + i, values[code], out_dtype);
-    }
-}
-
-/* A fresh 32 MiB result costs more in page faults than in decoding: large pages halve the time. */
-static void ask_for_large_pages(void *out, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t page = 4096, start = ((uintptr_t)out + page - 1) / page * page;
-    const uintptr_t end = ((uintptr_t)out + (uintptr_t)bytes) / page * page;
-    if (bytes >= 1 << 22) (void)madvise((void *)start, end - start, MADV_HUGEPAGE);
-#else
-    (void)out, (void)bytes;
-#endif
-}
-
-/* `rows` pieces of `count` elements, the first at element `first` and each `stride` after the one
-   before, go to out[0 ..] without gaps. first and stride are multiples of block_size, and so is
-   count where there are several pieces. scale_codebook[256] is read by bnb only. */
-INLINE void dequantize(const uint8_t *codes, const void *scales, const float *groups,
-                       const float *scale_codebook, void *out, int64_t first, int64_t count,
-                       int64_t rows, int64_t stride, int64_t block_size, int64_t scale_block_size,
-                       int format, int dtype, int threads, int out_dtype) {
-    const int64_t blocks = ceil_div(count, block_size), out_size = out_dtype == FLOAT32 ? 4 : 2;
-    ask_for_large_pages(out, rows * count * out_size);
-#pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t b = 0; b < blocks; b++) {
-            const int64_t start = first + r * stride, block = start / block_size + b;
-            const float *group = group_of(groups, block, scale_block_size);
-            float scale = block_scale(scales, group, scale_codebook, block, format, dtype);
-            float values[16];
-            block_values(scale, values, dtype, out_dtype);
-            look_up_block(values, codes + start / 2, (char *)out + r * count * out_size,
-                          b * block_size, min64(block_size, count - b * block_size), out_dtype);
-        }
-    }
-}
-
-void qlora_dequantize_nf4(const uint8_t *codes, const void *scales, const float *groups,
-                          const float *scale_codebook, void *out, int64_t first, int64_t count,
-                          int64_t rows, int64_t stride, int64_t block_size,
-                          int64_t scale_block_size, int format, int dtype, int out_dtype,
-                          int threads) {
-#define ARGS                                                                                  \
-    codes, scales, groups, scale_codebook, out, first, count, rows, stride, block_size,       \
-        scale_block_size, format
-#define DISPATCH(D)                                                        \
-    if (out_dtype == BFLOAT16) dequantize(ARGS, D, threads, BFLOAT16);     \
-    else if (out_dtype == FLOAT16) dequantize(ARGS, D, threads, FLOAT16);  \
-    else dequantize(ARGS, D, threads, FLOAT32)
-    if (dtype == BFLOAT16) { DISPATCH(BFLOAT16); }
-    else if (dtype == FLOAT16) { DISPATCH(FLOAT16); }
-    else { DISPATCH(FLOAT32); }
 }
