@@ -246,3 +246,14 @@ def make_tokenizer(write_tokenizer: Callable[..., Path]) -> Callable[..., OurTok
 def templates() -> dict[str, str]:
     """The chat templates by style."""
     return dict(TEMPLATES)
+
+
+@pytest.fixture
+def plain(make_tokenizer: Callable[..., OurTokenizer]) -> OurTokenizer:
+    """Without a chat template."""
+    return make_tokenizer()
+
+
+@pytest.fixture
+def chatml(make_tokenizer: Callable[..., OurTokenizer]) -> OurTokenizer:
+    return make_tokenizer(TEMPLATES["chatml"])

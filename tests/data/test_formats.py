@@ -29,16 +29,6 @@ def trained(row: dict[str, Any], tokenizer: Tokenizer, **options: Any) -> list[s
     return [document.text[start:end] for start, end in document.spans]
 
 
-@pytest.fixture
-def plain(make_tokenizer: Make) -> Tokenizer:
-    return make_tokenizer()
-
-
-@pytest.fixture
-def chatml(make_tokenizer: Make, templates: dict[str, str]) -> Tokenizer:
-    return make_tokenizer(templates["chatml"])
-
-
 def test_text(plain: Tokenizer) -> None:
     document = to_document(
         {"body": "abc"},

@@ -27,11 +27,6 @@ USER, GOOD, BAD = message("user", "u"), message("assistant", "yes"), message("as
 LONG = [message("system", "s"), USER, message("assistant", "a"), message("user", "v")]
 
 
-@pytest.fixture
-def chatml(make_tokenizer: Make, templates: dict[str, str]) -> Tokenizer:
-    return make_tokenizer(templates["chatml"])
-
-
 @pytest.mark.parametrize(
     "row",
     [

@@ -29,16 +29,6 @@ SHAREGPT = {
 }
 
 
-@pytest.fixture
-def plain(make_tokenizer: Make) -> Tokenizer:
-    return make_tokenizer()
-
-
-@pytest.fixture
-def chatml(make_tokenizer: Make, templates: dict[str, str]) -> Tokenizer:
-    return make_tokenizer(templates["chatml"])
-
-
 def rendered(tokenizer: Tokenizer, messages: list[dict[str, str]], **options: Any) -> list[int]:
     text = tokenizer.render_chat(messages, add_generation_prompt=True, **options)
     return tokenizer.encode(text, add_special_tokens=False)
