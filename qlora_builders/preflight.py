@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from qlora_builders.config.schema import FinetuneConfig
-from qlora_builders.data import Batches, TokenizedDataset, check_token_range
+from qlora_builders.data import Batches, TokenizedDataset, check_token_range, padded
 from qlora_builders.errors import DataError
 from qlora_builders.models import llama
 from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
@@ -65,7 +65,7 @@ def check_run(
         *load_warnings(_device(model)),
     ]
     if not any(is_sharded(parameter) for parameter in model.parameters()):
-        longest = min(dataset.report.longest_row, cfg.data.max_seq_len)
+        longest = min(padded(dataset.report.longest_row), cfg.data.max_seq_len)
         peak = predicted_peak(
             model,
             batch_size=cfg.training.batch_size * dataset.per_row,

@@ -1,6 +1,6 @@
 """Checkpoints and adapters in and out."""
 
-from qlora_builders.checkpoint.formats import read_arch, read_tensors, stored_plan
+from qlora_builders.checkpoint.formats import read_arch, read_tensors, stored_dtype, stored_plan
 from qlora_builders.checkpoint.hf_config import arch_from_config, config_from_arch
 from qlora_builders.checkpoint.hf_llama import save_checkpoint
 from qlora_builders.checkpoint.load import load_checkpoint
@@ -27,5 +27,6 @@ __all__ = [
     "save_adapter",
     "save_checkpoint",
     "save_merged",
+    "stored_dtype",
     "stored_plan",
 ]

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from qlora_builders.checkpoint.bnb_4bit import QUANT_METHOD as BNB_METHOD
 from qlora_builders.checkpoint.bnb_4bit import check_quantization_config, read_bnb
 from qlora_builders.checkpoint.hf_config import arch_from_config, read_config
@@ -116,3 +118,10 @@ def stored_plan(path: str | Path, *, format: str = AUTO) -> list[dict[str, Any]]
     slots = [name for name, tensor in read_tensors(path, format=format).items() if tensor.quantized]
     names = [name.removesuffix(".weight").removeprefix("model.") for name in slots]
     return [{"match": name, "kind": "frozen_nf4"} for name in names]
+
+
+def stored_dtype(path: str | Path, *, format: str = AUTO) -> torch.dtype:
+    """That of the largest weight; bfloat16 for one that no computation takes, such as float8."""
+    tensors = read_tensors(path, format=format).values()
+    dtype = max(tensors, key=lambda tensor: tensor.shape.numel()).dtype
+    return dtype if dtype in (torch.float32, torch.float16) else torch.bfloat16

@@ -21,6 +21,7 @@ from qlora_builders.errors import CheckpointError, ConfigError
 from qlora_builders.outputs import check_writable
 
 CONFIG_FILE = "config.yaml"
+RESULTS = ("adapter", "model")  # folders that a finished run has one of
 AUTO = "auto"
 
 
@@ -65,7 +66,8 @@ def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
 
     Raises:
         ConfigError: if `run_dir` cannot be written; if it is not empty and neither argument allows
-            that; if it holds no run, or not the one that `resume` names.
+            that; if it holds no run, not the one that `resume` names, or a finished one without a
+            checkpoint.
         CheckpointError: if `resume` is a path without a good checkpoint.
     """
     check_writable(run_dir, "output_dir", folder=True)
@@ -88,6 +90,12 @@ def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
             return _start_at(folder, messages)
         except CheckpointError as error:
             messages.append(f"warning: a damaged checkpoint is skipped: {error}")
+    for name in RESULTS:
+        if not overwrite and (run_dir / name).is_dir():
+            raise ConfigError(
+                f"output_dir={run_dir} holds the {name}/ of a finished run, and no checkpoint "
+                "to go on from; choose another, or set overwrite=true instead of training.resume"
+            )
     return Start(messages=(*messages, f"no checkpoint in {run_dir} to resume from: a new run"))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qlora_builders.checkpoint.base_record import ASPECTS, BASE_FILE
-from qlora_builders.checkpoint.formats import AUTO, read_arch, stored_plan
+from qlora_builders.checkpoint.formats import AUTO, read_arch, stored_dtype, stored_plan
 from qlora_builders.checkpoint.load import load_checkpoint
 from qlora_builders.checkpoint.peft_adapter import AdapterInfo, load_adapter_info, read_adapter
 from qlora_builders.checkpoint.peft_export import WEIGHTS_FILE, hf_name
@@ -81,7 +81,7 @@ def load_with_adapter(
         adapter: an adapter directory, or None.
         quantize: as for `adapter_plan`; "auto" without an adapter is as the checkpoint is stored.
         format: of the checkpoint, as for `load_checkpoint`.
-        dtype: of the base; None is the one the adapter was trained on, or bfloat16.
+        dtype: of the base; None is the one the adapter was trained on, or that of the files.
         device, compute_dtype: as for `load_checkpoint`.
         allow_base_mismatch: as for `load_adapter`. What `quantize` or `dtype` names is the caller's
             choice and not compared anyway.
@@ -108,7 +108,7 @@ def load_with_adapter(
             format=format,
             train=train,
             device=device,
-            dtype=dtype or recorded or torch.bfloat16,
+            dtype=dtype or recorded or stored_dtype(path, format=format),
             compute_dtype=compute_dtype,
         )
     except PlanError as error:  # the caller wrote no plan; the adapter did

@@ -26,7 +26,7 @@ def compute_dtype_knob() -> Any:
 
 
 def base_dtype_knob() -> Any:
-    meaning = "dtype of the base; auto: as its adapter was trained (no adapter: bfloat16)"
+    meaning = "dtype of the base; auto: as its adapter was trained (no adapter: as its files)"
     return knob("auto", meaning, choices=("auto", *DTYPES))
 
 

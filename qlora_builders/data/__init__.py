@@ -10,6 +10,7 @@ from qlora_builders.data.collate import (
     batch_indices,
     collate,
     collate_packed,
+    padded,
 )
 from qlora_builders.data.dataset import (
     DatasetReport,
@@ -38,6 +39,7 @@ __all__ = [
     "collate_packed",
     "encode_prompt",
     "load_rows",
+    "padded",
     "read_prompts",
     "row_to_prompt",
 ]

@@ -60,15 +60,18 @@ class Batches:
         epoch, index = divmod(number, self.per_epoch)
         if epoch != self._epoch:
             self._use_epoch(epoch)
-        pad_token_id = self.dataset.tokenizer.pad_token_id
+        padding = {
+            "pad_token_id": self.dataset.tokenizer.pad_token_id,
+            "max_seq_len": self.max_seq_len,
+        }
         if self.packing == "none":
             per_row = self.dataset.per_row
             first = [row * per_row for row in self._order[index]]
             examples = [self.dataset[i + j] for i in first for j in range(per_row)]
-            batch = collate(examples, pad_token_id=pad_token_id, per_row=per_row)
+            batch = collate(examples, per_row=per_row, **padding)
         else:
             rows = [[self.dataset[i] for i in self._rows[row]] for row in self._order[index]]
-            batch = collate_packed(rows, pad_token_id=pad_token_id)
+            batch = collate_packed(rows, **padding)
         return batch.part(self.rank, self.num_ranks)
 
     def of_step(self, step: int, grad_accumulation: int, device: torch.device) -> list[Batch]:

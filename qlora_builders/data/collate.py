@@ -12,6 +12,9 @@ from torch import Tensor
 from qlora_builders.errors import DataError
 
 IGNORE_INDEX = -100  # a label that the loss leaves out, as in torch's cross_entropy
+# Kernels are made and kept for every length: with oneDNN in bfloat16 a run over rows of up to 168
+# tokens took 880 MiB instead of 666, and a quarter more time
+PAD_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right to the longest of them."""
+    """Rows padded on the right to the longest of them, or a little more."""
 
     input_ids: Tensor  # [batch, seq] int64
     labels: Tensor  # [batch, seq] int64, -100 on padding
@@ -57,8 +60,16 @@ class Batch:
         return replace(self, input_ids=self.input_ids[mine], labels=labels, document_ids=documents)
 
 
-def collate(examples: Sequence[Example], *, pad_token_id: int, per_row: int = 1) -> Batch:
+def collate(
+    examples: Sequence[Example],
+    *,
+    pad_token_id: int,
+    per_row: int = 1,
+    max_seq_len: int | None = None,
+) -> Batch:
     """Pad on the right. Every `per_row` examples belong together.
+
+    With `max_seq_len` rows are padded to a multiple of `PAD_MULTIPLE`, or to that many tokens.
 
     Attention is causal, so what stands behind a sequence cannot reach it and no mask is needed:
     padding is left out of the loss by its label, never by its id.
@@ -69,6 +80,8 @@ def collate(examples: Sequence[Example], *, pad_token_id: int, per_row: int = 1)
     if not examples:
         raise DataError("cannot make a batch of no examples")
     longest = max(len(example.input_ids) for example in examples)
+    if max_seq_len is not None:
+        longest = max(longest, min(padded(longest), max_seq_len))
     shape = (len(examples), longest)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
@@ -79,8 +92,15 @@ def collate(examples: Sequence[Example], *, pad_token_id: int, per_row: int = 1)
     return Batch(input_ids, labels, rows, per_row=per_row)
 
 
-def collate_packed(rows: Sequence[Sequence[Example]], *, pad_token_id: int) -> Batch:
-    """Join the examples of each row, then pad on the right.
+def padded(num_tokens: int) -> int:
+    """The next multiple of `PAD_MULTIPLE`."""
+    return -(-num_tokens // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
+def collate_packed(
+    rows: Sequence[Sequence[Example]], *, pad_token_id: int, max_seq_len: int | None = None
+) -> Batch:
+    """Join the examples of each row, then pad on the right as `collate` does.
 
     `document_ids` numbers the examples of a row from 0, padding coming last: the model keeps
     attention inside a document and counts positions from its start. The first token of a document
@@ -97,7 +117,7 @@ def collate_packed(rows: Sequence[Sequence[Example]], *, pad_token_id: int) -> B
         starts = torch.tensor([0, *(len(example.labels) for example in row[:-1])]).cumsum(0)
         labels[starts] = IGNORE_INDEX
         joined.append(Example(torch.cat([x.input_ids for x in row]), labels, row[0].row))
-    batch = collate(joined, pad_token_id=pad_token_id)
+    batch = collate(joined, pad_token_id=pad_token_id, max_seq_len=max_seq_len)
     document_ids = torch.zeros_like(batch.input_ids)
     for ids, row in zip(document_ids, rows, strict=True):
         ends = torch.tensor([len(example.input_ids) for example in row]).cumsum(0)

@@ -15,6 +15,7 @@ from qlora_builders.checkpoint import (
     load_checkpoint,
     load_with_adapter,
     read_adapter,
+    stored_dtype,
     stored_plan,
 )
 from qlora_builders.checkpoint.with_adapter import NF4_BASE
@@ -65,7 +66,7 @@ def find_candidates(
     stored = stored_plan(path, format=format)
     info = None if adapter is None else read_adapter(adapter)
     nf4: Sequence[ComponentRule | dict[str, Any]] = stored or [NF4_BASE]
-    base_dtype = dtype or torch.bfloat16
+    base_dtype = dtype or stored_dtype(path, format=format)
     trained_on = BASE
     if info is not None:
         rules = [ComponentRule.parse(r).frozen() for r in adapter_plan(info, quantize=quantize)[0]]

@@ -100,6 +100,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Final hidden states [b, s, hidden]; the arguments are those of `CausalLM`."""
+        _check_inputs(input_ids, position_ids=position_ids, document_ids=document_ids)
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids cannot be combined with a KV cache")
         past = 0 if cache is None else cache.length
@@ -176,6 +177,9 @@ class CausalLM(nn.Module):
             document_ids: [b, s]; a token attends only to earlier ones of its own document, which
                 is a run of equal ids.
             cache: keys and values of earlier positions; this call's are appended to it.
+
+        Raises:
+            ValueError: for inputs of another shape or dtype.
         """
         hidden = self.model(
             input_ids, position_ids=position_ids, document_ids=document_ids, cache=cache
@@ -196,13 +200,36 @@ class CausalLM(nn.Module):
             labels: [b, s], the token ids with `IGNORE_INDEX` where not trained; the first token of
                 a document is not a target.
             input_ids, position_ids, document_ids: as for `forward`.
+
+        Raises:
+            ValueError: as `forward`, and for labels of another shape or dtype.
         """
+        _check_inputs(input_ids, labels=labels)
         hidden = self.model(input_ids, position_ids=position_ids, document_ids=document_ids)
         return chunked_next_token_loss(hidden, labels, self.lm_head)
 
     def log_probs(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """`sequence_log_probs` of the model, float32 [b]; the arguments are those of `loss`."""
+        _check_inputs(input_ids, labels=labels)
         return sequence_log_probs(self.model(input_ids), labels, self.lm_head)
+
+
+def _check_inputs(input_ids: Tensor, **others: Tensor | None) -> None:
+    """Broadcasting would hide a mistake in a loss that is wrong."""
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"input_ids are {input_ids.dtype} of shape {list(input_ids.shape)}; integers of shape "
+            "[batch, sequence] are needed, such as input_ids[None] for one sequence"
+        )
+    for name, tensor in others.items():
+        if tensor is None or tensor.shape == input_ids.shape:
+            continue
+        if name == "position_ids" and tensor.shape == (1, input_ids.shape[1]):
+            continue
+        raise ValueError(
+            f"{name} are of shape {list(tensor.shape)} and input_ids of {list(input_ids.shape)}; "
+            "they must be of one shape"
+        )
 
 
 def _positions(input_ids: Tensor, document_ids: Tensor | None, past: int) -> Tensor:

@@ -53,6 +53,19 @@ def names(run: Path) -> list[str]:
 # ---- where it starts ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["adapter", "model"])
+def test_a_finished_run_is_not_begun_anew(run: Path, name: str) -> None:
+    (run / name).mkdir()
+    with pytest.raises(
+        ConfigError, match=f"holds the {name}/ of a finished run, and no checkpoint"
+    ):
+        start(run)
+    assert start(run, None, overwrite=True).step == 0
+    assert start(run, "auto", overwrite=True).step == 0
+    add(run, 3)
+    assert start(run).step == 3
+
+
 def test_auto_takes_the_newest(run: Path) -> None:
     add(run, 9, 10, 100)
     (run / "checkpoints" / "step_200.damaged").mkdir()

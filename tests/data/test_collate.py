@@ -25,6 +25,17 @@ def test_collate_pads_on_the_right() -> None:
     assert batch.rows == [7, 3]
 
 
+@pytest.mark.parametrize(
+    ("longest", "limit", "expected"),
+    [(5, 512, 16), (16, 512, 16), (17, 512, 32), (17, 20, 20), (20, 20, 20), (33, 20, 33)],
+)
+def test_lengths_are_few(longest: int, limit: int, expected: int) -> None:
+    batch = collate([example(longest, 0), example(3, 1)], pad_token_id=9, max_seq_len=limit)
+    assert batch.input_ids.shape == batch.labels.shape == (2, expected)
+    assert (batch.labels[0, longest:] == IGNORE_INDEX).all()
+    assert batch.labels[0, :longest].tolist() == list(range(1, longest + 1))
+
+
 def test_batch_to_moves_both_tensors() -> None:
     batch = collate([example(2, 0)], pad_token_id=0).to("meta")
     assert batch.input_ids.device.type == batch.labels.device.type == "meta"

@@ -157,6 +157,30 @@ def test_documents_and_a_cache_exclude_each_other() -> None:
         model(ids(), document_ids=torch.zeros(2, 12, dtype=torch.long), cache=cache_for(model, 2))
 
 
+@pytest.mark.parametrize("inputs", [ids()[0], ids().float(), ids()[None]])
+def test_inputs_of_another_kind(inputs: Tensor) -> None:
+    with pytest.raises(
+        ValueError, match=r"input_ids are torch\..*; integers of shape \[batch, seq"
+    ):
+        build()(inputs)
+
+
+@pytest.mark.parametrize("method", ["loss", "log_probs"])
+def test_labels_of_another_shape(method: str) -> None:
+    """Some of these would be broadcast."""
+    model, x = build(), ids()
+    for labels in (x[:, :3], x[:1], x[:, :-1], x[0]):
+        with pytest.raises(
+            ValueError, match=r"labels are of shape \[.*\] and input_ids of \[2, 12\]"
+        ):
+            getattr(model, method)(x, labels)
+    with pytest.raises(ValueError, match="document_ids are of shape"):
+        model(x, document_ids=x[:1])
+    with pytest.raises(ValueError, match="position_ids are of shape"):
+        model(x, position_ids=x[:, :5])
+    assert model(x, position_ids=torch.arange(12)[None]).shape == (2, 12, VOCAB)
+
+
 # ---- documents ----------------------------------------------------------------------------------
 
 
