@@ -73,6 +73,7 @@ def check_run(
             accumulate=cfg.training.grad_accumulation > 1,
             compiled=compiled == "on",
         )
+        found.append(f"predicted peak: {peak / 2**30:.2f} GiB, by qlora estimate's reckoning")
         warnings += [*token_warnings(dataset, model), *memory_warnings(model, peak)]
     return [*found, *(f"warning: {line}" for line in warnings)]
 

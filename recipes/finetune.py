@@ -39,7 +39,7 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
     if cfg.dry_run:
         ranks.on_main(lambda: print(*lines, sep="\n"))
         return
-    with open_log(run, data, model, lines) as log:  # metrics, progress, signals
+    with open_log(run, data, lines) as log:  # metrics, progress, signals
         train(run, data, model, optimizer, schedule, log, NextToken())
         save_result(run, model, log)
     show_result(run, log)

@@ -2,9 +2,10 @@
 
     qlora report RUN [RUN ...] [output=FILE]
 
-Works on a run that is finished, still going, or was stopped. Loss, learning rate, gradient norm,
-throughput and memory come from metrics.jsonl; what each layer's adapter learned and what
-quantization costs there is measured on the adapter and the base checkpoint, a tensor at a time.
+A folder of runs, such as a sweep's, stands for all of them. Works on a run that is finished, still
+going, or was stopped. Loss, learning rate, gradient norm, throughput and memory come from
+metrics.jsonl; what each layer's adapter learned and what quantization costs there is measured on
+the adapter and the base checkpoint, a tensor at a time.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from pathlib import Path
 
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import ReportConfig
-from qlora_builders.report import read_run, write_report
+from qlora_builders.report import find_runs, read_run, write_report
 
 
 def main(cfg: ReportConfig) -> None:
-    runs = [read_run(path) for path in dict.fromkeys(cfg.runs)]
+    paths = [path for given in cfg.runs for path in find_runs(given)]
+    runs = [read_run(path) for path in dict.fromkeys(paths)]
     folder = runs[0].path if len(runs) == 1 else Path()
     output = Path(cfg.output) if cfg.output else folder / "report.html"
     print(f"wrote {write_report(runs, output)}")

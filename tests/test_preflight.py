@@ -73,7 +73,9 @@ def test_a_sane_run_has_no_warning(model: CausalLM) -> None:
     )
     data = batches(dataset)
     lines = check_run(FinetuneConfig(), model, data, data, adamw(model), "off")
-    assert lines == [f"train {data.summary()}", f"eval {data.summary()}"]
+    assert lines[:2] == [f"train {data.summary()}", f"eval {data.summary()}"]
+    assert re.fullmatch(r"predicted peak: 0\.\d\d GiB, by qlora estimate's reckoning", lines[2])
+    assert len(lines) == 3
 
 
 def test_rows_longer_than_the_positions(model: CausalLM, data: Data) -> None:
@@ -230,7 +232,7 @@ def test_a_step_that_cannot_fit(
     cfg = FinetuneConfig()
     cfg.training.batch_size, cfg.data.packing, cfg.data.max_seq_len = 4096, "best_fit", 512
     rows = batches(data(ROW))
-    _, warning = check_run(cfg, model, rows, None, adamw(model), "off")
+    *_, warning = check_run(cfg, model, rows, None, adamw(model), "off")
     assert warning.startswith("warning: a step is predicted to take ")
 
 

@@ -199,7 +199,8 @@ def check_base(
         that_one = f"that one, {name}" if name else "that one"
         raise CheckpointError(
             f"{source / BASE_FILE}: this is not the base that the adapter was trained on "
-            f"({'; '.join(problems)}). Load {that_one}, or accept another function with {ALLOW}"
+            f"({'; '.join(problems)}). Load {that_one}, or accept what may be another function "
+            f"with {ALLOW}"
         )
 
 

@@ -183,15 +183,25 @@ def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 # ---- in -----------------------------------------------------------------------------------------
 
 
+def _meant(directory: Path) -> str:
+    """A hint for a run's folder, and for the result of a run that was stopped before it had one."""
+    steps = sorted(
+        (directory.parent / "checkpoints").glob("step_*"), key=lambda step: (len(step.name), step)
+    )
+    for other in (directory / "adapter", *reversed(steps)):
+        if (other / CONFIG_FILE).is_file():
+            return f"; did you mean {other}?"
+    return ""
+
+
 def read_peft_config(directory: Path) -> PeftConfig:
     """
     Raises:
         CheckpointError: for a missing file, a value of the wrong type or out of range, or a
             feature that we do not have.
     """
-    file, of_run = directory / CONFIG_FILE, directory / "adapter"
-    hint = f"; did you mean {of_run}?" if (of_run / CONFIG_FILE).is_file() else ""
-    config = read_json_object(file, expected=f"a PEFT adapter directory{hint}")
+    file = directory / CONFIG_FILE
+    config = read_json_object(file, expected=f"a PEFT adapter directory{_meant(directory)}")
     if config.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"{file}: peft_type is {config['peft_type']!r}; only LORA is read")
     for key, allowed in _UNSUPPORTED.items():

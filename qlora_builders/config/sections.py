@@ -153,6 +153,7 @@ class DataConfig:
     eval: str | None = knob(
         "${demo_eval:${data.train}}",
         "file or hub id for the eval loss; null: none; default: the demo's with its data.train",
+        shapes_curve=False,
     )
     format: str = knob(
         "instruct",

@@ -96,6 +96,18 @@ class Run:
         return path if path.is_dir() else None
 
 
+def find_runs(path: str | Path) -> list[Path]:
+    """A run directory, or the runs in a folder of them, such as a sweep's."""
+    path = Path(path)
+    if _is_run(path) or not path.is_dir():
+        return [path]
+    return sorted(folder for folder in path.iterdir() if _is_run(folder)) or [path]
+
+
+def _is_run(path: Path) -> bool:
+    return any(_is_file(path / name) for name in (METRICS_FILE, CONFIG_FILE))
+
+
 def read_run(path: str | Path, *, is_going: bool | None = None) -> Run:
     """
     Args:
@@ -105,7 +117,7 @@ def read_run(path: str | Path, *, is_going: bool | None = None) -> Run:
         ConfigError: if it is no run directory.
     """
     path = Path(path)
-    if not any(_is_file(path / name) for name in (METRICS_FILE, CONFIG_FILE)):
+    if not _is_run(path):
         raise ConfigError(
             f"{str(path)!r} is no run directory: it has neither {METRICS_FILE} nor {CONFIG_FILE}; "
             "give the output_dir of a finetune or dpo"

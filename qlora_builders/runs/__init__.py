@@ -5,7 +5,7 @@ data = load_data(run)                              # what it trains and evaluate
 model = load_model(run, data)                      # the base under the plan, over the ranks
 optimizer, schedule = make_optimizer(run, data, model)
 lines = look_ahead(run, data, model, optimizer)    # warnings, with what to do
-with open_log(run, data, model, lines) as log:     # metrics, progress, signals
+with open_log(run, data, lines) as log:            # metrics, progress, signals
     train(run, data, model, optimizer, schedule, log, objective)
     save_result(run, model, log)
 show_result(run, log)

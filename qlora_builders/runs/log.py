@@ -9,7 +9,6 @@ from typing import Any
 
 from qlora_builders.checkpoint.run_dir import run_directory
 from qlora_builders.config.compose import save_config
-from qlora_builders.modules import CausalLM
 from qlora_builders.runs.setup import Data, Run
 from qlora_builders.training.environment import add_environment, describe_environment
 from qlora_builders.training.loop import StopRequest, stop_on_signal
@@ -24,8 +23,8 @@ class Log:
 
 
 @contextmanager
-def open_log(run: Run, data: Data, model: CausalLM, lines: Sequence[str]) -> Iterator[Log]:
-    """Take the run's folder, say `lines` and what trains, listen to signals."""
+def open_log(run: Run, data: Data, lines: Sequence[str]) -> Iterator[Log]:
+    """Take the run's folder, say `lines`, listen to signals."""
     ranks, start = run.ranks, run.start
     environment = describe_environment(run.device, run.compute_dtype)
     environment |= {"total_steps": data.total_steps, "skipped_rows": _skipped_rows(data)}
@@ -35,8 +34,7 @@ def open_log(run: Run, data: Data, model: CausalLM, lines: Sequence[str]) -> Ite
         stop_on_signal(ranks.gather) as stop,
         ProgressReport(data.total_steps, steps_done=start.step, quiet=quiet) as progress,
     ):
-        about_model = f"{_summary(model)}, on {ranks.size} x {run.device.type}, in {run.folder}"
-        for line in (*lines, about_model):
+        for line in lines:
             progress.say(line)
         yield Log(metrics, progress, stop)
 
@@ -59,8 +57,3 @@ def _open_folder(run: Run, environment: dict[str, Any]) -> Iterator[MetricsLog]:
 def _skipped_rows(data: Data) -> list[str]:
     reports = [batches.dataset.report for batches in (data.train, data.eval) if batches]
     return [f"{r.source}: {r.skipped_summary()}" for r in reports if r.skipped_rows]
-
-
-def _summary(model: CausalLM) -> str:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train"

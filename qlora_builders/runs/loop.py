@@ -24,7 +24,7 @@ from qlora_builders.training.loop import (
     until_stopped,
 )
 from qlora_builders.training.objective import Objective
-from qlora_builders.training.progress import step_row, write_csv
+from qlora_builders.training.progress import pair_figures, step_row, write_csv
 from qlora_builders.training.samples import add_samples
 
 
@@ -126,7 +126,7 @@ def _evaluate(
         return
     figures = {f"eval_{key}": value for key, value in result.figures.items()}
     log.metrics.write(step=step, eval_loss=result.loss, eval_tokens=result.target_tokens, **figures)
-    log.progress.say(f"step {step}: eval loss {result.loss:.4f}")
+    log.progress.say(f"step {step}: eval loss {result.loss:.4f}{pair_figures(figures, 'eval_')}")
     if cfg.samples and step in (0, data.total_steps):
         folder = run.folder if run.ranks.is_main else None
         add_samples(folder, step, model, data.eval.dataset, cfg.samples)

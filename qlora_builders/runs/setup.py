@@ -142,8 +142,13 @@ def look_ahead(
     checked = check_run(run.cfg, model, data.train, data.eval, optimizer, compiled)
     left = data.total_steps - run.start.step
     of_all = f" of {data.total_steps}" if run.start.step else ""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    about = (
+        f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train, on "
+        f"{run.ranks.size} x {run.device.type}, in {run.folder}"
+    )
     ends = "; a dry run ends here, with nothing written" if run.cfg.dry_run else ""
-    return [*run.start.messages, *checked, f"{left}{of_all} steps to do{ends}"]
+    return [*run.start.messages, *checked, about, f"{left}{of_all} steps to do{ends}"]
 
 
 def _first_step(cfg: FinetuneConfig, folder: Path, ranks: Ranks) -> Start:

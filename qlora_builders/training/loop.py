@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -210,6 +211,8 @@ def stop_on_signal(gather: Gather = alone) -> Iterator[StopRequest]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         request.signal_number = number
+        if os.environ.get("RANK", "0") == "0":  # a print could meet another in the middle
+            os.write(2, b"\nfinishing this step, then saving; the same again leaves at once\n")
         for other in numbers:
             signal.signal(other, leave)
 

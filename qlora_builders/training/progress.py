@@ -42,6 +42,14 @@ def step_row(
     }
 
 
+def pair_figures(row: Mapping[str, Any], prefix: str = "") -> str:
+    """What a row says of preferences; nothing for other runs."""
+    key = f"{prefix}rewards/"
+    if f"{key}margins" not in row:
+        return ""
+    return f"  margin {row[f'{key}margins']:.3f}  accuracy {row[f'{key}accuracies']:.2f}"
+
+
 class MetricsLog:
     """One JSON object per line, readable as soon as it is written.
 
@@ -182,8 +190,8 @@ class ProgressReport:
         """Show a row of `step_row`."""
         step = row["step"]
         figures = (
-            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
-            f"{row['peak_memory_mib']:,.0f} MiB"
+            f"loss {row['loss']:.4f}{pair_figures(row)}  lr {row['lr']:.2e}  "
+            f"{row['tokens_per_s']:,.0f} tok/s  {row['peak_memory_mib']:,.0f} MiB"
         )
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=step, figures=figures)

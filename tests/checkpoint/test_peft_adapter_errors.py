@@ -205,6 +205,11 @@ def test_missing_files(adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter, tmp_path / "run" / "adapter")
     with pytest.raises(CheckpointError, match=r"did you mean .*run/adapter\?"):
         read_adapter(tmp_path / "run")
+    stopped = tmp_path / "stopped" / "checkpoints"
+    for step in (9, 10):
+        shutil.copytree(adapter, stopped / f"step_{step}")
+    with pytest.raises(CheckpointError, match=r"did you mean .*stopped/checkpoints/step_10\?"):
+        read_adapter(tmp_path / "stopped" / "adapter")
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: cannot be read"):
         read_adapter(adapter)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_builders import cli
+from qlora_builders.report import find_runs
 
 TINY = ["training.max_steps=6", "training.batch_size=4", "training.compute_dtype=float32"]
 
@@ -69,6 +70,19 @@ def test_the_csv_has_every_step(run: Path) -> None:
         table = list(csv.DictReader(file))
     assert [row["step"] for row in table] == ["0", "1", "2", "3", "4", "5", "6"]
     assert all(row["eval_loss"] for row in table if row["step"] in ("0", "3", "6"))
+
+
+def test_a_folder_of_runs_stands_for_them(run: Path, tmp_path: Path) -> None:
+    for name in ("b", "a", "no_run"):
+        (tmp_path / name).mkdir()
+    for name in ("b", "a"):
+        (tmp_path / name / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    assert find_runs(tmp_path) == [tmp_path / "a", tmp_path / "b"]
+    assert find_runs(run) == [run]
+    assert find_runs(tmp_path / "no_run") == [tmp_path / "no_run"]
+    assert find_runs(tmp_path / "nowhere") == [tmp_path / "nowhere"]
+    assert cli.main(["report", str(tmp_path), f"output={tmp_path / 'both.html'}"]) == 0
+    assert (tmp_path / "both.html").is_file()
 
 
 def test_the_command_takes_folders_and_keys(

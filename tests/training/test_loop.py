@@ -130,7 +130,11 @@ def test_nothing_to_train_is_an_error() -> None:
 )
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_asks_and_the_second_leaves(
-    before: Any, first: signal.Signals, exit_code: int, second: signal.Signals
+    before: Any,
+    first: signal.Signals,
+    exit_code: int,
+    second: signal.Signals,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """A background job starts with SIGINT ignored; it can be stopped all the same."""
     outside = signal.signal(signal.SIGINT, before)
@@ -139,6 +143,7 @@ def test_first_signal_asks_and_the_second_leaves(
             assert not stop
             os.kill(os.getpid(), first)
             assert stop
+            assert "finishing this step, then saving" in capfd.readouterr().err
             assert stop.exit_code == exit_code
             at_once = KeyboardInterrupt if second == signal.SIGINT else SystemExit
             with pytest.raises(at_once) as caught:

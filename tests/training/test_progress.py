@@ -92,6 +92,13 @@ def test_the_eta_counts_neither_what_came_before_nor_earlier_processes(
     assert [line.split("eta ")[1] for line in out.getvalue().splitlines()] == ["9 s", "25 s"]
 
 
+def test_preferences_are_shown() -> None:
+    out = io.StringIO()
+    with ProgressReport(2, Console(file=out, width=120)) as report:
+        report.step(row(1) | {"rewards/margins": 0.25, "rewards/accuracies": 0.5})
+    assert "loss 1.2500  margin 0.250  accuracy 0.50  lr" in out.getvalue()
+
+
 def test_tables_are_as_wide_as_the_terminal_or_as_the_environment_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
