@@ -144,7 +144,7 @@ def test_a_dry_run_writes_nothing(
     assert dpo(checkpoint, pairs, tmp_path / "run", "--dry-run") == 0
     output = capsys.readouterr().out
     assert "7 examples" in output
-    assert output.endswith("6 steps to do\n")
+    assert output.endswith("6 steps to do; a dry run ends here, with nothing written\n")
     assert not (tmp_path / "run").exists()
 
 
