@@ -97,6 +97,11 @@ CONFIGS: dict[str, Case] = {
     "yaml rules": (f"{OWN}rules", "rules.yaml: ", "a list takes [a,b], not keys and values"),
 }
 CONFIGS |= {
+    "yaml section and defaults": (
+        f"{OWN}section_and_defaults",
+        "section_and_defaults.yaml: ",
+        "a section takes keys of its own, not 3",
+    ),
     "yaml choices": (
         f"{OWN}choices",
         "choices.yaml: a config is chosen in the list of defaults; instead of 'data: chat' and "

@@ -315,6 +315,7 @@ EXPERIMENTS: dict[str, str | bytes] = {
     "bad_defaults": GLOBAL + "defaults: 3\n",
     "wrong_type": GLOBAL + "training: {max_steps: many}\n",
     "section": GLOBAL + "training: 3\n",
+    "section_and_defaults": GLOBAL + "defaults: [{override /data: chat}]\ntraining: 3\n",
     "unpackaged": "training: {max_steps: 3}\n",
     "circle": GLOBAL + "output_dir: ${checkpoint.dir}\ncheckpoint: {dir: '${output_dir}'}\n",
     "choices": GLOBAL + "data: chat\nmethod: lora\ntraining: {max_steps: 3}\n",

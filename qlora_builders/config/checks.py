@@ -186,7 +186,7 @@ def _check_preset(method: MethodConfig, taken: Sequence[str]) -> list[str]:
     for rule in method.components:
         in_rule = {name: rule[name] for name in taken if name in rule}
         if "rank" in in_rule and str(rule.get("match")).startswith("layers.*.*."):
-            in_rule["targets"] = re.findall(r"\w+_proj", rule["match"])
+            in_rule["targets"] = rule["match"].removeprefix("layers.*.*.").strip("{}").split(",")
         problems += [
             f"method.{name}={getattr(method, name)} has no effect: method.components has {value}; "
             "take method.components out of the file that sets it"

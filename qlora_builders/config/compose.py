@@ -308,6 +308,11 @@ def _first_line(error: BaseException, key: object) -> str:
         text = re.sub(r"field '.*' is not Optional", "null is not allowed here", text)
         text = re.sub(r"^Invalid value.*not a ListConfig.*", "takes a list, such as [a,b]", text)
         text = re.sub(r"^Cannot assign (\w+) to Dict.*", r"takes {key: value, ...}, not \1", text)
+        text = re.sub(
+            r"^(?:Merge error|Invalid type assigned): \w+ is not a subclass of \w+. value: (.*)",
+            r"a section takes keys of its own, not \1",
+            text,
+        )
     text = text.replace(
         "Cannot merge DictConfig with ListConfig", "a list takes [a,b], not keys and values"
     )
