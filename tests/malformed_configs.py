@@ -130,7 +130,7 @@ CONFIGS |= {
     ),
     "key of others": (
         "finetune adapter.path=a",
-        "a key of generate and evaluate and merge; 'qlora",
+        "a key of generate, evaluate, merge; 'qlora",
     ),
     "half precision": ("finetune training.bf16=true", "it is 'training.compute_dtype' here"),
     "half precision of generate": ("generate bf16=true", "'bf16'; it is 'compute_dtype' here"),

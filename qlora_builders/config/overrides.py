@@ -229,7 +229,7 @@ def unknown_key(key: str, verb: str) -> str:
     if near:
         return f"unknown key {key!r}; did you mean {near[0]!r}?"
     others = _verbs_with(key)
-    hint = f"; it is a key of {' and '.join(others)}" if others else ""
+    hint = f"; it is a key of {', '.join(others)}" if others else ""
     return f"unknown key {key!r}{hint}; 'qlora {verb} --help' lists the keys"
 
 
