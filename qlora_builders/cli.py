@@ -47,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb, *rest = words
     if verb not in VERBS:
-        print(f"error: unknown command {verb!r}{did_you_mean(verb, VERBS)}", file=sys.stderr)
+        from qlora_builders.config.other_names import OTHER_VERBS
+
+        meant = OTHER_VERBS.get(verb)
+        hint = f"; did you mean {meant!r}?" if meant else did_you_mean(verb, VERBS)
+        print(f"error: unknown command {verb!r}{hint}", file=sys.stderr)
         return 2
     if verb == "configs":
         return _browse(rest)

@@ -47,6 +47,13 @@ def main(cfg: QuantizeConfig) -> None:
 
 def rules(cfg: QuantizeConfig) -> list[dict[str, Any]]:
     """One rule for the decoder, or those that keep what is stored; then the user's."""
+    for rule in cfg.components:
+        if rule.get("kind") in ("lora", "qlora"):
+            raise ConfigError(
+                f"components: the rule with match {rule.get('match')!r} is of kind "
+                f"{rule['kind']!r}, an adapter, which finetune adds; quantize takes frozen_nf4 and "
+                "linear"
+            )
     options = {name: getattr(cfg, name) for name in ("block_size", "scale_format", "scale_search")}
     given = {name: value for name, value in options.items() if value is not None}
     stored = stored_plan(cfg.checkpoint.dir, format=cfg.checkpoint.format)

@@ -66,6 +66,10 @@ DATA: dict[str, Case] = {
 PAIRS: dict[str, Case] = {
     "same.jsonl": ("in none of the 2 rows the two answers differ",),
     "rejected.jsonl": ("rejected.jsonl, line 2: no column 'rejected'",),
+    "questions.jsonl": (
+        "line 1: no columns 'chosen' and 'rejected' (there are: messages); dpo ta",
+    ),
+    "questions.jsonl data=chat": ("dpo takes preference, rows with prompt, chosen and rejected",),
     "differ.jsonl": ("line 2: columns 'chosen' and 'rejected' differ",),
 }
 # prompts_file -> the same
@@ -102,8 +106,17 @@ PROMPTS: dict[str, Case] = {
 # checkpoint.dir -> what its message has to say
 BASES: dict[str, Case] = {
     "absent": ("absent: no such directory",),
-    "file": ("file: no such directory",),
-    "nothing": ("nothing", "expected a Hugging Face checkpoint directory"),
+    "file": ("checkpoint.dir=file is a file; give its folder: checkpoint.dir=.",),
+    "tiny/model.safetensors": ("is a file; give its folder: checkpoint.dir=tiny",),
+    "adapter": (
+        "checkpoint.dir=adapter holds an adapter and no model; write adapter.path=adapter",
+    ),
+    "owner/name": ("owner/name: no such directory", "hf download owner/name --local-dir name"),
+    "nothing": (
+        "checkpoint.dir=nothing holds no model",
+        "nothing",
+        "expected a Hugging Face checkpoint directory",
+    ),
     "no_config": ("no_config/config.json: missing; expected a Hugging Face checkpoint directory",),
     "cut_config": ("cut_config/config.json: not JSON: ",),
     "twice_config": ("config.json: not JSON: key 'vocab_size' appears twice",),
@@ -151,6 +164,7 @@ TOKENIZERS: dict[str, Case] = {
         "no such directory: absent; set checkpoint.dir (or tokenizer.path)",
         "downloaded first",
     ),
+    "tiny/tokenizer.json": ("is a file; give its folder: tokenizer.path=tiny",),
     "no_tokenizer": ("no tokenizer.json in no_tokenizer; set tokenizer.path to a directory",),
     "cut_tokenizer": ("cut_tokenizer/tokenizer.json: not a tokenizer.json this can read: ",),
     "stray_token": ("stray_token/tokenizer.json: not a tokenizer.json this can read: ",),
@@ -201,6 +215,8 @@ COMMANDS: dict[str, Case] = {
     "no value": ("finetune training.batch_size", "'training.batch_size' is not KEY=VALUE"),
     "no key": ("finetune =3", "'=3' is not KEY=VALUE"),
     "dashes": ("finetune --training.seed=1", "write training.seed=1, without dashes"),
+    "underscores": ("finetune --nproc_per_node 2", "did you mean '--nproc-per-node'?"),
+    "verb of another library": ("train", "unknown command 'train'; did you mean 'finetune'?"),
     "no such option": ("finetune --verbose", "unknown option '--verbose'; see --help"),
     "option without value": ("finetune --config-dir", "expected one argument; see --help"),
     "removal": ("finetune ~training.seed=1", "keys cannot be removed; write training.seed=null"),
@@ -252,6 +268,15 @@ COMMANDS: dict[str, Case] = {
     "no config": ("configs show demo_qlor", "no single config is called 'demo_qlor'"),
     "configs arguments": ("configs cp finetune", "wrong number of arguments"),
     "configs validate": ("configs validate --config-dir configs twice", "twice.yaml", "seed"),
+    "resume true": ("finetune training.resume=true", "training.resume=true: write auto, for the"),
+    "resume checkpoints": (
+        "finetune training.resume=stopped/checkpoints",
+        "the newest is training.resume=stopped/checkpoints/step_20, or write auto",
+    ),
+    "resume a run": (
+        "finetune training.resume=stopped",
+        "is training.resume=stopped/checkpoints/s",
+    ),
     "no such run": ("finetune training.resume=gone/step_3", "gone/step_3"),
 }
 FT = "finetune checkpoint.dir=tiny data.train=good.jsonl"
@@ -263,6 +288,11 @@ OUTPUTS: dict[str, Case] = {
     "taken": (f"{FT} output_dir=full", "output_dir=full is not empty; choose another, go on with"),
     "no run there": (f"{FT} output_dir=full overwrite=true", "output_dir=full holds no run; over"),
     "resume nothing": (f"{FT} output_dir=full training.resume=auto", "full holds no run; training"),
+    "no folder": (
+        f"{FT} output_dir=/proc/out",
+        "/proc/out cannot be used: ",
+        "; choose another pl",
+    ),
     "quantize": ("quantize output_dir=full checkpoint.dir=tiny", "output_dir=full exists; choose"),
     "quantize in a file": ("quantize checkpoint.dir=tiny output_dir=file/a", "file is a file, not"),
     "merge": ("merge adapter.path=adapter output_dir=full", "output_dir=full exists; choose a new"),

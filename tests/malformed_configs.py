@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 Case = tuple[str, ...]  # a command line, and what its message has to say
+TRAIN = "finetune checkpoint.dir=tiny output_dir=out"
 OWN = "finetune --config-dir configs output_dir=out experiment="
 
 CONFIGS: dict[str, Case] = {
@@ -83,13 +84,74 @@ CONFIGS: dict[str, Case] = {
     "yaml group": (f"{OWN}unknown_group", "unknown group 'metod'; did you mean 'method'?"),
     "yaml defaults": (f"{OWN}bad_defaults", "bad_defaults", "defaults must be a list"),
     "yaml type": (f"{OWN}wrong_type", "wrong_type.yaml: training.max_steps: Value 'many'"),
-    "yaml section": (f"{OWN}section", "section.yaml: ", "a section takes keys of its own, not 3"),
+    "yaml section": (
+        f"{OWN}section",
+        "section.yaml: ",
+        "a section takes keys of its own, such as training",
+    ),
     "yaml package": (f"{OWN}unpackaged", "starts with the line '# @package _global_'"),
     "yaml circle": (
         "finetune --config-dir configs experiment=circle",
         "checkpoint.dir: Recursive interpolation",
     ),
     "yaml rules": (f"{OWN}rules", "rules.yaml: ", "a list takes [a,b], not keys and values"),
+}
+CONFIGS |= {
+    "yaml section and defaults": (
+        f"{OWN}section_and_defaults",
+        "section_and_defaults.yaml: ",
+        "a section takes keys of its own, not 3",
+    ),
+    "yaml choices": (
+        f"{OWN}choices",
+        "choices.yaml: a config is chosen in the list of defaults; instead of 'data: chat' and "
+        "'method: lora' write: defaults: [{override /data: chat}, {override /method: lora}]",
+    ),
+    "yaml choices and more": (
+        f"{OWN}choices_and_more",
+        "choices_and_more.yaml: method=lroa: no such config; did you mean 'lora'?",
+        "choices_and_more.yaml: unknown key 'training.max_stps'; did you mean",
+    ),
+    "config=": ("finetune config=mine.yaml", "qlora configs cp FILE DIR/experiment/NAME.yaml"),
+    "--config": ("finetune --config mine.yaml", "unknown option '--config': a file of keys, such"),
+    "a bare file": ("finetune mine.yaml", "then --config-dir DIR experiment=NAME"),
+    "no config folder given": (
+        "finetune experiment=mine",
+        "experiment=mine: no such config; 'qlora configs ls' lists those there are; one of your "
+        "own, DIR/experiment/NAME.yaml, needs --config-dir DIR",
+    ),
+    "format of prompts": (
+        "generate data=chat",
+        "data=chat: rows of prompts_file show their format",
+    ),
+    "rows of prompts": (
+        "generate data.eval=a",
+        "'data.eval': rows to answer are given by prompts_f",
+    ),
+    "key of others": (
+        "finetune adapter.path=a",
+        "a key of generate, evaluate, merge; 'qlora",
+    ),
+    "half precision": ("finetune training.bf16=true", "it is 'training.compute_dtype' here"),
+    "half precision of generate": ("generate bf16=true", "'bf16'; it is 'compute_dtype' here"),
+    "save_steps": ("finetune training.save_steps=5", "it is 'training.save_every' here"),
+    "learning rate": ("finetune optimizer.learning_rate=1", "AdamW; did you mean 'lr'?"),
+    "arguments": ("finetune optimizer.xyz=1", "lr, maximize, weight_decay"),
+    "adapter": ("generate adapter=a", "a section takes keys of its own, such as adapter.path"),
+    "schedule": ("finetune lr_schedule=linear", "keys of its own, such as lr_schedule.name"),
+    "model": ("finetune model=merged", "did you mean 'checkpoint.dir'?"),
+    "dora": ("finetune method=dora", "method=dora: no such config; write method.use_dora=true"),
+    "sharegpt": ("finetune data=sharegpt", "data=sharegpt: no such config; write data=chat"),
+    "name of a method": (
+        "finetune method.name=lora",
+        "method=lora chooses a preset, method.name do",
+    ),
+    "comma": ("finetune optimizer.lr=2e-4,", "the override 'optimizer.lr=2e-4,': remove the comma"),
+    "whole number": ("finetune method.rank=16.0", "rank: Value '16.0' is not a whole number"),
+    "several files": (
+        f"{TRAIN} data.train=[a,b]",
+        "takes one file; write the rows of all into one",
+    ),
 }
 RULE = "inspect checkpoint.dir=tiny components='[{match: \"layers.*.mlp.*\", %s}]'"
 PLANS: dict[str, Case] = {
@@ -127,6 +189,15 @@ PLANS: dict[str, Case] = {
     "train pattern": ("inspect checkpoint.dir=tiny train=[nrom]", "nrom"),
     "train token": ("inspect checkpoint.dir=tiny train_tokens=[1024]", "1024"),
     "no rules file": ("inspect components=mine.yaml", "components=mine.yaml: no such file"),
+    "bare rules file": (
+        "inspect checkpoint.dir=tiny components=bare_rules.yaml",
+        "layers.9.mlp.up_proj",
+    ),
+    "adapters in quantize": (
+        "quantize checkpoint.dir=tiny output_dir=out components=qlora_rules.yaml",
+        "the rule with match 'lm_head' is of kind 'qlora'",
+        "quantize takes frozen_nf4 and linear",
+    ),
     "rules file": ("inspect components=no_rules.yaml", "no list of rules under components:"),
     "odd rules file": ("inspect components=odd_rules.yaml", "'a b' is no option of a rule"),
     "architecture": ("inspect model.arch=llama3_8", "llama3_8", "llama3_8b"),
@@ -134,7 +205,6 @@ PLANS: dict[str, Case] = {
     "argument": ("finetune optimizer.lrr=1", "optimizer.lrr is not an argument of torch.optim.Ada"),
     "no component": ("finetune optimizer.component=null", "name the class, such as torch.optim.Ad"),
 }
-TRAIN = "finetune checkpoint.dir=tiny output_dir=out"
 OPTIMIZER = f"{TRAIN} --config-dir configs data.train=good.jsonl optimizer="
 PLANS |= {
     "endless rank": (
@@ -144,6 +214,10 @@ PLANS |= {
     "betas": (
         f"{TRAIN} data.train=good.jsonl optimizer.betas=[2,2]",
         "optimizer: torch.optim.AdamW refuses its arguments: Invalid beta",
+    ),
+    "one beta": (
+        f"{TRAIN} data.train=good.jsonl optimizer.betas=[0.9]",
+        "optimizer: torch.optim.AdamW refuses its arguments: IndexError('list index out of range')",
     ),
     "foreach and fused": (
         f"{TRAIN} data.train=good.jsonl optimizer.foreach=true optimizer.fused=true",

@@ -315,8 +315,11 @@ EXPERIMENTS: dict[str, str | bytes] = {
     "bad_defaults": GLOBAL + "defaults: 3\n",
     "wrong_type": GLOBAL + "training: {max_steps: many}\n",
     "section": GLOBAL + "training: 3\n",
+    "section_and_defaults": GLOBAL + "defaults: [{override /data: chat}]\ntraining: 3\n",
     "unpackaged": "training: {max_steps: 3}\n",
     "circle": GLOBAL + "output_dir: ${checkpoint.dir}\ncheckpoint: {dir: '${output_dir}'}\n",
+    "choices": GLOBAL + "data: chat\nmethod: lora\ntraining: {max_steps: 3}\n",
+    "choices_and_more": GLOBAL + "method: lroa\ntraining: {max_stps: 3}\n",
     "rules": GLOBAL + "components: {match: lm_head, kind: lora}\n",
 }
 OPTIMIZERS = {
@@ -328,6 +331,8 @@ OPTIMIZERS = {
 RULE_FILES = {
     "no_rules.yaml": "rules: []\n",
     "odd_rules.yaml": "components: [{'a b': 1}]\n",
+    "bare_rules.yaml": "- {match: layers.9.mlp.up_proj, kind: linear}\n",
+    "qlora_rules.yaml": "components: [{match: lm_head, kind: qlora, rank: 2, alpha: 4}]\n",
 }
 
 
@@ -353,6 +358,8 @@ def write_files(folder: Path) -> None:
     write_parquet(folder)
     (folder / "run").mkdir()
     (folder / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    for step in (3, 20):
+        (folder / "stopped" / "checkpoints" / f"step_{step}").mkdir(parents=True)
     (folder / "full").mkdir()
     (folder / "full" / "notes.txt").write_text("mine")
     (folder / "plan.json").write_text("{}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 from qlora_builders.config.compose import config_folders, draft
 from qlora_builders.config.entry import OptionParser, component_problems
 from qlora_builders.config.instantiate import allow_prefixes
-from qlora_builders.config.overrides import groups, primary_config
+from qlora_builders.config.overrides import GLOBAL, groups, primary_config
 from qlora_builders.config.schema import ROOTS
 from qlora_builders.errors import ConfigError, did_you_mean
 from qlora_builders.outputs import write_whole
@@ -19,7 +21,8 @@ USAGE = """\
 usage: qlora configs ls                     all configs, with what each is for
        qlora configs show NAME              print a file, such as experiment/demo_qlora
        qlora configs cp NAME FILE           copy it, such as to mine/experiment/my_run.yaml, to
-                                            edit and use: --config-dir mine experiment=my_run
+                                            edit and use: --config-dir mine experiment=my_run;
+                                            NAME may be a file, such as a run's config.yaml
        qlora configs validate [NAME|all]    compose it and check every value
 
   --config-dir DIR    a folder with configs of your own
@@ -69,8 +72,12 @@ def validate(name: str, config_dir: str | Path | None = None) -> list[str]:
 
 def _problems(verb: str, overrides: list[str], config_dir: str | Path | None) -> list[str]:
     cfg, problems = draft(verb, overrides, config_dir=config_dir, for_run=False)
-    with suppress(ImportError):  # of an optional package; a run says how to install it
-        problems += component_problems(cfg)
+    logging.disable(logging.WARNING)  # what packages say while they are imported
+    try:
+        with suppress(ImportError):  # of an optional package; a run says how to install it
+            problems += component_problems(cfg)
+    finally:
+        logging.disable(logging.NOTSET)
     return problems
 
 
@@ -84,14 +91,16 @@ def _dispatch(options: argparse.Namespace) -> int:
     elif command == "show" and len(names) == 1:
         print(_find(names[0], configs)[1].read_text("utf-8"), end="")
     elif command == "cp" and len(names) == 2:
-        _copy(_find(names[0], configs)[1], Path(names[1]))
+        own = Path(names[0])  # such as runs/NAME/config.yaml
+        source = own if own.suffix == ".yaml" and own.is_file() else _find(names[0], configs)[1]
+        _copy(source, Path(names[1]))
     elif command == "validate" and len(names) <= 1:
         chosen = list(configs) if names in ([], ["all"]) else [_find(names[0], configs)[0]]
         with allow_prefixes(options.allow):
             problems = [text for name in chosen for text in validate(name, options.config_dir)]
         if problems:
             raise ConfigError("\n".join(problems))
-        print(f"{len(chosen)} valid: {', '.join(chosen)}")
+        print(f"{len(chosen)} valid" + (f": {chosen[0]}" if names and len(chosen) == 1 else ""))
     elif command in ("ls", "show", "cp", "validate"):
         raise ConfigError(f"qlora configs {command}: wrong number of arguments\n{USAGE}")
     else:
@@ -118,8 +127,18 @@ def _copy(source: Path, target: Path) -> None:
         raise ConfigError(f"{str(target)!r} is not a file name that ends in .yaml")
     if target.exists():
         raise ConfigError(f"{str(target)!r} exists; remove it or choose another name")
-    write_whole(target, source.read_bytes())
-    print(target)
+    content = source.read_bytes()
+    if target.parent.name == "experiment" and not content.startswith(GLOBAL.encode()):
+        content = f"{GLOBAL}\n".encode() + content
+    write_whole(target, content)
+    print(f"wrote {target}; {_how_to_use(target)}")
+
+
+def _how_to_use(file: Path) -> str:
+    folder, group = file.parent.parent, file.parent.name
+    if any(group in groups(verb) for verb in ROOTS):
+        return f"use it with --config-dir {shlex.quote(str(folder))} {group}={file.stem}"
+    return "to use it, move it to DIR/GROUP/NAME.yaml, such as mine/experiment/my_run.yaml"
 
 
 def _summary(file: Path) -> str:

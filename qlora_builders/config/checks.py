@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial, reduce
 from pathlib import Path
@@ -169,11 +169,30 @@ def _check_method(method: MethodConfig) -> list[str]:
         value = getattr(method, option)
         given = value not in (None, [])
         if given and option not in taken:
-            problems.append(
+            problem = (
                 f"method.{option}={value} has no effect: method={method.name} does not take it"
             )
+            if value == getattr(MethodConfig(), option):  # nobody gave it
+                problem += f"; method={method.name} chooses a preset, method.name does not"
+            problems.append(problem)
         if not given and option in taken:
             problems.append(f"method.{option}={value}: method={method.name} needs a value")
+    return problems + _check_preset(method, taken)
+
+
+def _check_preset(method: MethodConfig, taken: Sequence[str]) -> list[str]:
+    """The rules of a shipped preset follow its options, unless a file holds them as well."""
+    problems = []
+    for rule in method.components:
+        in_rule = {name: rule[name] for name in taken if name in rule}
+        if "rank" in in_rule and str(rule.get("match")).startswith("layers.*.*."):
+            in_rule["targets"] = rule["match"].removeprefix("layers.*.*.").strip("{}").split(",")
+        problems += [
+            f"method.{name}={getattr(method, name)} has no effect: method.components has {value}; "
+            "take method.components out of the file that sets it"
+            for name, value in in_rule.items()
+            if value != getattr(method, name)
+        ]
     return problems
 
 
@@ -225,7 +244,8 @@ def _check_dpo(cfg: DPOConfig) -> list[str]:
     problems = []
     if cfg.data.format != "preference":
         problems.append(
-            f"data.format={cfg.data.format} holds no pairs of answers; dpo takes preference"
+            f"data.format={cfg.data.format} holds no pairs of answers; dpo takes preference, "
+            "rows with prompt, chosen and rejected"
         )
     if cfg.data.packing != "none":
         problems.append(f"data.packing={cfg.data.packing}: dpo does not pack pairs; write none")

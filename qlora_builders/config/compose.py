@@ -25,6 +25,7 @@ from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # a
 
 from qlora_builders.config.checks import check, check_values, required
 from qlora_builders.config.overrides import (
+    GLOBAL,
     groups,
     key_of,
     prepare_override,
@@ -33,13 +34,11 @@ from qlora_builders.config.overrides import (
     unknown_key,
     values_of_file,
 )
-from qlora_builders.config.schema import ROOTS
+from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
 from qlora_builders.config.shipped import demo_path, shipped_dir
 from qlora_builders.config.yaml_file import check_bounded
 from qlora_builders.errors import ConfigError, did_you_mean
 from qlora_builders.outputs import write_whole
-
-WITHOUT_FILES = ("inspect", "estimate")  # a plan can be shown without what training needs
 
 _OMEGACONF_RESOLVERS = (
     "oc.create",
@@ -144,7 +143,7 @@ class Drafting:
         """Take what is right in a file that is wrong; note an override that is no file."""
         before = len(self.problems)
         if self.is_group(override):
-            values = values_of_file(override, self.folders)
+            values = values_of_file(override, self.verb, self.folders)
             self.add_what_is_right(values, where=f"{override.replace('=', '/')}.yaml: ")
         if len(self.problems) == before:
             message = "\n".join(where + line for line in message.splitlines())
@@ -237,8 +236,8 @@ def save_config(cfg: Any, path: str | Path) -> None:
 
 
 def to_yaml(cfg: Any) -> str:
-    """A config as the YAML that `save_config` writes and `--print-config` shows."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
+    """A config as the YAML that `save_config` writes and `--print-config` shows: an experiment."""
+    return f"{GLOBAL}\n" + OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
 
 
 def config_folders(config_dir: str | Path | None = None) -> list[Path]:
@@ -264,8 +263,11 @@ def config_folders(config_dir: str | Path | None = None) -> list[Path]:
 def _translate(error: Exception, verb: str) -> str:
     """One readable line from hydra's and OmegaConf's exceptions."""
     if isinstance(error, OverrideParseException):
+        override = str(error.override).lstrip("+")
+        if override.endswith(","):
+            return f"cannot read the override {override!r}: remove the comma at its end"
         return (
-            f"cannot read the override {error.override!r}: quote text with commas, braces,"
+            f"cannot read the override {override!r}: quote text with commas, braces,"
             " brackets or colons, as in components='[{match: \"layers.[0-3].**\", kind: linear}]'"
         )
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
@@ -288,10 +290,10 @@ def _translate(error: Exception, verb: str) -> str:
     if isinstance(cause, ConfigKeyError) and cause.full_key:
         return where + unknown_key(str(cause.full_key), verb)
     key = cause.full_key
-    override = re.match(r"Error merging override \+*([\w.]+)=", str(error))
-    if override and not isinstance(key, str):  # the index of an element
-        key = f"{override[1]}[{key}]"
-    return where + _first_line(cause, key or (override and override[1]))
+    merged = re.match(r"Error merging override \+*([\w.]+)=", str(error))
+    if merged and not isinstance(key, str):  # the index of an element
+        key = f"{merged[1]}[{key}]"
+    return where + _first_line(cause, key or (merged and merged[1]))
 
 
 def _first_line(error: BaseException, key: object) -> str:
@@ -299,7 +301,10 @@ def _first_line(error: BaseException, key: object) -> str:
     if "Ambiguous value" in text:
         text += "; write [1,2] for a list, or add --multirun for a run with each"
     if isinstance(error, ValidationError):
-        text = text.replace(" of type 'str'", "")
+        text = re.sub(r" of type '\w+'| \(type \w+\)", "", text)
+        for kind, meaning in (("Integer", "whole number"), ("Float", "number")):
+            text = text.replace(f"could not be converted to {kind}", f"is not a {meaning}")
+        text = text.replace("is not a valid bool", "is neither true nor false")
         text = re.sub(r"field '.*' is not Optional", "null is not allowed here", text)
         text = re.sub(r"^Invalid value.*not a ListConfig.*", "takes a list, such as [a,b]", text)
         text = re.sub(r"^Cannot assign (\w+) to Dict.*", r"takes {key: value, ...}, not \1", text)

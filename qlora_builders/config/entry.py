@@ -17,12 +17,14 @@ from typing import Any, NoReturn
 
 from qlora_builders.config.checks import value_of
 from qlora_builders.config.compose import compose, draft, to_yaml
-from qlora_builders.config.help import help_text
+from qlora_builders.config.help import OPTIONS, help_text
 from qlora_builders.config.instantiate import allow_prefixes, resolve_component
 from qlora_builders.config.knobs import knobs
+from qlora_builders.config.other_names import FILE_WORDS, OWN_FILE
 from qlora_builders.config.overrides import quote
-from qlora_builders.config.schema import ROOTS
-from qlora_builders.errors import ConfigError, QLoRAError
+from qlora_builders.config.paths import path_problems
+from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
+from qlora_builders.errors import ConfigError, QLoRAError, nearest
 
 USER_ERROR = 2
 _LONGEST_LINE = 2000  # characters
@@ -81,7 +83,10 @@ def report(error: Exception) -> None:
 
     What a file says is quoted there, so it may be long, and have characters that move a cursor.
     """
-    for line in str(error).splitlines() or [type(error).__name__]:
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename} cannot be used: {error.strerror}; choose another place"
+    for line in text.splitlines() or [type(error).__name__]:
         if len(line) > _LONGEST_LINE:
             line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
         shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
@@ -126,6 +131,8 @@ def draft_run(
     """
     cfg, problems = draft(verb, overrides, config_dir=config_dir, known=known)
     problems += names_of_code(cfg, overrides)
+    if not problems and verb not in WITHOUT_FILES:
+        problems += path_problems(cfg)
     if not problems or any(word.startswith(("optimizer.", "loggers")) for word in overrides):
         problems += component_problems(cfg)
     return cfg, problems
@@ -181,10 +188,19 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, overrides = parser.parse_known_args(argv)
     for override in overrides:
         if override.startswith("-"):
-            key = override.lstrip("-")
-            hint = f"; write {key}, without dashes" if "=" in key else "; see --help"
-            raise ConfigError(f"unknown option {override!r}{hint}")
+            raise ConfigError(f"unknown option {override!r}{_option_hint(override.lstrip('-'))}")
     return options, [*overrides, *options.dry_run]
+
+
+def _option_hint(word: str) -> str:
+    name = word.partition("=")[0]
+    option = f"--{name.replace('_', '-')}"
+    if name in FILE_WORDS:
+        return f": {OWN_FILE}"
+    if "=" in word and option not in OPTIONS:
+        return f"; write {word}, without dashes"
+    near = nearest(option, OPTIONS)
+    return f"; did you mean {near!r}?" if near else "; see --help"
 
 
 def _name_runs(words: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
+from qlora_builders.config.other_names import OTHER_NAMES
 from qlora_builders.errors import ConfigError, did_you_mean, optional_import
 
 ALLOWED_PREFIXES = ("qlora_builders.", "torch.optim.")
@@ -26,6 +27,8 @@ OPTIONAL_COMPONENTS = {
     "bitsandbytes.optim.PagedAdamW8bit": "bitsandbytes",
     "torchao.optim.AdamW8bit": "torchao",
 }
+_REFUSALS = (TypeError, ValueError, RuntimeError)  # whose text says enough
+_RUNTIME = ("params", "optimizer")  # arguments that no config gives
 _extra_prefixes: ContextVar[tuple[str, ...]] = ContextVar("extra_prefixes", default=())
 
 
@@ -57,14 +60,17 @@ def instantiate(
 
     Raises:
         ConfigError: for a path outside the allow-list or that leads nowhere, for a keyword the
-            component does not take, and for the TypeError, ValueError or RuntimeError of the call.
+            component does not take, and for whatever the call raises.
         ImportError: if the component's package is optional and missing.
     """
     component, arguments = resolve_component(node, key=key, allow=allow)
     try:
         return component(*args, **arguments, **kwargs)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{key}: {node['component']} refuses its arguments: {error}") from error
+    except ImportError:
+        raise
+    except Exception as error:  # a constructor checks its arguments, or stumbles over them
+        reason = error if isinstance(error, _REFUSALS) else repr(error)
+        raise ConfigError(f"{key}: {node['component']} refuses its arguments: {reason}") from error
 
 
 def resolve_component(
@@ -150,9 +156,10 @@ def _check_keywords(
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for name in arguments:
         if name not in named:
-            raise ConfigError(
-                f"{key}.{name} is not an argument of {path}{did_you_mean(name, named)}"
-            )
+            options = [option for option in named if option not in _RUNTIME]
+            other = OTHER_NAMES.get(name, "").rpartition(".")[2]
+            near = did_you_mean(other if other in options else name, options)
+            raise ConfigError(f"{key}.{name} is not an argument of {path}{near}")
 
 
 def _home(found: Any) -> str:

@@ -16,13 +16,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_builders.config.knobs import knobs
+from qlora_builders.config.other_names import (
+    FILE_WORDS,
+    NOT_NEEDED,
+    OTHER_NAMES,
+    OTHER_OPTIONS,
+    OWN_FILE,
+)
 from qlora_builders.config.resume import flatten
-from qlora_builders.config.schema import ROOTS
+from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
 from qlora_builders.config.shipped import shipped_dir
 from qlora_builders.config.yaml_file import load_yaml
 from qlora_builders.errors import ConfigError, did_you_mean
 
 OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]+)=(.*)", re.DOTALL)
+GLOBAL = "# @package _global_"  # the first line of an experiment: its keys have full names
 QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1)[^\\])*\1""", re.DOTALL)
 
 
@@ -67,6 +75,9 @@ def key_of(override: str) -> str:
 def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
     """Check an override's key against the schema and spell its value for hydra's grammar."""
     match = OVERRIDE.fullmatch(override)
+    names_file = override.endswith((".yaml", ".yml")) if match is None else match[2] in FILE_WORDS
+    if names_file:
+        raise ConfigError(f"{override!r}: {OWN_FILE}")
     if match is None:
         raise ConfigError(
             f"{override!r} is not KEY=VALUE, such as training.batch_size=8; "
@@ -77,6 +88,7 @@ def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
         raise ConfigError(f"{override!r}: keys cannot be removed; write {key}=null to unset one")
     if key in groups(verb) and not value.lstrip().startswith("{"):
         _check_option(key, value, folders)
+        _check_choices(key, value, verb, folders)
         return f"{key}={value}"
     leaves = knobs(ROOTS[verb])
     if key == "components" and key in leaves and value.endswith(".yaml"):
@@ -86,12 +98,24 @@ def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
         return f"++{key}={value}"  # optimizer.eps: arguments are checked against the component
     if key not in known_keys(verb):
         raise ConfigError(unknown_key(key, verb))
+    if key not in leaves and value != "null" and not value.lstrip().startswith(("{", "${")):
+        raise ConfigError(f"{key}={value}: {_section(key, verb)}")
     if key in leaves and leaves[key].type in (str, str | None):
         return f"{key}={value if value == 'null' else quote(value)}"
     return f"{key}={value}"
 
 
-def values_of_file(override: str, folders: Sequence[Path]) -> list[str]:
+def _section(key: str, verb: str) -> str:
+    """What to write instead of a value for a section."""
+    if (verb, key) in NOT_NEEDED:
+        return NOT_NEEDED[verb, key]
+    first = next(leaf for leaf in knobs(ROOTS[verb]) if leaf.startswith(f"{key}."))
+    meant = OTHER_NAMES.get(key)
+    hint = f"; did you mean {meant!r}?" if meant else ""
+    return f"a section takes keys of its own, such as {first}{hint}"
+
+
+def values_of_file(override: str, verb: str, folders: Sequence[Path]) -> list[str]:
     """The file that `experiment=mine` names, as an override for each of its values.
 
     Empty if it cannot be taken apart: it is not there, not YAML, has defaults of its own, or is an
@@ -103,21 +127,46 @@ def values_of_file(override: str, folders: Sequence[Path]) -> list[str]:
         tree = load_yaml(file) if file else None
     except (OSError, ConfigError, OmegaConfBaseException):
         return []
-    is_global = file is not None and file.read_text("utf-8").startswith("# @package _global_")
+    is_global = file is not None and file.read_text("utf-8").startswith(GLOBAL)
     if not isinstance(tree, dict) or "defaults" in tree or is_global != (group == "experiment"):
         return []
     values = flatten(tree, "" if is_global else f"{group}.")
-    return [f"{key}={_spelled(value)}" for key, value in values.items()]
+    chosen = _choices(tree, verb) if is_global else {}
+    return [f"{key}={chosen.get(key) or _spelled(value)}" for key, value in values.items()]
+
+
+def _choices(tree: dict[str, Any], verb: str) -> dict[str, str]:
+    """`data: chat` in an experiment, which hydra takes for a value and not for data=chat."""
+    return {k: value for k, value in tree.items() if k in groups(verb) and isinstance(value, str)}
+
+
+def _check_choices(group: str, option: str, verb: str, folders: Sequence[Path]) -> None:
+    if group != "experiment":
+        return
+    for folder in folders[1:]:
+        file = folder / group / f"{option}.yaml"
+        tree = load_yaml(file) if file.is_file() else {}  # a mapping, says _check_option
+        chosen = [f"{k}: {v}" for k, v in _choices(tree, verb).items()]
+        if chosen:
+            defaults = ", ".join(f"{{override /{one}}}" for one in chosen)
+            raise ConfigError(
+                f"{group}/{file.name}: a config is chosen in the list of defaults; instead of "
+                f"{' and '.join(map(repr, chosen))} write: defaults: [{defaults}]"
+            )
 
 
 def _rules_of(file: Path) -> list[Any]:
-    """The `components:` of a YAML file, such as `qlora plan` writes."""
+    """The rules of a YAML file: under `components:`, as `qlora plan` writes them, or alone."""
     if not file.is_file():
         raise ConfigError(f"components={file}: no such file")
     content = load_yaml(file)
+    if isinstance(content, list):
+        content = {"components": content}
     rules = content.get("components") if isinstance(content, dict) else None
     if not isinstance(content, dict) or not isinstance(rules, list):
-        raise ConfigError(f"{file}: no list of rules under components:")
+        raise ConfigError(
+            f'{file}: no list of rules under components: - {{match: "layers.**", kind: linear}}'
+        )
     others = sorted(str(key) for key in content if key != "components")
     if others:
         raise ConfigError(
@@ -144,7 +193,13 @@ def _spelled(value: Any) -> str:
 def _check_option(group: str, option: str, folders: Sequence[Path]) -> None:
     options = group_options(group, folders)
     if option not in options:
-        raise ConfigError(f"{group}={option}: no such config{did_you_mean(option, options)}")
+        meant = OTHER_OPTIONS.get(f"{group}={option}")
+        hint = f"; write {meant}" if meant else did_you_mean(option, options)
+        if group == "experiment" and not hint.startswith("; did"):
+            hint = "; 'qlora configs ls' lists those there are"
+        if group == "experiment" and not folders[1:]:
+            hint += "; one of your own, DIR/experiment/NAME.yaml, needs --config-dir DIR"
+        raise ConfigError(f"{group}={option}: no such config{hint}")
     for folder in folders[1:]:  # hydra says less about what is no config at all
         file = folder / group / f"{option}.yaml"
         if file.is_file() and not isinstance(load_yaml(file), dict):
@@ -159,37 +214,35 @@ def quote(value: str) -> str:
     return f"'{escaped}'"
 
 
-# what other libraries call some keys
-OTHER_NAMES = {
-    "gradient_accumulation_steps": "training.grad_accumulation",
-    "gradient_checkpointing": "training.activation_checkpointing",
-    "learning_rate": "optimizer.lr",
-    "lora_alpha": "method.alpha",
-    "lora_dropout": "method.dropout",
-    "lora_r": "method.rank",
-    "lr": "optimizer.lr",
-    "max_seq_length": "data.max_seq_len",
-    "num_train_epochs": "training.epochs",
-    "per_device_train_batch_size": "training.batch_size",
-    "r": "method.rank",
-    "target_modules": "method.targets",
-}
-
-
 def unknown_key(key: str, verb: str) -> str:
     """The message for a key that the schema lacks, with the spelling that was probably meant."""
-    known = known_keys(verb)
+    if (verb, key) in NOT_NEEDED:
+        return f"unknown key {key!r}: {NOT_NEEDED[verb, key]}"
     last = key.rpartition(".")[2]
-    other_name = OTHER_NAMES.get(last, "")
-    if other_name.partition(".")[0] in {other.partition(".")[0] for other in known}:
-        return f"unknown key {key!r}; it is {other_name!r} here"
+    name = OTHER_NAMES.get(last, "")
+    for here in (name, name.rpartition(".")[2]):
+        if here in known_keys(verb) or here.rpartition(".")[0] in knobs(ROOTS[verb]):
+            return f"unknown key {key!r}; it is {here!r} here"
+    if key == "experiment":
+        return f"unknown key {key!r}; an experiment file starts with the line {GLOBAL!r}"
+    near = _near_keys(key, verb)
+    if near:
+        return f"unknown key {key!r}; did you mean {near[0]!r}?"
+    others = _verbs_with(key)
+    hint = f"; it is a key of {', '.join(others)}" if others else ""
+    return f"unknown key {key!r}{hint}; 'qlora {verb} --help' lists the keys"
+
+
+def _near_keys(key: str, verb: str) -> list[str]:
+    """Keys of the verb that may be meant, the likeliest first."""
+    known = [other for other in known_keys(verb) if not key.startswith(f"{other}.")]
+    last = key.rpartition(".")[2]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     near += [other for other in known if other.rpartition(".")[2] == last]
-    near += difflib.get_close_matches(key, known, n=1)
-    if key == "experiment":
-        hint = "; an experiment file starts with the line '# @package _global_'"
-    elif near:
-        hint = f"; did you mean {near[0]!r}?"
-    else:
-        hint = f"; 'qlora {verb} --help' lists the keys"
-    return f"unknown key {key!r}{hint}"
+    if _verbs_with(key):  # not misspelt, so that only the same name will do
+        return [other for other in near if last in other and not ("." in key and "." in other)]
+    return near + difflib.get_close_matches(key, known, n=1)
+
+
+def _verbs_with(key: str) -> list[str]:
+    return [verb for verb in ROOTS if verb not in WITHOUT_FILES and key in known_keys(verb)]

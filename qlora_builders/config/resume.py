@@ -9,6 +9,8 @@ from typing import Any
 from qlora_builders.config.knobs import knobs
 from qlora_builders.errors import ConfigError
 
+_DERIVED = ("method.components", "method.train")
+
 
 def curve_config(cfg: Any) -> dict[str, Any]:
     """Every key whose value shapes the loss curve, flat: `{"training.seed": 0, ...}`."""
@@ -23,11 +25,17 @@ def check_same_curve(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
         ConfigError: with every key whose value is not that of the checkpoint.
     """
     missing = "not set"
+    keys = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, missing) != now.get(key, missing)
+    ]
+    if any(key.startswith("method.") and key not in _DERIVED for key in keys):
+        keys = [key for key in keys if key not in _DERIVED]  # the rules only follow
     differing = [
         f"{key}={_spell(now.get(key, missing))}, but the checkpoint was trained with "
         f"{_spell(before.get(key, missing))}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, missing) != now.get(key, missing)
+        for key in keys
     ]
     if differing:
         head = (

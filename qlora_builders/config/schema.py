@@ -45,7 +45,7 @@ class FinetuneConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     components: list[dict[str, Any]] = knob(
-        [], "your rules, after the method's; the last match wins; or FILE.yaml with such a list"
+        [], "your rules, after the method's; the last match wins; or FILE.yaml with them"
     )
     train: list[str] = knob([], "parameters that train too, as patterns: [norm, embed_tokens]")
     train_tokens: list[int] = knob(
@@ -198,7 +198,7 @@ class QuantizeConfig:
     )
     scale_search: bool | None = knob(None, "search for the best scales: slower, more accurate")
     components: list[dict[str, Any]] = knob(
-        [], "your rules, after the one for all decoder layers; or FILE.yaml with such a list"
+        [], "your rules, after the one for all decoder layers; or FILE.yaml with them"
     )
     dtype: str = knob("bfloat16", "dtype of weights before quantizing", choices=DTYPES)
     max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
@@ -251,6 +251,7 @@ ROOTS: dict[str, type] = {
     "report": ReportConfig,
 }
 
+WITHOUT_FILES = ("inspect", "estimate")  # a plan can be shown without what training needs
 TRAINING_VERBS = ("finetune", "dpo")
 # Verbs that take --multirun: the key with the path of a job, and how that path ends.
 SWEPT_VERBS = {

@@ -111,6 +111,11 @@ def to_pair(
         DataError: as `to_messages`, and if the two differ in more than the last answer.
     """
     names = [column_name(columns, key) for key in ("chosen", "rejected")]
+    if not any(name in row for name in names):
+        raise DataError(
+            f"no columns {names[0]!r} and {names[1]!r} (there are: {', '.join(sorted(row))}); dpo "
+            "takes pairs of answers, rows with prompt, chosen and rejected"
+        )
     chosen, rejected = (_with_prompt(row, name, columns) for name in names)
     for name, messages in zip(names, (chosen, rejected), strict=True):
         if messages[-1]["role"] != "assistant":

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_builders.config import browse
+from qlora_builders.config.compose import compose, save_config
 from qlora_builders.config.shipped import shipped_dir
 from qlora_builders.errors import ConfigError
 
@@ -34,7 +35,8 @@ def test_show(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_cp_and_validate_the_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "experiment" / "mine.yaml"
     assert browse.main(["cp", "demo_qlora", str(copy)]) == 0
-    assert capsys.readouterr().out == f"{copy}\n"
+    how = f"use it with --config-dir {tmp_path} experiment=mine"
+    assert capsys.readouterr().out == f"wrote {copy}; {how}\n"
     assert browse.main(["validate", "mine", "--config-dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "1 valid: experiment/mine\n"
     with pytest.raises(ConfigError, match=r"mine\.yaml' exists; remove it"):
@@ -48,8 +50,22 @@ def test_validate_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert browse.main(["validate"]) == 0
     assert browse.main(["validate", "all"]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert first == second
-    assert "experiment/demo_qlora" in first
+    assert first == second == f"{len(list(shipped_dir('configs').rglob('*.yaml')))} valid"
+
+
+def test_cp_of_a_runs_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("training: {max_steps: 3}\n")
+    copy = tmp_path / "mine" / "experiment" / "again.yaml"
+    assert browse.main(["cp", str(tmp_path / "config.yaml"), str(copy)]) == 0
+    assert copy.read_text() == "# @package _global_\ntraining: {max_steps: 3}\n"
+    save_config(compose("finetune", ["training.epochs=2"]), tmp_path / "config.yaml")
+    again = copy.with_name("a.yaml")
+    assert browse.main(["cp", str(tmp_path / "config.yaml"), str(again)]) == 0
+    assert again.read_text().count("# @package") == 1
+    assert compose("finetune", ["experiment=a"], config_dir=tmp_path / "mine").training.epochs == 2
+    capsys.readouterr()
+    assert browse.main(["cp", "demo_qlora", str(tmp_path / "a.yaml")]) == 0
+    assert "; to use it, move it to DIR/GROUP/NAME.yaml" in capsys.readouterr().out
 
 
 def test_validate_finds_every_problem(tmp_path: Path) -> None:

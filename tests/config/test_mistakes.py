@@ -31,7 +31,7 @@ from qlora_builders.errors import ConfigError
         (["output_dir=${output_dir}"], r"output_dir: Recursive interpolation detected"),
         (["experiment=demo_qlor"], r"no such config; did you mean 'demo_qlora'\?"),
         (["optimizer=zzz"], r"optimizer=zzz: no such config; allowed: adamw, adamw_8bit, "),
-        (["training.batch_size=abc"], r"training\.batch_size: Value 'abc' could not be converted"),
+        (["training.batch_size=abc"], r"training\.batch_size: Value 'abc' is not a whole number"),
         (["training.batch_size=null"], r"training\.batch_size: null is not allowed here"),
         (["output_dir=null"], r"output_dir: null is not allowed here"),
         (["training.batch_size=1,2"], r"Ambiguous value .*; write \[1,2\] for a list"),
@@ -73,7 +73,7 @@ def test_every_kind_of_mistake_is_in_one_error() -> None:
     assert problems("finetune", overrides) == [
         "optimizer=adamv: no such config; did you mean 'adamw'?",
         "unknown key 'training.bach_size'; did you mean 'training.batch_size'?",
-        "training.max_steps: Value 'ten' could not be converted to Integer",
+        "training.max_steps: Value 'ten' is not a whole number",
         "'training.seed' is not KEY=VALUE, such as training.batch_size=8; "
         "put quotes around a value with spaces",
         "training.epochs=0 must be >= 1",
@@ -153,7 +153,7 @@ def test_all_mistakes_of_a_file_are_in_one_error(tmp_path: Path) -> None:
         "method/mine.yaml: unknown key 'method.rnak'; did you mean 'method.rank'?",
         "method/mine.yaml: method.targets: takes a list, such as [a,b]",
         "experiment/mine.yaml: unknown key 'training.max_stps'; did you mean 'training.max_steps'?",
-        "experiment/mine.yaml: training.seed: Value 'x' could not be converted to Integer",
+        "experiment/mine.yaml: training.seed: Value 'x' is not a whole number",
         "unknown key 'training.epoch'; did you mean 'training.epochs'?",
         "data.format='chatt' is not allowed; allowed: chat, instruct, text, preference; did you "
         "mean 'chat'?",

@@ -68,14 +68,19 @@ def test_all_differing_keys_are_listed_with_both_values() -> None:
     )
     assert [line.partition("=")[0] for line in lines] == [
         "components",
-        "method.components",  # the rules that the targets make
-        "method.targets",
+        "method.targets",  # but not method.components, which they make
         "optimizer.eps",
         "optimizer.lr",
         "training.seed",
     ]
     assert "optimizer.eps=0.1, but the checkpoint was trained with not set" in lines
     assert "training.seed=1, but the checkpoint was trained with 0" in lines
+
+
+def test_rules_of_a_preset_count_by_themselves() -> None:
+    rules: dict[str, object] = {"method.components": []}
+    with pytest.raises(ConfigError, match=r"method\.components=\[\], but"):
+        check_same_curve(curve(), curve() | rules, "run/step_4")
 
 
 def test_resuming_and_overwriting_exclude_each_other() -> None:

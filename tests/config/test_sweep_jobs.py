@@ -116,7 +116,7 @@ def test_everything_wrong_in_any_job_is_one_error() -> None:
     assert str(raised.value).splitlines() == [
         "unknown key 'training.bach_size'; did you mean 'training.batch_size'?",
         "training.epochs=0 must be >= 1",
-        "data.max_rows: Value 'x' could not be converted to Integer",
+        "data.max_rows: Value 'x' is not a whole number",
         "method.rank=0 must be >= 1",
         "method.rank=8 has no effect: method=full does not take it",
         "method.rank=0 has no effect: method=full does not take it",

@@ -206,7 +206,8 @@ def test_files_that_exist_and_bases_that_are_quantized(
     ("content", "message"),
     [
         (None, "no such file"),
-        ("- {match: 'layers.**', kind: linear}\n", "no list of rules under components:"),
+        ("- {match: 'layers.**', kind: linnear}\n", "did you mean 'linear'"),
+        ("rules: []\n", "no list of rules under components:"),
         ("components: nothing\n", "no list of rules under components:"),
         (
             "components: [{match: lm_head, kind: linear}]\ntrain: [norm]\n",

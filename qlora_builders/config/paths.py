@@ -1,0 +1,68 @@
+"""What is wrong with the folders and files that a config names, as far as a look at them tells.
+
+Whoever opens them finds more, but does not know the key that named them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qlora_builders.config.checks import value_of
+from qlora_builders.config.knobs import knobs
+
+_FOLDERS = ("checkpoint.dir", "tokenizer.path", "adapter.path")
+_ROWS = ("data.train", "data.eval", "prompts_file")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def path_problems(cfg: Any) -> list[str]:
+    """A message for each path that cannot be what its key takes."""
+    given = {key: value_of(cfg, key) for key in knobs(type(cfg)) if key in (*_FOLDERS, *_ROWS)}
+    problems = []
+    for key, value in given.items():
+        if value is None:
+            continue
+        if key in _ROWS and value.startswith("[") and not Path(value).exists():
+            problems.append(f"{key}={value}: takes one file; write the rows of all into one")
+        if key in _FOLDERS and Path(value).is_file():
+            folder = Path(value).parent
+            problems.append(f"{key}={value} is a file; give its folder: {key}={folder}")
+    if "checkpoint.dir" in given:
+        problems += _about_base(given["checkpoint.dir"], "adapter.path" in given)
+    return problems + list(_about_resume(getattr(getattr(cfg, "training", None), "resume", None)))
+
+
+def _about_base(name: str, takes_adapter: bool) -> list[str]:
+    path, value = Path(name), f"checkpoint.dir={name}"
+    if _HUB_NAME.fullmatch(name) and not path.parent.exists():
+        download = f"hf download {name} --local-dir {path.name}"
+        return [f"{value}: no such directory; models of the hub are downloaded first: {download}"]
+    if not path.is_dir():
+        return []
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        advice = "name the base it was trained on"
+        if takes_adapter:
+            advice = f"write adapter.path={name}, and as checkpoint.dir the base it was trained on"
+        return [f"{value} holds an adapter and no model; {advice}"]
+    if not any(path.glob("*.json")):
+        expected = "expected a Hugging Face checkpoint directory, with config.json and weights"
+        return [f"{value} holds no model; {expected}"]
+    return []
+
+
+def _about_resume(resume: str | None) -> Iterator[str]:
+    if resume is None:
+        return
+    if resume.lower() in ("true", "yes", "on", "latest"):
+        yield f"training.resume={resume}: write auto, for the newest good checkpoint in output_dir"
+    for folder in (Path(resume), Path(resume, "checkpoints")):
+        steps = [path for path in folder.glob("step_*") if path.name[5:].isdecimal()]
+        if steps:
+            newest = max(steps, key=lambda path: int(path.name[5:]))
+            yield (
+                f"training.resume={resume} holds checkpoints and is none; the newest is "
+                f"training.resume={newest}, or write auto and their run as output_dir"
+            )
