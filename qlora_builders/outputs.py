@@ -67,7 +67,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """
     try:
         with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
     except OSError as error:
         raise _cannot_write(path, error) from error
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from qlora_builders.checkpoint import load_with_adapter, read_arch
@@ -24,6 +25,7 @@ from qlora_builders.data import (
     Tokenizer,
     build_dataset,
     check_token_range,
+    spell_asked,
 )
 from qlora_builders.evaluation import (
     Candidate,
@@ -151,9 +153,9 @@ def answer_table(answers: list[dict[str, Any]], model: str, shown: int = 3) -> T
     for column in ("prompt", "reference", "answer", "right"):
         table.add_column(column, overflow="fold")
     for answer in answers[:shown]:
-        prompt = " ".join(answer["prompt"].split())
         right = "yes" if answer["right"] else "no"
-        table.add_row(prompt, answer["reference"], answer["answer"], right)
+        texts = (spell_asked(answer), answer["reference"], answer["answer"], right)
+        table.add_row(*map(escape, texts))
     return table
 
 
