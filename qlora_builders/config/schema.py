@@ -109,7 +109,7 @@ class GenerateConfig:
     )
     data: PromptDataConfig = field(default_factory=PromptDataConfig)
     output: str | None = knob(
-        None, "new .jsonl file with a row for each answer; null: only printed"
+        None, "new .jsonl file with a row for each answer, instead of printing it; null: none"
     )
     system: str | None = knob(None, "system message, for rows without one of their own; null: none")
     chat: bool = knob(
@@ -124,7 +124,7 @@ class GenerateConfig:
         None, "sample from the likeliest tokens of this total probability", above=0, at_most=1
     )
     seed: int = knob(0, "fixes sampling", at_least=0)
-    stream: bool = knob(True, "print tokens as they come (batch_size=1)")
+    stream: bool = knob(True, "print tokens as they come (batch_size=1, and no output)")
     batch_size: int = knob(1, "prompts answered at once", at_least=1)
     compile: bool = knob(False, "compile the decoding step; on GPUs it becomes a CUDA graph")
     dtype: str = base_dtype_knob()
