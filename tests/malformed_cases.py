@@ -258,6 +258,10 @@ COMMANDS: dict[str, Case] = {
         "generate checkpoint.dir=tiny tokenizer.path=no_bos prompt= chat=false",
         "the prompt has 0 tokens; allowed: 1 to 128",
     ),
+    "a wrong adapter and wrong rows": (
+        "evaluate checkpoint.dir=tiny adapter.path=absent data.eval=broken.jsonl",
+        "absent/adapter_config.json: missing; expected a PEFT adapter directory",
+    ),
     "chat rows read as instruct": (
         "evaluate checkpoint.dir=tiny data.eval=empty_chat.jsonl",
         "(there are: messages); rows like this one are read with data=chat",
@@ -321,6 +325,18 @@ OUTPUTS: dict[str, Case] = {
     ),
     "generate ending": ("generate prompt=hi output=a.json", "output=a.json must end in .jsonl"),
     "plan": ("plan bits=4.6 output=plan.yaml", "output=plan.yaml, or its .json, exists; choose"),
+    "generate after Ctrl-C": (
+        "generate prompt=hi output=stopped.jsonl",
+        "stopped.jsonl.partial holds what an interrupted run had finished; rename or remove",
+    ),
+    "evaluate again": (
+        "evaluate checkpoint.dir=tiny data.eval=good.jsonl output=taken.json",
+        "output=taken.json exists; choose another name",
+    ),
+    "merge report again": (
+        "merge adapter.path=adapter checkpoint.dir=tiny output_dir=out report=taken.json",
+        "report=taken.json exists; choose another name",
+    ),
     "plan ending": ("plan bits=4.6 output=a.txt", "output=a.txt must end in .yaml"),
     "report": ("report run output=full", "output=full is a folder; give the name of a file"),
     "configs cp": ("configs cp finetune full", "'full' is not a file name that ends in .yaml"),

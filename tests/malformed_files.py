@@ -119,6 +119,8 @@ def write_rows(folder: Path) -> None:
     (folder / "no.parquet").write_text("PAR1 but no more")
     (folder / "empty.txt").write_text("\n\n")
     (folder / "long.txt").write_text("hi\n\n" + "word " * 99)
+    (folder / "taken.json").touch()
+    (folder / "stopped.jsonl.partial").touch()
     (folder / "latin.txt").write_bytes(b"caf\xe9\n")
 
 
