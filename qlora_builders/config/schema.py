@@ -102,7 +102,7 @@ class GenerateConfig:
     prompts_file: str | None = knob(
         None,
         "file of prompts: .jsonl, .json or .parquet with rows as data.train has them (messages or "
-        "a prompt; an answer at the end is left out), else text with one per line",
+        "a prompt; an answer at the end is left out), or .txt with one per line",
     )
     interactive: bool = knob(
         False, "a conversation: a line of stdin, its answer, and so on until Ctrl-D or Ctrl-C"
@@ -148,7 +148,7 @@ class EvaluateConfig:
     compare: bool = knob(
         False, "measure the base, the base in NF4 and the base with its adapter, one after another"
     )
-    output: str | None = knob(None, "JSON file for the results; null: only printed")
+    output: str | None = knob(None, "new JSON file for the results; null: only printed")
     dtype: str = base_dtype_knob()
     compute_dtype: str = compute_dtype_knob()
     device: str = device_knob()
@@ -175,7 +175,7 @@ class MergeConfig:
     max_error: float = knob(
         0.5, "largest |error| / |update| accepted, in the weights and in the logits", above=0
     )
-    report: str | None = knob(None, "JSON file for the figures of every layer; null: none")
+    report: str | None = knob(None, "new JSON file for the figures of every layer; null: none")
     max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
 
 
