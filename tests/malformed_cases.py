@@ -343,45 +343,6 @@ OUTPUTS: dict[str, Case] = {
     "configs cp there": ("configs cp finetune odd_rules.yaml", "exists; remove it or choose anoth"),
     "configs cp in a file": ("configs cp finetune file/a.yaml", "file"),
 }
-# largest file that the disk takes, command, message
-NO_SPACE: dict[str, tuple[int, str, str]] = {
-    "finetune": (9, f"{FT} output_dir=out", "out/config.yaml: cannot be written: File too large"),
-    "adapter": (
-        2048,
-        f"{FT} output_dir=out training.max_steps=1",
-        "/out/adapter: cannot be written: File too large",
-    ),
-    "quantize": (
-        2048,
-        "quantize checkpoint.dir=tiny output_dir=out",
-        "/out: cannot be written: File too large",
-    ),
-    "merge": (
-        2048,
-        "merge adapter.path=adapter checkpoint.dir=tiny output_dir=out",
-        "/out: cannot be written: File too large",
-    ),
-    "report": (
-        2048,
-        "report run output=out.html",
-        "out.html: cannot be written: File too large",
-    ),
-    "evaluate": (
-        9,
-        "evaluate checkpoint.dir=tiny data.eval=good.jsonl output=out.json",
-        "out.json: cannot be written: File too large",
-    ),
-    "generate": (
-        9,
-        "generate checkpoint.dir=tiny prompt=hi output=out.jsonl",
-        "out.jsonl: cannot be written: File too large",
-    ),
-    "configs cp": (
-        9,
-        "configs cp finetune out.yaml",
-        "out.yaml: cannot be written: File too large",
-    ),
-}
 
 
 def table() -> dict[str, Case]:
