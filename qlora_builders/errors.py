@@ -1,4 +1,4 @@
-"""The errors a user can cause, and the one way to spell "did you mean".
+"""The errors a user can cause, and the one way to spell "did you mean" and plurals.
 
 Everything here is a `ValueError`, so library callers may catch that alone; the command line turns
 each into one readable message and exit code 2. Optional dependencies are the one exception: a
@@ -41,6 +41,11 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
     """The option spelled most like `name`, or None when nothing comes close."""
     matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def counted(number: int, noun: str) -> str:
+    """`"1 row"`, `"1,200 rows"`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -1,10 +1,16 @@
-"""Files and folders that a user names for results: judged before anything slow, written whole."""
+"""Files and folders that a user names for results: judged before anything slow, written whole.
+
+One rule for all: what was computed is never written over. Only a page of `report`, which is drawn
+anew from a run's records, replaces the one before.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +43,73 @@ def check_writable(path: Path, key: str, *, folder: bool = False) -> None:
         raise ConfigError(f"{key}={path}: {place} is not writable; choose another place")
 
 
+def check_new(path: Path, key: str, *, grows: bool = False) -> None:
+    """`check_writable` for a file of results.
+
+    Args:
+        grows: it will be written by `growing`.
+
+    Raises:
+        ConfigError: also if there is such a file, or what was finished of one that grows.
+    """
+    check_writable(path, key)
+    if path.exists():
+        raise ConfigError(f"{key}={path} exists; choose another name")
+    if grows and _partial(path).exists():
+        raise ConfigError(
+            f"{key}={path}: {_partial(path)} holds what an interrupted run had finished; rename or "
+            "remove it, or choose another name"
+        )
+
+
+@contextmanager
+def growing(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Write a new file part by part, with the function that this gives.
+
+    It gets its name when all is written. If it comes to that never, by an error or Ctrl-C, the
+    parts that are finished stay under the name with `.partial` behind, and stderr says so.
+
+    Raises:
+        QLoRAError: if it cannot be written.
+    """
+    partial = _partial(path)
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("xb", buffering=0)
+    size = 0
+
+    def write(part: bytes) -> None:
+        nonlocal size
+        rest = memoryview(part)
+        with _naming(path):
+            while rest:
+                rest = rest[file.write(rest) :]
+        size += len(part)
+
+    try:
+        with file:
+            yield write
+            with _naming(path):
+                os.fsync(file.fileno())
+        with _naming(path):
+            partial.replace(path)
+    except BaseException:
+        if size:
+            os.truncate(partial, size)
+            print(f"what was finished is in {partial}", file=sys.stderr)
+        else:
+            partial.unlink()
+        raise
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file in one step: a half-written one never has the name, and none is left.
 
     Raises:
         QLoRAError: if it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
+    partial = _partial(path)
+    with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)  # a link could lead elsewhere
         try:
@@ -55,8 +120,6 @@ def write_whole(path: Path, content: bytes) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -65,12 +128,18 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         QLoRAError: if it cannot be written.
     """
+    with _naming(path), path.open("a") as file:
+        file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """The system's errors with the name of the file."""
     try:
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        yield
     except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> QLoRAError:
-    return QLoRAError(f"{path}: cannot be written: {error.strerror or error}")
+        raise QLoRAError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
-from qlora_builders.checkpoint import load_with_adapter, read_arch
+from qlora_builders.checkpoint import load_with_adapter, read_adapter, read_arch
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import EvaluateConfig
 from qlora_builders.data import (
@@ -24,7 +25,9 @@ from qlora_builders.data import (
     Tokenizer,
     build_dataset,
     check_token_range,
+    spell_asked,
 )
+from qlora_builders.errors import counted
 from qlora_builders.evaluation import (
     Candidate,
     Figure,
@@ -37,8 +40,9 @@ from qlora_builders.evaluation import (
     measure_answers,
     measure_rows,
 )
+from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM
-from qlora_builders.outputs import check_writable, write_whole
+from qlora_builders.outputs import check_new, write_whole
 from qlora_builders.preflight import check_positions
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 from qlora_builders.training.progress import table_console
@@ -46,11 +50,14 @@ from qlora_builders.training.progress import table_console
 
 def main(cfg: EvaluateConfig) -> None:
     if cfg.output is not None:
-        check_writable(Path(cfg.output), "output")
+        check_new(Path(cfg.output), "output")
     device = resolve_device(cfg.device)
     console = table_console()
     tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
-    batches = None if cfg.data.eval is None else read_rows(cfg, tokenizer)
+    arch = read_arch(cfg.checkpoint.dir, format=cfg.checkpoint.format)
+    if cfg.adapter.path is not None:
+        read_adapter(cfg.adapter.path)  # before rows, which may be many
+    batches = None if cfg.data.eval is None else read_rows(cfg, tokenizer, arch)
     tasks = find_tasks(**asdict(cfg.lm_eval)) if cfg.lm_eval.tasks else None
     options: dict[str, Any] = {
         "quantize": cfg.quantize,
@@ -90,11 +97,11 @@ def main(cfg: EvaluateConfig) -> None:
     else:
         console.print(figure_table(figures[last]))
     if cfg.output is not None:
-        text = json.dumps(results, indent=2, ensure_ascii=False)
+        text = json.dumps(results, indent=2, ensure_ascii=False, default=str)
         write_whole(Path(cfg.output), f"{text}\n".encode())
 
 
-def read_rows(cfg: EvaluateConfig, tokenizer: Tokenizer) -> Batches:
+def read_rows(cfg: EvaluateConfig, tokenizer: Tokenizer, arch: LlamaArch) -> Batches:
     assert cfg.data.eval is not None
     data = build_dataset(
         cfg.data.eval,
@@ -106,7 +113,6 @@ def read_rows(cfg: EvaluateConfig, tokenizer: Tokenizer) -> Batches:
         max_rows=cfg.data.max_rows,
         on_error=cfg.data.on_error,
     )
-    arch = read_arch(cfg.checkpoint.dir, format=cfg.checkpoint.format)
     check_token_range(data, arch.vocab_size)
     check_positions(data, arch.max_position_embeddings)
     return Batches(
@@ -133,7 +139,7 @@ def measure(
         details = {"target_tokens": sum(figures["loss"].weights)}
         details |= {name: figure.value for name, figure in figures.items()}
         if cfg.exact_match:
-            figures["exact match"], answers = measure_answers(
+            figures["exact_match"], answers = measure_answers(
                 model, batches.dataset, cfg.exact_match, max_new_tokens=cfg.max_new_tokens
             )
             right = sum(answer["right"] for answer in answers)
@@ -146,14 +152,15 @@ def measure(
 
 
 def answer_table(answers: list[dict[str, Any]], model: str, shown: int = 3) -> Table:
-    title = f"{model}: the first {min(shown, len(answers))} of {len(answers)} answers"
+    right = sum(answer["right"] for answer in answers)
+    title = f"{model}: {right} of {counted(len(answers), 'answer')} right; the first of them"
     table = Table(title=title, show_lines=True)
     for column in ("prompt", "reference", "answer", "right"):
         table.add_column(column, overflow="fold")
     for answer in answers[:shown]:
-        prompt = " ".join(answer["prompt"].split())
         right = "yes" if answer["right"] else "no"
-        table.add_row(prompt, answer["reference"], answer["answer"], right)
+        texts = (spell_asked(answer), answer["reference"], answer["answer"], right)
+        table.add_row(*map(escape, texts))
     return table
 
 

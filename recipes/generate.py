@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -19,19 +19,22 @@ from typing import Any
 
 import torch
 
-from qlora_builders.checkpoint import load_with_adapter, read_arch
+from qlora_builders.checkpoint import load_with_adapter, read_adapter, read_arch
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import GenerateConfig
 from qlora_builders.data import Prompt, Tokenizer, encode_prompt, read_prompts, row_to_prompt
-from qlora_builders.errors import ConfigError, DataError, QLoRAError
+from qlora_builders.errors import ConfigError, DataError, QLoRAError, counted
 from qlora_builders.models import LlamaArch, check_prompt, generate_batch, max_steps
-from qlora_builders.outputs import check_writable, write_whole
+from qlora_builders.outputs import check_new, growing
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
+
+Answer = Callable[..., Iterator[list[int | None]]]
+RESULTS = ("answer", "reference", "num_tokens", "finish_reason")
 
 
 def main(cfg: GenerateConfig) -> None:
     if cfg.output is not None:
-        check_output(Path(cfg.output))
+        check_new(Path(cfg.output), "output", grows=True)
     device = resolve_device(cfg.device)
     tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
     if cfg.interactive and tokenizer.chat_template is None:
@@ -39,8 +42,10 @@ def main(cfg: GenerateConfig) -> None:
             "interactive=true needs a chat template, and the tokenizer has none: put a "
             "chat_template.jinja beside its tokenizer.json, or ask with prompt='...'"
         )
-    prompts = [] if cfg.interactive else find_prompts(cfg, tokenizer)
     arch = read_arch(cfg.checkpoint.dir, format=cfg.checkpoint.format)
+    if cfg.adapter.path is not None:
+        read_adapter(cfg.adapter.path)
+    prompts = [] if cfg.interactive else find_prompts(cfg, tokenizer)
     check_prompts(prompts, arch)
     model = load_with_adapter(
         cfg.checkpoint.dir,
@@ -66,42 +71,78 @@ def main(cfg: GenerateConfig) -> None:
     if cfg.interactive:
         converse(answer, cfg, tokenizer, arch)
         return
-    results: list[dict[str, Any]] = []
-    for start in range(0, len(prompts), cfg.batch_size):
-        batch = prompts[start : start + cfg.batch_size]
-        ids = [prompt.ids for prompt in batch]
-        steps = answer(ids)
+    if cfg.output is None:
+        print_answers(answer, prompts, cfg, tokenizer)
+    else:
+        write_answers(answer, prompts, cfg, tokenizer, arch)
+
+
+def print_answers(
+    answer: Answer, prompts: Sequence[Prompt], cfg: GenerateConfig, tokenizer: Tokenizer
+) -> None:
+    for batch in batches(prompts, cfg.batch_size):
+        steps = answer([prompt.ids for prompt in batch])
         if len(batch) == 1 and cfg.stream:
             show_prompt(batch[0], prompts)
-            answers = [print_answer(steps, tokenizer)]
-        else:
-            rows = list(steps)
-            answers = [[t for row in rows if (t := row[i]) is not None] for i in range(len(batch))]
-            for prompt, tokens in zip(batch, answers, strict=True):
-                show_prompt(prompt, prompts)
-                print(tokenizer.decode(tokens))
-        limit = max_steps(arch, ids, cfg.max_new_tokens)
-        for prompt, tokens in zip(batch, answers, strict=True):
-            results.append(to_result(prompt, tokens, limit, tokenizer))
-    if cfg.output is not None:
-        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in results]
-        write_whole(Path(cfg.output), "".join(lines).encode("utf-8", "replace"))
-        print(f"wrote {cfg.output}")
+            print_answer(steps, tokenizer)
+            continue
+        for prompt, tokens in zip(batch, columns(steps, len(batch)), strict=True):
+            show_prompt(prompt, prompts)
+            print(tokenizer.decode(tokens))
 
 
-def check_output(path: Path) -> None:
-    check_writable(path, "output")
-    if path.exists():
-        raise ConfigError(f"output={path} exists; choose another name")
+def write_answers(
+    answer: Answer,
+    prompts: Sequence[Prompt],
+    cfg: GenerateConfig,
+    tokenizer: Tokenizer,
+    arch: LlamaArch,
+) -> None:
+    """A row for each, as soon as its batch is answered."""
+    assert cfg.output is not None
+    done = 0
+    with growing(Path(cfg.output)) as write, live_line() as show:
+        for batch in batches(prompts, cfg.batch_size):
+            ids = [prompt.ids for prompt in batch]
+            limit = max_steps(arch, ids, cfg.max_new_tokens)
+            for prompt, tokens in zip(batch, columns(answer(ids), len(batch)), strict=True):
+                row = to_result(prompt, tokens, limit, tokenizer)
+                line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
+                write(line.encode("utf-8", "replace"))
+            done += len(batch)
+            show(f"{done:,} of {len(prompts):,} answered")
+    print(f"wrote {cfg.output} ({counted(len(prompts), 'answer')})")
+
+
+@contextmanager
+def live_line() -> Iterator[Callable[[str], None]]:
+    """A line of a terminal that is written again and again; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda line: None
+        return
+    try:
+        yield lambda line: print(f"\r{line}", end="", file=sys.stderr, flush=True)
+    finally:
+        print(file=sys.stderr)
+
+
+def batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+    return (prompts[start : start + size] for start in range(0, len(prompts), size))
+
+
+def columns(steps: Iterable[Sequence[int | None]], count: int) -> list[list[int]]:
+    """The tokens of each of `count` answers that are generated side by side."""
+    rows = list(steps)
+    return [[t for row in rows if (t := row[i]) is not None] for i in range(count)]
 
 
 def find_prompts(cfg: GenerateConfig, tokenizer: Tokenizer) -> list[Prompt]:
     if cfg.prompts_file is None:
         row = {"prompt": cfg.prompt}
         return [row_to_prompt(row, tokenizer, chat=cfg.chat, system=cfg.system)]
-    columns = asdict(cfg.data.columns)
+    names = asdict(cfg.data.columns)
     return read_prompts(
-        cfg.prompts_file, tokenizer, chat=cfg.chat, system=cfg.system, columns=columns
+        cfg.prompts_file, tokenizer, chat=cfg.chat, system=cfg.system, columns=names
     )
 
 
@@ -137,7 +178,7 @@ def print_answer(
 
 
 def converse(
-    answer: Callable[..., Iterator[list[int | None]]],
+    answer: Answer,
     cfg: GenerateConfig,
     tokenizer: Tokenizer,
     arch: LlamaArch,
@@ -181,8 +222,12 @@ def read_line() -> str | None:
 def to_result(
     prompt: Prompt, tokens: Sequence[int], limit: int, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """A row of `output`; `limit` tokens are as many as there could be."""
-    row = prompt.asked | {"answer": tokenizer.decode(tokens)}
+    """A row of `output`; `limit` tokens are as many as there could be.
+
+    The row's own columns come first; one that has the name of a result gives way to it.
+    """
+    row = {k: v for k, v in prompt.others.items() if k not in RESULTS}
+    row |= prompt.asked | {"answer": tokenizer.decode(tokens)}
     if prompt.reference is not None:
         row["reference"] = prompt.reference
     row["num_tokens"] = len(tokens)

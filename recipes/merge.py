@@ -21,10 +21,13 @@ from qlora_builders.config.checks import size_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import MergeConfig
 from qlora_builders.errors import ConfigError
-from qlora_builders.outputs import check_writable, write_whole
+from qlora_builders.outputs import check_new, check_writable, write_whole
 from qlora_builders.training.device import resolve_dtype
 
 SHOWN_LAYERS = 8
+LEGEND = """W: the weight that is added to; delta: the update; all are norms
+error: what rounding lost, written - (W + delta)
+deviation: from the trained layer, written - (its W + delta)"""
 
 
 def main(cfg: MergeConfig) -> None:
@@ -33,7 +36,7 @@ def main(cfg: MergeConfig) -> None:
         raise ConfigError(f"output_dir={output_dir} exists; choose a new folder")
     check_writable(output_dir, "output_dir", folder=True)
     if cfg.report is not None:
-        check_writable(Path(cfg.report), "report")
+        check_new(Path(cfg.report), "report")
     adapted = load_with_adapter(
         cfg.checkpoint.dir,
         cfg.adapter.path,
@@ -86,6 +89,7 @@ def error_table(report: MergeReport) -> Table:
     worst = order[:SHOWN_LAYERS]
     title = f"{len(worst)} of {len(report.layers)} merged layers, largest error first"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.caption, table.caption_justify = LEGEND, "left"
     table.add_column("layer", no_wrap=True)
     quantized = report.total.kept is not None
     heads = ["delta / W", "error / delta", "deviation / delta"]

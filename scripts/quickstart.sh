@@ -8,7 +8,7 @@ echo "== installing into .venv"
 setup_env plot
 
 run=runs/quickstart
-rm -rf "$run"
+rm -rf "$run" "$run.before.json"
 
 echo "== the base model, before"
 qlora evaluate exact_match=20 output=$run.before.json

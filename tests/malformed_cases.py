@@ -20,6 +20,11 @@ DATA: dict[str, Case] = {
     "deep.jsonl": ("deep.jsonl, line 1: not JSON that can be read: nested too deeply",),
     "half.jsonl": ("half.jsonl, line 2: '\\ud800'", "half of a surrogate pair"),
     "list.jsonl": ("list.jsonl, line 2: holds a list, and an object is needed",),
+    "array.jsonl": ("array.jsonl, line 1: holds a list, ", "one list has to be named .json"),
+    "question.jsonl": ("; write data.columns.prompt=question data.columns.completion=answer",),
+    "alpaca.jsonl": (
+        "; write data.columns.prompt=instruction data.columns.completion=output (which leaves out",
+    ),
     "number.jsonl": ("number.jsonl, line 2: column 'prompt' holds a int, and text is needed",),
     "null.jsonl": ("null.jsonl, line 2: column 'completion' holds a NoneType, and text",),
     "column.jsonl": ("line 2: no column 'prompt' (there are: completion, promt); did you mean",),
@@ -27,27 +32,38 @@ DATA: dict[str, Case] = {
     "megabytes.jsonl": ("megabytes.jsonl, line 2: not JSON: Unterminated string", "column 12"),
     "megabyte_key.jsonl": ("megabyte_key.jsonl, line 2: no column 'prompt' (there are: kkk",),
     "escape.jsonl": ("line 2: no column 'prompt' (there are: \\x1b[2J)",),
-    "long.jsonl data.max_seq_len=4": ("none of the 1 rows", "data.max_seq_len=4", "raise it"),
+    "long.jsonl data.max_seq_len=4": (
+        "1 row, and none has anything",
+        "data.max_seq_len=4",
+        "raise it",
+    ),
     "long.jsonl": ("long.jsonl, line 1: has ", "128 positions; lower data.max_seq_len"),
     "rows.csv": ("end in '.csv'; allowed: .json, .jsonl, .parquet",),
     "rows.json": ("rows.json: holds a dict; a list of objects is needed",),
     "trailing.json": ("trailing.json: not JSON: Extra data, line 2", "has to be named .jsonl"),
-    "values.json": ("values.json, row 1 (counted from 0): holds a int, and an object",),
+    "values.json": ("values.json, row 2 of 2: holds a int, and an object",),
     "cut.json": ("cut.json: not JSON: ",),
     "no.parquet": ("no.parquet: not a Parquet file this can read: ",),
     "cut.parquet": ("cut.parquet: not a Parquet file this can read: ",),
-    "other.parquet": ("other.parquet, row 0 (counted from 0): no column 'prompt'",),
+    "other.parquet": ("other.parquet, row 1 of 9: no column 'prompt'",),
     "no_messages.jsonl data=chat": ("line 2: no column 'messages' or 'conversations'",),
     "empty_chat.jsonl data=chat": ("line 2: column 'messages' has to be a list of messages",),
     "role.jsonl data=chat": (
-        "line 2: message 1 has the role 'asistant'; did you mean 'assist",
+        "line 2: message 2 of 2 has the role 'asistant'; did you mean 'a",
         "; data.on_error=skip leaves such rows out",
     ),
-    "no_content.jsonl data=chat": ("line 2: message 0 (user) has no 'content'",),
-    "no_role.jsonl data=chat": ("line 2: message 0 has neither role/content nor from/value",),
-    "picture.jsonl data=chat": ("line 2: message 0 holds something other than text",),
+    "developer.jsonl data=chat": (
+        "line 2: message 1 of 3 has the role 'developer'; with 'role' it is 'system'",
+    ),
+    "two_systems.jsonl data=chat": (
+        "line 2: column 'system' and message 1 are two different system messages; remove one",
+    ),
+    "human.jsonl data=chat": ("line 2: message 1 of 2 (human) has no 'value'",),
+    "no_content.jsonl data=chat": ("line 2: message 1 of 2 (user) has no 'content'",),
+    "no_role.jsonl data=chat": ("line 2: message 1 of 1 has neither role/content nor from/value",),
+    "picture.jsonl data=chat": ("line 2: message 1 of 2 holds something other than text",),
     "questions.jsonl data=chat": ("line 2: the conversation has no assistant turn", "remove the"),
-    "silent.jsonl data=chat": ("line 2: message 1 is an assistant turn without text",),
+    "silent.jsonl data=chat": ("line 2: message 2 of 2 is an assistant turn without text",),
     "good.jsonl data=chat tokenizer.path=no_template": ("no chat template", "data.format=instru"),
     "masked.jsonl data=text tokenizer.path=no_bos": (
         "masked.jsonl, line 1: no token is trained on; remove the row",
@@ -55,8 +71,10 @@ DATA: dict[str, Case] = {
     "good.jsonl data=text": ("line 1: no column 'text' (there are: completion, prompt)",),
     "good.jsonl data.eval=empty.jsonl": ("empty.jsonl: there are no rows",),
     "good.jsonl data.columns.prompt=null": ("data.columns.prompt: null is not allowed here",),
+    "good.jsonl data.columns.text=a": ("data.columns.text=a has no effect: data.format=instruct",),
+    "human.jsonl data=chat data.columns.prompt=a": ("data.columns.prompt=a has no effect: data.f",),
     "good.jsonl data.on_error=ignore": ("data.on_error='ignore' is not allowed; allowed: raise",),
-    "nan.jsonl data.on_error=skip": ("no row is left: 1 rows skipped", "line 1: not JSON: NaN"),
+    "nan.jsonl data.on_error=skip": ("no row is left: 1 row skipped", "line 1: not JSON: NaN"),
     "good.jsonl data.max_rows=0": ("data.max_rows=0 must be >= 1",),
     "good.jsonl checkpoint.dir=small_vocab tokenizer.path=tiny": (
         "good.jsonl, line 1: token ",
@@ -64,7 +82,7 @@ DATA: dict[str, Case] = {
     ),
 }
 PAIRS: dict[str, Case] = {
-    "same.jsonl": ("in none of the 2 rows the two answers differ",),
+    "same.jsonl": ("2 rows, and in none the two answers differ",),
     "rejected.jsonl": ("rejected.jsonl, line 2: no column 'rejected'",),
     "questions.jsonl": (
         "line 1: no columns 'chosen' and 'rejected' (there are: messages); dpo ta",
@@ -83,7 +101,9 @@ PROMPTS: dict[str, Case] = {
     "long_prompt.jsonl": ("long_prompt.jsonl, line 2: the prompt has ", "allowed: 1 to 128"),
     "broken.jsonl": ("broken.jsonl, line 3: not JSON: Expecting value",),
     "list.jsonl": ("list.jsonl, line 2: holds a list, and an object is needed",),
-    "values.json": ("values.json, row 1 (counted from 0): holds a int, and an object",),
+    "values.json": ("values.json, row 2 of 2: holds a int, and an object",),
+    "rows.csv": ("rows.csv: cannot read files that end in '.csv'; allowed: .json, .jsonl",),
+    "question.jsonl": ("; write data.columns.prompt=question data.columns.completion=answer",),
     "cut.parquet": ("cut.parquet: not a Parquet file this can read: ",),
     "number.jsonl": ("number.jsonl, line 2: column 'prompt' holds a int, and text is needed",),
     "answer.jsonl": ("answer.jsonl, line 2: column 'completion' holds a int, and text is needed",),
@@ -93,7 +113,7 @@ PROMPTS: dict[str, Case] = {
         "completion, promt); name the one with prompts: data.columns.prompt=...",
     ),
     "empty_chat.jsonl": ("empty_chat.jsonl, line 2: column 'messages' has to be a list of mess",),
-    "role.jsonl": ("role.jsonl, line 2: message 1 has the role 'asistant'; did you mean",),
+    "role.jsonl": ("role.jsonl, line 2: message 2 of 2 has the role 'asistant'; did you",),
     "unasked.jsonl": ("unasked.jsonl, line 2: nothing to answer: ", "and there is none"),
     "instructed.jsonl": ("instructed.jsonl, line 2: nothing to answer: ", "and it has 'system'"),
     "questions.jsonl chat=false": ("line 1: holds messages", "leave out chat=false"),
@@ -238,13 +258,25 @@ COMMANDS: dict[str, Case] = {
         "interactive=true needs a chat template, and the tokenizer has none: put a",
         "or ask with prompt='...'",
     ),
+    "columns without rows": (
+        "generate prompt=hi data.columns.prompt=a",
+        "data.columns.prompt=a has no effect: only the rows of prompts_file have columns",
+    ),
     "no adapter": ("merge output_dir=out", "adapter.path is required: write adapter.path=..."),
     "no budget": ("plan", "a budget is required: write budget=6GiB or bits=4.6"),
     "no runs": ("report", "a run is required: write qlora report RUN"),
     "no run": ("report nothing", "'nothing' is no run directory", "give the output_dir"),
+    "no text in a prompt": (
+        "generate 'prompt= '",
+        "prompt is empty, so there is nothing to answer",
+    ),
     "empty prompt": (
         "generate checkpoint.dir=tiny tokenizer.path=no_bos prompt= chat=false",
         "the prompt has 0 tokens; allowed: 1 to 128",
+    ),
+    "a wrong adapter and wrong rows": (
+        "evaluate checkpoint.dir=tiny adapter.path=absent data.eval=broken.jsonl",
+        "absent/adapter_config.json: missing; expected a PEFT adapter directory",
     ),
     "chat rows read as instruct": (
         "evaluate checkpoint.dir=tiny data.eval=empty_chat.jsonl",
@@ -323,50 +355,23 @@ OUTPUTS: dict[str, Case] = {
     ),
     "generate ending": ("generate prompt=hi output=a.json", "output=a.json must end in .jsonl"),
     "plan": ("plan bits=4.6 output=plan.yaml", "output=plan.yaml, or its .json, exists; choose"),
+    "generate after Ctrl-C": (
+        "generate prompt=hi output=stopped.jsonl",
+        "stopped.jsonl.partial holds what an interrupted run had finished; rename or remove",
+    ),
+    "evaluate again": (
+        "evaluate checkpoint.dir=tiny data.eval=good.jsonl output=taken.json",
+        "output=taken.json exists; choose another name",
+    ),
+    "merge report again": (
+        "merge adapter.path=adapter checkpoint.dir=tiny output_dir=out report=taken.json",
+        "report=taken.json exists; choose another name",
+    ),
     "plan ending": ("plan bits=4.6 output=a.txt", "output=a.txt must end in .yaml"),
     "report": ("report run output=full", "output=full is a folder; give the name of a file"),
     "configs cp": ("configs cp finetune full", "'full' is not a file name that ends in .yaml"),
     "configs cp there": ("configs cp finetune odd_rules.yaml", "exists; remove it or choose anoth"),
     "configs cp in a file": ("configs cp finetune file/a.yaml", "file"),
-}
-# largest file that the disk takes, command, message
-NO_SPACE: dict[str, tuple[int, str, str]] = {
-    "finetune": (9, f"{FT} output_dir=out", "out/config.yaml: cannot be written: File too large"),
-    "adapter": (
-        2048,
-        f"{FT} output_dir=out training.max_steps=1",
-        "/out/adapter: cannot be written: File too large",
-    ),
-    "quantize": (
-        2048,
-        "quantize checkpoint.dir=tiny output_dir=out",
-        "/out: cannot be written: File too large",
-    ),
-    "merge": (
-        2048,
-        "merge adapter.path=adapter checkpoint.dir=tiny output_dir=out",
-        "/out: cannot be written: File too large",
-    ),
-    "report": (
-        2048,
-        "report run output=out.html",
-        "out.html: cannot be written: File too large",
-    ),
-    "evaluate": (
-        9,
-        "evaluate checkpoint.dir=tiny data.eval=good.jsonl output=out.json",
-        "out.json: cannot be written: File too large",
-    ),
-    "generate": (
-        9,
-        "generate checkpoint.dir=tiny prompt=hi output=out.jsonl",
-        "out.jsonl: cannot be written: File too large",
-    ),
-    "configs cp": (
-        9,
-        "configs cp finetune out.yaml",
-        "out.yaml: cannot be written: File too large",
-    ),
 }
 
 

@@ -65,6 +65,15 @@ LINES: dict[str, tuple[str | bytes, ...]] = {
     "deep": ("[" * 100_000,),
     "half": (GOOD, '{"prompt": "\\ud800", "completion": "a"}'),
     "list": (GOOD, '["a", "b"]'),
+    "array": (f"[{GOOD}]",),
+    "question": (GOOD, '{"question": "a", "answer": "b"}'),
+    "alpaca": (GOOD, '{"instruction": "a", "input": "b", "output": "c"}'),
+    "developer": (chat(*TURNS), chat({"role": "developer", "content": "s"}, *TURNS)),
+    "two_systems": (
+        json.dumps({"system": "a", "messages": TURNS}),
+        json.dumps({"system": "a", "messages": [{"role": "system", "content": "b"}, *TURNS]}),
+    ),
+    "human": (chat(*TURNS), chat({"from": "human"}, TURNS[1])),
     "number": (GOOD, '{"prompt": 7, "completion": "a"}'),
     "null": (GOOD, '{"prompt": "a", "completion": null}'),
     "column": (GOOD, '{"promt": "a", "completion": "b"}'),
@@ -110,6 +119,8 @@ def write_rows(folder: Path) -> None:
     (folder / "no.parquet").write_text("PAR1 but no more")
     (folder / "empty.txt").write_text("\n\n")
     (folder / "long.txt").write_text("hi\n\n" + "word " * 99)
+    (folder / "taken.json").touch()
+    (folder / "stopped.jsonl.partial").touch()
     (folder / "latin.txt").write_bytes(b"caf\xe9\n")
 
 

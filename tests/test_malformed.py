@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from malformed_cases import FT, NO_SPACE, TABLE, TRAIN, Case
+from malformed_cases import FT, TABLE, TRAIN, Case
 from malformed_files import ADAPTERS, CHECKPOINTS, GOOD, LINES, write_files
 
 from qlora_builders import cli
@@ -84,6 +84,46 @@ def test_a_hub_that_does_not_answer(
 
 
 # ---- disks --------------------------------------------------------------------------------------
+
+# largest file that the disk takes, command, message
+NO_SPACE: dict[str, tuple[int, str, str]] = {
+    "finetune": (9, f"{FT} output_dir=out", "out/config.yaml: cannot be written: File too large"),
+    "adapter": (
+        2048,
+        f"{FT} output_dir=out training.max_steps=1",
+        "/out/adapter: cannot be written: File too large",
+    ),
+    "quantize": (
+        2048,
+        "quantize checkpoint.dir=tiny output_dir=out",
+        "/out: cannot be written: File too large",
+    ),
+    "merge": (
+        2048,
+        "merge adapter.path=adapter checkpoint.dir=tiny output_dir=out",
+        "/out: cannot be written: File too large",
+    ),
+    "report": (
+        2048,
+        "report run output=out.html",
+        "out.html: cannot be written: File too large",
+    ),
+    "evaluate": (
+        9,
+        "evaluate checkpoint.dir=tiny data.eval=good.jsonl output=out.json",
+        "out.json: cannot be written: File too large",
+    ),
+    "generate": (
+        9,
+        "generate checkpoint.dir=tiny prompt=hi output=out.jsonl",
+        "out.jsonl: cannot be written: File too large",
+    ),
+    "configs cp": (
+        9,
+        "configs cp finetune out.yaml",
+        "out.yaml: cannot be written: File too large",
+    ),
+}
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from qlora_builders.errors import ConfigError, QLoRAError
-from qlora_builders.outputs import append_rows, check_writable, write_whole
+from qlora_builders.outputs import append_rows, check_new, check_writable, growing, write_whole
 
 
 def test_written_into_new_folders_and_over_what_was_there(tmp_path: Path) -> None:
@@ -44,6 +45,58 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     assert file.read_bytes() == b"old"
     with pytest.raises(QLoRAError, match=r"^/dev/full: cannot be written: No space left on device"):
         append_rows(Path("/dev/full"), [{"step": 1}])
+
+
+def test_results_are_new(tmp_path: Path) -> None:
+    file = tmp_path / "result"
+    check_new(file, "output")
+    (tmp_path / "result.partial").touch()
+    check_new(file, "output")  # what `write_whole` left when it was killed
+    with pytest.raises(
+        ConfigError, match=r"^output=.*/result: .*/result.partial holds what an int"
+    ):
+        check_new(file, "output", grows=True)
+    file.touch()
+    with pytest.raises(ConfigError, match=r"^output=.*/result exists; choose another name$"):
+        check_new(file, "output")
+
+
+def test_a_file_that_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, partial = tmp_path / "a" / "result", tmp_path / "a" / "result.partial"
+    with growing(file) as write:
+        write(b"one\n")
+        assert (file.exists(), partial.read_bytes()) == (False, b"one\n")
+        write(b"two\n")
+    assert (file.read_bytes(), partial.exists()) == (b"one\ntwo\n", False)
+    file.unlink()
+    with pytest.raises(KeyboardInterrupt), growing(file) as write:
+        raise KeyboardInterrupt
+    assert list(file.parent.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_disk_that_fills_keeps_whole_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, partial = tmp_path / "result", tmp_path / "result.partial"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        with growing(file) as write:
+            write(b"one\n")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6, hard))
+            write(b"two\n")
+
+    message = r"/result: cannot be written: File too large$"
+    try:
+        with pytest.raises(QLoRAError, match=message):
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert partial.read_bytes() == b"one\n"
+    assert capsys.readouterr().err == f"what was finished is in {partial}\n"
+    with pytest.raises(QLoRAError, match=r"/result: cannot be written: File exists"), growing(file):
+        pass
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:

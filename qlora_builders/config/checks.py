@@ -29,6 +29,13 @@ from qlora_builders.errors import ConfigError, nearest
 SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 MEMORY_UNITS = {"MiB": 2**20, "GiB": 2**30}
 _ADAPTER = ("rank", "alpha", "dropout", "use_rslora", "use_dora", "init_lora_weights", "targets")
+# format -> the data.columns.* that its rows are read by
+FORMAT_COLUMNS = {
+    "instruct": ("prompt", "completion", "system"),
+    "chat": ("system",),
+    "text": ("text",),
+    "preference": ("prompt", "system", "chosen", "rejected"),
+}
 METHOD_OPTIONS = {"full": (), "lora": _ADAPTER, "qlora": (*_ADAPTER, "block_size")}
 
 
@@ -39,6 +46,9 @@ def check(cfg: Any) -> list[str]:
         problems += _check_method(cfg.method) + _check_finetune(cfg)
     if isinstance(cfg, FinetuneConfig | EvaluateConfig):
         problems += _check_dpo(cfg) if isinstance(cfg, DPOConfig) else _check_no_pairs(cfg.data)
+    if isinstance(cfg, FinetuneConfig | EvaluateConfig | PlanConfig):
+        why = f"data.format={cfg.data.format} does not read it"
+        problems += _check_columns(cfg, FORMAT_COLUMNS.get(cfg.data.format), why)
     if isinstance(cfg, GenerateConfig):
         problems += _check_generate(cfg)
     if isinstance(cfg, EvaluateConfig):
@@ -234,6 +244,18 @@ def _check_questions(key: str, count: int, data: DataConfig) -> list[str]:
     return [f"{key}={count} needs questions in data.eval, which is {held}"]
 
 
+def _check_columns(cfg: Any, read: Sequence[str] | None, why: str) -> list[str]:
+    """Columns that are named, and not among those that are read (None: not known)."""
+    problems = []
+    for key, knob in knobs(type(cfg)).items():
+        section, _, column = key.rpartition(".")
+        value = value_of(cfg, key)
+        unread = section == "data.columns" and read is not None and column not in read
+        if unread and value != knob.default:
+            problems.append(f"{key}={value} has no effect: {why}")
+    return problems
+
+
 def _check_no_pairs(data: DataConfig) -> list[str]:
     if data.format != "preference":
         return []
@@ -266,6 +288,10 @@ def _check_generate(cfg: GenerateConfig) -> list[str]:
     problems = []
     if cfg.prompt is not None and cfg.prompts_file is not None:
         problems.append("prompt and prompts_file are both given; give one of them")
+    if cfg.prompts_file is None:
+        problems += _check_columns(cfg, (), "only the rows of prompts_file have columns")
+    if cfg.prompt is not None and cfg.chat and not cfg.prompt.strip():
+        problems.append("prompt is empty, so there is nothing to answer; write prompt='...'")
     if cfg.interactive:
         problems += _check_interactive(cfg)
     if not cfg.chat:

@@ -102,14 +102,14 @@ class GenerateConfig:
     prompts_file: str | None = knob(
         None,
         "file of prompts: .jsonl, .json or .parquet with rows as data.train has them (messages or "
-        "a prompt; an answer at the end is left out), else text with one per line",
+        "a prompt; an answer at the end is left out), or .txt with one per line",
     )
     interactive: bool = knob(
         False, "a conversation: a line of stdin, its answer, and so on until Ctrl-D or Ctrl-C"
     )
     data: PromptDataConfig = field(default_factory=PromptDataConfig)
     output: str | None = knob(
-        None, "new .jsonl file with a row for each answer; null: only printed"
+        None, "new .jsonl file with a row for each answer, instead of printing it; null: none"
     )
     system: str | None = knob(None, "system message, for rows without one of their own; null: none")
     chat: bool = knob(
@@ -124,7 +124,7 @@ class GenerateConfig:
         None, "sample from the likeliest tokens of this total probability", above=0, at_most=1
     )
     seed: int = knob(0, "fixes sampling", at_least=0)
-    stream: bool = knob(True, "print tokens as they come (batch_size=1)")
+    stream: bool = knob(True, "print tokens as they come (batch_size=1, and no output)")
     batch_size: int = knob(1, "prompts answered at once", at_least=1)
     compile: bool = knob(False, "compile the decoding step; on GPUs it becomes a CUDA graph")
     dtype: str = base_dtype_knob()
@@ -148,7 +148,7 @@ class EvaluateConfig:
     compare: bool = knob(
         False, "measure the base, the base in NF4 and the base with its adapter, one after another"
     )
-    output: str | None = knob(None, "JSON file for the results; null: only printed")
+    output: str | None = knob(None, "new JSON file for the results; null: only printed")
     dtype: str = base_dtype_knob()
     compute_dtype: str = compute_dtype_knob()
     device: str = device_knob()
@@ -175,7 +175,7 @@ class MergeConfig:
     max_error: float = knob(
         0.5, "largest |error| / |update| accepted, in the weights and in the logits", above=0
     )
-    report: str | None = knob(None, "JSON file for the figures of every layer; null: none")
+    report: str | None = knob(None, "new JSON file for the figures of every layer; null: none")
     max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
 
 

@@ -122,11 +122,13 @@ class LmEvalConfig:
 
 @dataclass
 class PromptColumnsConfig:
-    """Which columns of rows without messages hold what."""
+    """Which columns hold what."""
 
     prompt: str = knob("prompt", "format=instruct, preference: the question")
     completion: str = knob("completion", "format=instruct: the answer")
-    system: str | None = knob(None, "format=instruct: the system message; null: none")
+    system: str | None = knob(
+        None, "system message before the row's text or messages; null: `system`, if a row has it"
+    )
 
 
 @dataclass

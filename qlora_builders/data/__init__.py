@@ -19,8 +19,9 @@ from qlora_builders.data.dataset import (
     check_token_range,
 )
 from qlora_builders.data.files import load_rows
-from qlora_builders.data.formats import encode_prompt
-from qlora_builders.data.prompts import Prompt, read_prompts, row_to_prompt
+from qlora_builders.data.formats import Prompt, encode_prompt
+from qlora_builders.data.messages import spell_asked
+from qlora_builders.data.prompts import read_prompts, row_to_prompt
 from qlora_builders.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "padded",
     "read_prompts",
     "row_to_prompt",
+    "spell_asked",
 ]

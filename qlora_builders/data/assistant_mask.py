@@ -183,8 +183,8 @@ class _TurnReader:
 
     def _unplaced(self, index: int, what: str) -> DataError:
         return DataError(
-            f"{self.template.origin}: cannot find the {what} of assistant message {index} in the "
-            "rendered conversation, because the template rewrites it; put {% generation %} and "
-            "{% endgeneration %} around the assistant's text in the template, or set "
-            "data.train_on=all"
+            f"{self.template.origin}: cannot find the {what} of message {index + 1}, the "
+            "assistant's, in the rendered conversation, because the template rewrites it; put "
+            "{% generation %} and {% endgeneration %} around the assistant's text in the template, "
+            "or set data.train_on=all"
         )

@@ -22,13 +22,14 @@ from qlora_builders.data.collate import IGNORE_INDEX, Example
 from qlora_builders.data.files import Row, describe_row, load_rows
 from qlora_builders.data.formats import (
     Document,
+    Prompt,
     check_format,
     documents_per_row,
     prompt_and_answer,
     to_documents,
 )
 from qlora_builders.data.tokenizer import Tokenizer
-from qlora_builders.errors import DataError, did_you_mean
+from qlora_builders.errors import DataError, counted, did_you_mean
 
 ON_ERROR = ("raise", "skip")
 _SAME = "both answers are the same"
@@ -67,13 +68,16 @@ class DatasetReport:
         """One line for a log."""
         share = 100 * self.trained_tokens / max(self.tokens, 1)
         text = (
-            f"{self.source}: {self.examples:,} examples, {self.tokens:,} tokens, "
+            f"{self.source}: {counted(self.examples, 'example')}, {counted(self.tokens, 'token')}, "
             f"{self.trained_tokens:,} trained ({share:.0f} %)"
         )
         if self.truncated_rows:
-            text += f"; {self.truncated_rows:,} rows truncated, {self.cut_tokens:,} tokens cut"
+            text += (
+                f"; {counted(self.truncated_rows, 'row')} truncated, "
+                f"{counted(self.cut_tokens, 'token')} cut"
+            )
         for reason, count in sorted(self.dropped.items()):
-            text += f"; {count:,} rows dropped: {reason}"
+            text += f"; {counted(count, 'row')} dropped: {reason}"
         if self.skipped_rows:
             text += f"; {self.skipped_summary()}"
         return text
@@ -84,7 +88,8 @@ class DatasetReport:
         reasons = [reason.removeprefix(f"{self.source}, ") for reason in self.skipped]
         if more:
             reasons.append(f"and {more:,} more")
-        return f"{self.skipped_rows:,} rows skipped (data.on_error=skip): {'; '.join(reasons)}"
+        skipped = counted(self.skipped_rows, "row")
+        return f"{skipped} skipped (data.on_error=skip): {'; '.join(reasons)}"
 
 
 class TokenizedDataset(Sequence[Example]):
@@ -140,8 +145,8 @@ class TokenizedDataset(Sequence[Example]):
             digest.update(array.data)
         return f"{len(self)} examples, sha256 {digest.hexdigest()[:16]}"
 
-    def prompt_and_answer(self, index: int) -> tuple[list[int], str]:
-        """Prompt ids of example `index`, up to its last assistant turn, and that turn's text.
+    def prompt_and_answer(self, index: int) -> Prompt:
+        """What example `index` asks before its last assistant turn, and that turn's text.
 
         The row is read again, so nothing is truncated.
 
@@ -327,13 +332,13 @@ class _Builder:
         if not self.lengths:
             if _SAME in report.dropped:
                 raise DataError(
-                    f"{report.source}: in none of the {report.rows} rows the two answers differ "
-                    f"in the first data.max_seq_len={self.max_seq_len} tokens"
+                    f"{report.source}: {counted(report.rows, 'row')}, and in none the two answers "
+                    f"differ in the first data.max_seq_len={self.max_seq_len} tokens"
                 )
             raise DataError(
-                f"{report.source}: none of the {report.rows} rows has anything left to train on "
-                f"after truncation to data.max_seq_len={self.max_seq_len}: the prompts alone are "
-                f"longer; raise it (the longest row has {report.longest_row} tokens)"
+                f"{report.source}: {counted(report.rows, 'row')}, and none has anything left to "
+                f"train on after truncation to data.max_seq_len={self.max_seq_len}: the prompts "
+                f"alone are longer; raise it (the longest row has {report.longest_row} tokens)"
             )
         input_ids, trained = np.concatenate(self.ids), np.concatenate(self.trained)
         report.examples = len(self.lengths) // documents_per_row(format)

@@ -60,10 +60,10 @@ def load_rows(source: str | Path, *, split: str = "train") -> Sequence[Row]:
 
 
 def describe_row(rows: Sequence[Row], source: str | Path, index: int) -> str:
-    """Where row `index` (counted from 0) is, for an error message."""
+    """Where row `index` (counted from 0) is, for an error message, which counts from 1."""
     if isinstance(rows, JsonLines):
         return f"{source}, line {rows.line_number(index)}"
-    return f"{source}, row {index} (counted from 0)"
+    return f"{source}, row {index + 1} of {len(rows)}"
 
 
 class JsonLines(Sequence[Row]):
@@ -119,10 +119,16 @@ class JsonLines(Sequence[Row]):
     def _parse(self, index: int) -> Row:
         start, end = (int(v) for v in self._spans[index])
         where = f"{self.path}, line {self.line_number(index)}"
+        line, hint = self._data[start:end], ""
+        if index == 0 and line.lstrip().startswith(b"["):
+            hint = "; a file that is one list has to be named .json"
         try:
-            return cast(Row, parse_json(self._data[start:end]))
+            row = parse_json(line)
         except ValueError as error:
-            raise DataError(f"{where}: {error}") from error
+            raise DataError(f"{where}: {error}{hint}") from error
+        if hint:
+            raise DataError(f"{where}: holds a list, and an object is needed{hint}")
+        return cast(Row, row)
 
 
 def _read_json(path: Path) -> Sequence[Row]:

@@ -8,13 +8,14 @@ documents: the same conversation with the chosen and with the rejected answer at
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_builders.data.chat_template import Span
 from qlora_builders.data.files import Row
 from qlora_builders.data.messages import (
     DEFAULT_COLUMNS,
+    asked_columns,
     check_row,
     column_name,
     text_column,
@@ -48,6 +49,32 @@ class Document:
 
     def __post_init__(self) -> None:
         check_text(self.text)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Something to answer.
+
+    Attributes:
+        ids: the tokens up to where the answer begins.
+        asked: `{"prompt": ...}`, with `system` where there is such a message, or
+            `{"messages": [...]}`.
+        reference: the answer that the row has, or None.
+        where: file and line, as the beginning of a message; empty for one of no file.
+        others: the columns of the row that are neither asked nor the reference.
+    """
+
+    ids: list[int]
+    asked: dict[str, Any]
+    reference: str | None
+    where: str = ""
+    others: Row = field(default_factory=dict)
+
+    @property
+    def last_message(self) -> str:
+        """What was said last, which is the whole of a prompt."""
+        prompt = self.asked.get("prompt")
+        return self.asked["messages"][-1]["content"] if prompt is None else prompt
 
 
 def check_format(
@@ -90,7 +117,7 @@ def to_documents(
     check_row(row)
     if format != "preference":
         return [to_document(row, tokenizer, format=format, train_on=train_on, columns=columns)]
-    plain = _is_plain(row, tokenizer, columns)
+    plain = tokenizer.chat_template is None and _is_text(row, columns)
     return [
         _conversation(messages, tokenizer, train_on="completion", plain=plain, tools=tools_of(row))
         for messages in to_pair(row, columns=columns)
@@ -156,9 +183,9 @@ def _conversation(
 
 def prompt_and_answer(
     row: Row, tokenizer: Tokenizer, *, format: str, columns: Mapping[str, str | None]
-) -> tuple[list[int], str]:
-    """Token ids up to where the last assistant turn begins, and the text of that turn (the chosen
-    one, where there are two).
+) -> Prompt:
+    """What comes before the last assistant turn, with the text of that turn as its reference (of
+    the chosen one, where there are two).
 
     Raises:
         DataError: if the format has no answers, or the row none.
@@ -166,16 +193,17 @@ def prompt_and_answer(
     if format == "text":
         raise DataError("data.format=text has no prompts to answer; use instruct or chat")
     if format == "preference":
-        messages, plain = to_pair(row, columns=columns)[0], _is_plain(row, tokenizer, columns)
+        messages, is_text = to_pair(row, columns=columns)[0], _is_text(row, columns)
     else:
-        messages = to_messages(row, format=format, columns=columns)
-        plain = format == "instruct" and tokenizer.chat_template is None
+        messages, is_text = to_messages(row, format=format, columns=columns), format == "instruct"
+    plain = is_text and tokenizer.chat_template is None
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise DataError("the conversation has no assistant turn to compare an answer with")
     before, answer = messages[: turns[-1]], messages[turns[-1]].get("content") or ""
     tools = None if plain else tools_of(row)
-    return encode_prompt(before, tokenizer, plain=plain, tools=tools), answer
+    ids = encode_prompt(before, tokenizer, plain=plain, tools=tools)
+    return Prompt(ids, asked_columns(before, conversation=not is_text), answer)
 
 
 def encode_prompt(
@@ -198,10 +226,10 @@ def encode_prompt(
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _is_plain(row: Row, tokenizer: Tokenizer, columns: Mapping[str, str | None]) -> bool:
-    """Whether a preference row is text without a template to put it in."""
+def _is_text(row: Row, columns: Mapping[str, str | None]) -> bool:
+    """Whether a preference row holds no messages."""
     names = (column_name(columns, key) for key in ("prompt", "chosen", "rejected"))
-    return tokenizer.chat_template is None and all(isinstance(row.get(n), str) for n in names)
+    return all(isinstance(row.get(name), str) for name in names)
 
 
 def _plain_prompt(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qlora_builders.data.files import ROW_SUFFIXES, Row, describe_row, load_rows
-from qlora_builders.data.formats import encode_prompt
+from qlora_builders.data.formats import Prompt, encode_prompt
 from qlora_builders.data.messages import (
     DEFAULT_COLUMNS,
+    asked_columns,
     check_row,
     is_conversation,
+    other_columns,
     to_prompt,
     tools_of,
 )
 from qlora_builders.data.tokenizer import Tokenizer, check_text
 from qlora_builders.errors import DataError
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """Something to answer.
-
-    Attributes:
-        ids: the tokens up to where the answer begins.
-        asked: `{"prompt": ...}` or `{"messages": [...]}`.
-        reference: the answer that the row has, or None.
-        where: file and line, as the beginning of a message; empty for one of no file.
-    """
-
-    ids: list[int]
-    asked: dict[str, Any]
-    reference: str | None
-    where: str = ""
-
-    @property
-    def last_message(self) -> str:
-        """What was said last, which is the whole of a prompt."""
-        prompt = self.asked.get("prompt")
-        return self.asked["messages"][-1]["content"] if prompt is None else prompt
+TEXT_SUFFIXES = ("", ".txt")
 
 
 def read_prompts(
@@ -92,23 +73,26 @@ def row_to_prompt(
     check_row(row)
     messages, reference = to_prompt(row, columns=columns)
     check_text(reference or "")
-    if system and messages[0]["role"] != "system":
+    plain, conversation = tokenizer.chat_template is None, is_conversation(row)
+    _check_messages(messages, conversation, chat=chat, plain=plain)
+    if system and chat and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    plain = tokenizer.chat_template is None
-    asked: dict[str, Any] = {"prompt": messages[-1]["content"]}
-    if is_conversation(row):
-        asked = {"messages": messages}
-        _check_chat(chat, plain)
-    if not chat:
-        return Prompt(tokenizer.encode_prefix(asked["prompt"]), asked, reference)
-    tools = None if plain else tools_of(row)
-    return Prompt(encode_prompt(messages, tokenizer, plain=plain, tools=tools), asked, reference)
+    if chat:
+        tools = None if plain else tools_of(row)
+        ids = encode_prompt(messages, tokenizer, plain=plain, tools=tools)
+    else:
+        ids = tokenizer.encode_prefix(messages[-1]["content"])
+    asked = asked_columns(messages, conversation=conversation)
+    return Prompt(ids, asked, reference, others=other_columns(row, columns))
 
 
-def _check_chat(chat: bool, plain: bool) -> None:
-    if not chat:
-        raise DataError("holds messages, and chat=false goes on with text; leave out chat=false")
-    if plain:
+def _check_messages(
+    messages: Sequence[Mapping[str, Any]], conversation: bool, *, chat: bool, plain: bool
+) -> None:
+    if not chat and (conversation or len(messages) > 1):
+        held = "messages" if conversation else "a system message"
+        raise DataError(f"holds {held}, and chat=false goes on with text; leave out chat=false")
+    if conversation and plain:
         raise DataError(
             "holds messages, and the tokenizer has no chat template to put them in: put a "
             "chat_template.jinja beside its tokenizer.json, or write the row with a prompt"
@@ -119,7 +103,13 @@ def _read(
     path: Path, columns: Mapping[str, str | None]
 ) -> Iterator[tuple[str, Row, Mapping[str, str | None]]]:
     """Where each row is, the row, and the names of its columns; of text a row per line."""
-    if path.suffix.lower() not in ROW_SUFFIXES:
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in (*ROW_SUFFIXES, *TEXT_SUFFIXES):
+        raise DataError(
+            f"{path}: cannot read files that end in {suffix!r}; allowed: {', '.join(ROW_SUFFIXES)} "
+            "with rows, and .txt or nothing with a prompt per line"
+        )
+    if suffix in TEXT_SUFFIXES:
         for number, line in enumerate(_read_text(path).split("\n"), start=1):
             if line.strip():
                 yield f"{path}, line {number}", {"prompt": line}, DEFAULT_COLUMNS

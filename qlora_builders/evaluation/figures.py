@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -27,16 +27,18 @@ class Figure:
         value: the number.
         parts, weights: of every row, answer or document: what adds up to it; as for
             `mean_and_error`. Both are empty where it is no mean of such parts.
+        is_share: the parts are right (1) or wrong (0).
     """
 
     value: float
     parts: Sequence[float] = ()
     weights: Sequence[float] = ()
+    is_share: bool = False
 
     @property
     def error(self) -> float | None:
         """The standard error; None if there is none to tell."""
-        return _error(self.parts, self.weights)
+        return _error(self.parts, self.weights, is_share=self.is_share)
 
 
 Figures = Mapping[str, Figure]
@@ -46,17 +48,27 @@ def mean_figure(parts: Sequence[float], weights: Sequence[float]) -> Figure:
     return Figure(mean_and_error(parts, weights)[0], parts, weights)
 
 
+def share_figure(right: Sequence[bool]) -> Figure:
+    return replace(mean_figure([float(one) for one in right], [1] * len(right)), is_share=True)
+
+
 def difference(ours: Figure, theirs: Figure) -> tuple[float, float | None]:
     """(ours - theirs, its standard error), paired by part; None where either has no parts."""
     value = ours.value - theirs.value
     if not (ours.parts and theirs.parts):
         return value, None
     parts = [a - b for a, b in zip(ours.parts, theirs.parts, strict=True)]
-    return value, _error(parts, ours.weights)
+    return value, _error(parts, ours.weights, is_share=ours.is_share)
 
 
-def _error(parts: Sequence[float], weights: Sequence[float]) -> float | None:
+def _error(
+    parts: Sequence[float], weights: Sequence[float], *, is_share: bool = False
+) -> float | None:
+    """Of a share it is at least half the width of Wilson's interval for 0 of n (z = 1): n answers
+    that are all wrong, or all alike, do not say that the next one is."""
     error = mean_and_error(parts, weights)[1] if weights else math.inf
+    if is_share:
+        error = max(error, 0.5 / (len(parts) + 1))
     return error if math.isfinite(error) else None
 
 

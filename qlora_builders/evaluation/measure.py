@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qlora_builders.data import Batch, TokenizedDataset
-from qlora_builders.evaluation.figures import Figure, mean_figure
+from qlora_builders.evaluation.figures import Figure, mean_figure, share_figure
 from qlora_builders.modules import CausalLM
 from qlora_builders.modules.loss import IGNORE_INDEX, sequence_log_probs
 from qlora_builders.training.samples import answer_rows
@@ -38,5 +38,4 @@ def measure_answers(
     """The share of greedy answers to the first `count` rows that are the reference, and all of
     them as `answer_rows` gives them."""
     answers = list(answer_rows(model, data, count, max_new_tokens=max_new_tokens))
-    right = [float(answer["right"]) for answer in answers]
-    return mean_figure(right, [1] * len(right)), answers
+    return share_figure([answer["right"] for answer in answers]), answers

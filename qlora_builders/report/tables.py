@@ -10,6 +10,7 @@ from xml.etree.ElementTree import Element
 
 from qlora_builders.config.compose import compose_tree, to_config
 from qlora_builders.config.resume import flatten
+from qlora_builders.data import spell_asked
 from qlora_builders.report.figures import AVERAGED, final_figures
 from qlora_builders.report.html import element, fold, table
 from qlora_builders.report.run import Run, spell_value
@@ -57,7 +58,7 @@ def sample_section(runs: Sequence[Run]) -> Element | None:
         by_step: dict[int, dict[tuple[str, str], str]] = {}
         for row in run.samples:
             if isinstance(row.get("step"), int):
-                key = str(row.get("prompt", "")), str(row.get("reference", ""))
+                key = spell_asked(row), str(row.get("reference", ""))
                 by_step.setdefault(row["step"], {})[key] = str(row.get("answer", ""))
         for step in sorted({min(by_step), max(by_step)}) if by_step else ():
             if step == 0 and by_step[step] in columns:

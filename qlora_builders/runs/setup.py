@@ -19,7 +19,7 @@ from qlora_builders.config.resume import check_same_curve, curve_config
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.data import Batches, Tokenizer, build_dataset
 from qlora_builders.distributed import Ranks, sharding
-from qlora_builders.errors import ConfigError
+from qlora_builders.errors import ConfigError, counted
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
 from qlora_builders.preflight import check_run
@@ -141,14 +141,17 @@ def look_ahead(
     compiled = data.about["compile"]
     checked = check_run(run.cfg, model, data.train, data.eval, optimizer, compiled)
     left = data.total_steps - run.start.step
-    of_all = f" of {data.total_steps}" if run.start.step else ""
+    total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     about = (
-        f"{trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters train, on "
-        f"{run.ranks.size} x {run.device.type}, in {run.folder}"
+        f"{trained:,} of {total:,} parameters train, on {run.ranks.size} x {run.device.type}, in "
+        f"{run.folder}"
     )
     ends = "; a dry run ends here, with nothing written" if run.cfg.dry_run else ""
-    return [*run.start.messages, *checked, about, f"{left}{of_all} steps to do{ends}"]
+    steps = counted(data.total_steps, "step")
+    if run.start.step:
+        steps = f"{left} of {steps}"
+    return [*run.start.messages, *checked, about, f"{steps} to do{ends}"]
 
 
 def _first_step(cfg: FinetuneConfig, folder: Path, ranks: Ranks) -> Start:

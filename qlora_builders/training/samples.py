@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ class Answerable(Protocol):
     def per_row(self) -> int: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Any: ...
-    def prompt_and_answer(self, index: int) -> tuple[Sequence[int], str]: ...
+    def prompt_and_answer(self, index: int) -> Any: ...
 
 
 def answer_rows(
@@ -49,10 +49,11 @@ def _answers(
     model: CausalLM, data: Answerable, count: int, max_new_tokens: int
 ) -> Iterator[dict[str, Any]]:
     for index in range(0, len(data), data.per_row)[:count]:
-        prompt_ids, reference = data.prompt_and_answer(index)
+        prompt = data.prompt_and_answer(index)
+        reference = prompt.reference.strip()
         tokens = generate(
             model,
-            prompt_ids,
+            prompt.ids,
             max_new_tokens=max_new_tokens,
             stop_token_ids=data.tokenizer.stop_token_ids,
         )
@@ -61,10 +62,10 @@ def _answers(
             answer = data.tokenizer.decode(list(tokens)).strip()
         yield {
             "row": data[index].row,
-            "prompt": data.tokenizer.decode(prompt_ids),
-            "reference": reference.strip(),
+            **prompt.asked,
+            "reference": reference,
             "answer": answer,
-            "right": answer == reference.strip(),
+            "right": answer == reference,
         }
 
 

@@ -192,7 +192,7 @@ def test_plus_on_a_known_key_is_the_key() -> None:
     ],
 )
 def test_text_is_taken_literally(text: str) -> None:
-    assert compose("generate", [f"prompt={text}"]).prompt == text
+    assert compose("generate", [f"prompt={text}", "chat=false"]).prompt == text
 
 
 def test_quoted_text_loses_its_quotes() -> None:

@@ -155,14 +155,14 @@ def test_a_template_that_depends_on_the_whole_conversation_is_refused(
     source = "{{ messages | map(attribute='content') | join | length }}" + templates["chatml"]
     with pytest.raises(
         DataError,
-        match=r"file\.jinja: cannot find the start of assistant message 2 .* \{% generation %\}",
+        match=r"file\.jinja: cannot find the start of message 3, the .*\{% generation %\}",
     ):
         spans_of(source, CHAT)
 
 
 def test_a_turn_that_the_template_leaves_out_is_refused() -> None:
     source = "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(DataError, match=r"cannot find the end of assistant message 2"):
+    with pytest.raises(DataError, match=r"cannot find the end of message 3, the assistant's, in"):
         spans_of(source, CHAT)
 
 
@@ -173,7 +173,7 @@ def test_a_rewritten_turn_whose_stop_token_is_set_apart_is_refused(
     assert spans_of(source, CHAT)[0] == "Hello!\n\n(end)<|im_end|>"
     turns = [dict(message) for message in CHAT]
     turns[2]["content"] = "<think>\nold\n</think>\nHello"
-    with pytest.raises(DataError, match=r"cannot find the end of assistant message 2"):
+    with pytest.raises(DataError, match=r"cannot find the end of message 3, the assistant's, in"):
         spans_of(source, turns)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_builders.data import Tokenizer, build_dataset, check_token_range
+from qlora_builders.data import Prompt, Tokenizer, build_dataset, check_token_range
 from qlora_builders.errors import DataError
 
 Make = Callable[..., Tokenizer]
@@ -45,7 +45,8 @@ def test_instruct_example(make_tokenizer: Make, rows: Rows) -> None:
     assert trained_text(tokenizer, example.labels) == "4<|end_of_text|>"
     kept = example.labels != -100
     assert torch.equal(example.labels[kept], example.input_ids[kept])
-    assert dataset.prompt_and_answer(0) == (tokenizer.encode("2+2?\n"), "4")
+    prompt = Prompt(tokenizer.encode("2+2?\n"), {"prompt": "2+2?"}, "4")
+    assert dataset.prompt_and_answer(0) == prompt
 
 
 def test_text_trains_all_but_the_first_token(make_tokenizer: Make, rows: Rows) -> None:
@@ -75,7 +76,7 @@ def test_an_eos_of_the_post_processor_is_not_doubled(
     dataset = build_dataset(rows(SHORT), tokenizer, format="instruct", max_seq_len=64)
     assert dataset[0].input_ids.tolist() == tokenizer.encode("2+2?\n4")
     assert trained_text(tokenizer, dataset[0].labels) == "4<|end_of_text|>"
-    assert dataset.prompt_and_answer(0)[0] == tokenizer.encode("2+2?\n")[:-1]
+    assert dataset.prompt_and_answer(0).ids == tokenizer.encode("2+2?\n")[:-1]
 
 
 def test_stock_template_trains_the_end_of_turn(
@@ -86,9 +87,9 @@ def test_stock_template_trains_the_end_of_turn(
     assert trained_text(tokenizer, dataset[0].labels) == "4<|eot_id|>"
     assert dataset[0].input_ids[0] == tokenizer.bos_token_id
     assert (dataset[0].input_ids == tokenizer.bos_token_id).sum() == 1
-    ids, answer = dataset.prompt_and_answer(0)
-    assert dataset[0].input_ids.tolist()[: len(ids)] == ids
-    assert answer == "4"
+    prompt = dataset.prompt_and_answer(0)
+    assert dataset[0].input_ids.tolist()[: len(prompt.ids)] == prompt.ids
+    assert prompt.reference == "4"
 
 
 def test_eos_is_added_where_the_template_ends_no_turn(make_tokenizer: Make, rows: Rows) -> None:
@@ -117,7 +118,7 @@ def test_the_report_counts(make_tokenizer: Make, rows: Rows) -> None:
     assert report.dropped == {"nothing trained in 20 tokens": 1}
     assert report.longest_row == max(full)
     assert report.summary().startswith(f"{file}: 2 examples, {full[0] + 20} tokens, ")
-    assert report.summary().endswith("; 1 rows dropped: nothing trained in 20 tokens")
+    assert report.summary().endswith("; 1 row dropped: nothing trained in 20 tokens")
     assert f"2 rows truncated, {report.cut_tokens} tokens cut" in report.summary()
     whole = build_dataset(file, tokenizer, format="instruct", max_seq_len=512).report
     assert "truncated" not in whole.summary()
@@ -145,14 +146,14 @@ def test_many_rows_keep_their_order(
 def test_rows_from_a_list_file(make_tokenizer: Make, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([SHORT, 3]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"rows\.json, row 1 \(counted from 0\): holds a int"):
+    with pytest.raises(DataError, match=r"rows\.json, row 2 of 2: holds a int"):
         build_dataset(file, make_tokenizer(), format="instruct", max_seq_len=64)
     kept = build_dataset(file, make_tokenizer(), format="instruct", max_seq_len=64, on_error="skip")
-    assert kept.report.summary().endswith(
-        "row 1 (counted from 0): holds a int, and an object is needed"
-    )
+    summary = kept.report.summary()
+    assert summary.startswith(f"{file}: 1 example, ")
+    assert "; 1 row skipped (data.on_error=skip): row 2 of 2: holds a int, and an obj" in summary
     file.write_text(json.dumps([SHORT, {"prompt": "x"}]), encoding="utf-8")
-    with pytest.raises(DataError, match=r"rows\.json, row 1 \(counted from 0\): no column"):
+    with pytest.raises(DataError, match=r"rows\.json, row 2 of 2: no column"):
         build_dataset(file, make_tokenizer(), format="instruct", max_seq_len=64)
 
 
@@ -227,7 +228,7 @@ def test_a_dataset_with_nothing_left_is_refused(make_tokenizer: Make, rows: Rows
     tokenizer = make_tokenizer()
     with pytest.raises(
         DataError,
-        match=r"none of the 2 rows has anything left to train on after truncation to "
+        match=r"2 rows, and none has anything left to train on after truncation to "
         r"data\.max_seq_len=20: .* \(the longest row has \d+ tokens\)",
     ):
         build_dataset(rows(LONG, LONG), tokenizer, format="instruct", max_seq_len=20)

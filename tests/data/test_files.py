@@ -49,7 +49,19 @@ def test_json_lines_parse_when_read_and_name_the_line(tmp_path: Path) -> None:
             next(unread)
     assert next(unread, None) is None
     assert describe_row(rows, "rows.jsonl", 1) == "rows.jsonl, line 3"
-    assert describe_row([], "x.json", 1) == "x.json, row 1 (counted from 0)"
+    assert describe_row([{}, {}], "x.json", 1) == "x.json, row 2 of 2"
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}]', '[\n{"a": 1}\n]'])
+def test_a_list_in_a_file_of_lines(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text)
+    with pytest.raises(
+        DataError, match=r"line 1: .*; a file that is one list has to be named \.js"
+    ):
+        load_rows(file)[0]
+    file.write_text('{"a": 1}\n[2]')
+    assert load_rows(file)[1] == [2]  # for `check_row`
 
 
 def test_empty_json_lines(tmp_path: Path) -> None:

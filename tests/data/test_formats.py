@@ -9,6 +9,7 @@ import pytest
 
 from qlora_builders.data import Tokenizer
 from qlora_builders.data.formats import (
+    Prompt,
     check_format,
     encode_prompt,
     prompt_and_answer,
@@ -110,8 +111,8 @@ def test_tools_reach_the_template(make_tokenizer: Make, templates: dict[str, str
     for train_on in ("assistant", "all"):
         document = to_document(row, tokenizer, format="chat", train_on=train_on, columns=COLUMNS)
         assert "adder" in document.text
-    ids, _ = prompt_and_answer(row, tokenizer, format="chat", columns=COLUMNS)
-    assert "adder" in tokenizer.decode(ids)
+    prompt = prompt_and_answer(row, tokenizer, format="chat", columns=COLUMNS)
+    assert "adder" in tokenizer.decode(prompt.ids)
     row["tools"] = []
     assert to_document(row, tokenizer, format="chat", train_on="all", columns=COLUMNS) == (
         to_document(OPENAI, tokenizer, format="chat", train_on="all", columns=COLUMNS)
@@ -122,14 +123,16 @@ def test_tools_reach_the_template(make_tokenizer: Make, templates: dict[str, str
 
 
 def test_prompt_and_answer(chatml: Tokenizer, plain: Tokenizer) -> None:
-    ids, answer = prompt_and_answer(OPENAI, chatml, format="chat", columns=COLUMNS)
-    prompt = chatml.render_chat(OPENAI["messages"][:3], add_generation_prompt=True)
-    assert ids == chatml.encode(prompt, add_special_tokens=False)
-    assert answer == "a2"
+    prompt = prompt_and_answer(OPENAI, chatml, format="chat", columns=COLUMNS)
+    text = chatml.render_chat(OPENAI["messages"][:3], add_generation_prompt=True)
+    ids = chatml.encode(text, add_special_tokens=False)
+    assert prompt == Prompt(ids, {"messages": OPENAI["messages"][:3]}, "a2")
     row = {"prompt": "p", "completion": " c "}
-    ids, answer = prompt_and_answer(row, plain, format="instruct", columns=COLUMNS)
-    assert ids == plain.encode("p\n")
-    assert answer == " c "
+    ids = plain.encode("p\n")
+    prompt = prompt_and_answer(row, plain, format="instruct", columns=COLUMNS)
+    assert prompt == Prompt(ids, {"prompt": "p"}, " c ")
+    prompt = prompt_and_answer(row | {"system": "s"}, plain, format="instruct", columns=COLUMNS)
+    assert prompt == Prompt(plain.encode("s\np\n"), {"system": "s", "prompt": "p"}, " c ")
     assert ids == encode_prompt([USER | {"content": "p"}], plain, plain=True)
     with pytest.raises(DataError, match=r"data\.format=text has no prompts to answer"):
         prompt_and_answer(row, plain, format="text", columns=COLUMNS)
@@ -152,15 +155,26 @@ USER = {"role": "user", "content": "u"}
         ({"b": 1, "a": 2}, r"no column 'messages' or 'conversations', .*\(there are: a, b\)"),
         ({"messages": "hi"}, "column 'messages' has to be a list of messages that is not empty"),
         ({"conversations": []}, "column 'conversations' has to be a list of messages"),
-        (chat("hi"), "message 0 is a str, and an object is needed"),
-        (chat({"text": "x"}), "message 0 has neither role/content nor from/value; its keys: text"),
+        (chat("hi"), "message 1 of 1 is a str, and an object is needed"),
+        (
+            chat({"text": "x"}),
+            "message 1 of 1 has neither role/content nor from/value; its keys: t",
+        ),
         (chat({"role": "asistant", "content": ""}), "role 'asistant'; did you mean 'assistant'"),
         (chat({"role": "gpt", "content": ""}), "the role 'gpt'; with 'role' it is 'assistant'"),
-        (chat({"role": "bot", "content": ""}), "'bot'; allowed: assistant, system, tool, user"),
+        (chat({"role": "bot", "content": ""}), "the role 'bot'; with 'role' it is 'assistant'"),
+        (chat({"role": "developer", "content": ""}), "'developer'; with 'role' it is 'system'"),
+        (chat({"role": "judge", "content": ""}), "'judge'; allowed: assistant, system, tool, u"),
+        (chat({"from": "human"}), r"message 1 of 1 \(human\) has no 'value'"),
+        (
+            chat({"role": "system", "content": "one"}, USER) | {"system": "two"},
+            "column 'system' and message 1 are two different system messages; remove one",
+        ),
+        (chat(USER) | {"system": ["s"]}, "column 'system' holds a list, and text is needed"),
         (chat({"from": "bing", "value": ""}), "role 'bing'"),
-        (chat(USER, {"role": "user"}), r"message 1 \(user\) has no 'content'"),
-        (chat(USER, {"role": "assistant", "content": " "}), "message 1 is an assistant turn witho"),
-        (chat({"role": "user", "content": 3}), "message 0 holds something other than text"),
+        (chat(USER, {"role": "user"}), r"message 2 of 2 \(user\) has no 'content'"),
+        (chat(USER, {"role": "assistant", "content": " "}), "message 2 of 2 is an assistant turn"),
+        (chat({"role": "user", "content": 3}), "message 1 of 1 holds something other"),
         (chat({"role": "user", "content": [{"type": "image"}]}), "something other than text"),
         (chat(USER), "has no assistant turn, so nothing in it is trained on"),
     ],
@@ -178,6 +192,16 @@ def test_broken_chats(row: dict[str, Any], match: str, chatml: Tokenizer) -> Non
             r"no column 'prompt' \(there are: completion, promt\); did you mean 'promt'\?",
         ),
         ({"prompt": "p"}, r"no column 'completion' \(there are: prompt\)$"),
+        (
+            {"question": "p", "answer": "c"},
+            "; write data.columns.prompt=question data.columns.completion=answer$",
+        ),
+        (
+            {"instruction": "p", "input": "i", "output": "c"},
+            r"; write data.columns.prompt=instruction data.columns.completion=output \(which "
+            r"leaves out 'input': put it into the prompt\)$",
+        ),
+        ({"prompt": "p", "output": "c"}, "; write data.columns.completion=output$"),
         ({"prompt": "p", "completion": 3}, "column 'completion' holds a int, and text is needed"),
         ({"prompt": "p", "completion": "\n"}, "column 'completion' is empty, so nothing"),
     ],

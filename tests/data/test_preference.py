@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qlora_builders.data import Batches, TokenizedDataset, Tokenizer, build_dataset
-from qlora_builders.data.formats import check_format, prompt_and_answer, to_documents
+from qlora_builders.data.formats import Prompt, check_format, prompt_and_answer, to_documents
 from qlora_builders.data.messages import to_pair
 from qlora_builders.errors import DataError
 
@@ -57,10 +57,10 @@ def test_turns_before_the_last_answer_are_context(chatml: Tokenizer) -> None:
     trained = [[d.text[a:b] for a, b in d.spans or []] for d in documents]
     assert trained == [["yes<|im_end|>"], ["no<|im_end|>"]]
     assert [d.text for d in documents] == [chatml.render_chat([*LONG, a]) for a in (GOOD, BAD)]
-    ids, answer = prompt_and_answer(row, chatml, format="preference", columns=COLUMNS)
-    prompt = chatml.render_chat(LONG, add_generation_prompt=True)
-    assert ids == chatml.encode(prompt, add_special_tokens=False)
-    assert answer == "yes"
+    prompt = prompt_and_answer(row, chatml, format="preference", columns=COLUMNS)
+    text = chatml.render_chat(LONG, add_generation_prompt=True)
+    ids = chatml.encode(text, add_special_tokens=False)
+    assert prompt == Prompt(ids, {"messages": LONG}, "yes")
 
 
 def test_named_columns_a_system_message_and_no_template(make_tokenizer: Make) -> None:
@@ -71,8 +71,12 @@ def test_named_columns_a_system_message_and_no_template(make_tokenizer: Make) ->
     documents = to_documents(row, plain, format="preference", train_on="assistant", columns=columns)
     assert [d.text for d in documents] == ["s\nu\nyes", "s\nu\nno"]
     assert [d.text[a:b] for d in documents for a, b in d.spans or []] == ["yes", "no"]
-    ids, answer = prompt_and_answer(row, plain, format="preference", columns=columns)
-    assert (ids, answer) == (plain.encode("s\nu\n"), "yes")
+    prompt = prompt_and_answer(row, plain, format="preference", columns=columns)
+    assert prompt == Prompt(plain.encode("s\nu\n"), {"system": "s", "prompt": "u"}, "yes")
+    pair = to_pair(
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD], "system": "s"}, columns=COLUMNS
+    )
+    assert pair == tuple([message("system", "s"), USER, answer] for answer in (GOOD, BAD))
     row = {"prompt": [USER], "chosen": "yes", "rejected": "no"}
     with pytest.raises(DataError, match="the tokenizer has no chat template"):
         to_documents(row, plain, format="preference", train_on="assistant", columns=COLUMNS)
@@ -94,7 +98,7 @@ def test_named_columns_a_system_message_and_no_template(make_tokenizer: Make) ->
         ({"chosen": [USER], "rejected": [USER, BAD]}, "column 'chosen' ends with a user message;"),
         (
             {"chosen": [USER, GOOD], "rejected": [message("user", "x"), BAD]},
-            "columns 'chosen' and 'rejected' differ in message 0; they have to be one conversation",
+            "columns 'chosen' and 'rejected' differ in message 1; they have to be one conversation",
         ),
         (
             {"chosen": [USER, GOOD], "rejected": [USER, BAD, USER, BAD]},
@@ -102,15 +106,15 @@ def test_named_columns_a_system_message_and_no_template(make_tokenizer: Make) ->
         ),
         (
             {"chosen": [USER, message("asistant", "a")], "rejected": [USER, BAD]},
-            "message 1 has the role 'asistant'; did you mean 'assistant'",
+            "message 2 of 2 has the role 'asistant'; did you mean 'assistant'",
         ),
         (
             {"chosen": [message("human", "a"), GOOD], "rejected": [USER, BAD]},
-            "message 0 has the role 'human'; with 'role' it is 'user'",
+            "message 1 of 2 has the role 'human'; with 'role' it is 'user'",
         ),
         (
             {"chosen": [USER, message("assistant", "")], "rejected": [USER, BAD]},
-            "message 1 is an assistant turn without text",
+            "message 2 of 2 is an assistant turn without text",
         ),
     ],
 )
@@ -168,7 +172,7 @@ def test_what_is_cut_and_dropped_is_dropped_in_pairs(make_tokenizer: Make, tmp_p
     }
     assert ": 2 examples, " in report.summary()
     with pytest.raises(
-        DataError, match=r"in none of the 1 rows the two answers differ in the first data\.max_seq_"
+        DataError, match=r"1 row, and in none the two answers differ in the first data\.max_seq_"
     ):
         dataset(tmp_path / "b.jsonl", make_tokenizer(), rows[1])
 

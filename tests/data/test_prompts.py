@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_builders.data import Tokenizer, build_dataset, read_prompts, row_to_prompt
+from qlora_builders.data import (
+    Tokenizer,
+    build_dataset,
+    read_prompts,
+    row_to_prompt,
+    spell_asked,
+)
+from qlora_builders.data.messages import DEFAULT_COLUMNS
 from qlora_builders.errors import DataError
 
 Make = Callable[..., Tokenizer]
@@ -58,6 +66,51 @@ def test_a_system_message_is_added_where_there_is_none(chatml: Tokenizer) -> Non
     assert own == prompt
 
 
+@pytest.mark.parametrize("name", ["system", "sys"])
+def test_a_conversation_after_the_system_column(name: str, chatml: Tokenizer) -> None:
+    columns = {**DEFAULT_COLUMNS, "system": None if name == "system" else name}
+    row = {name: "s", **SHAREGPT}
+    prompt = row_to_prompt(row, chatml, system="another", columns=columns)
+    assert (prompt.asked, prompt.others) == ({"messages": [SYSTEM, *TURNS]}, {})
+    both = row | {"conversations": [{"from": "system", "value": "s"}, *SHAREGPT["conversations"]]}
+    assert row_to_prompt(both, chatml, columns=columns) == prompt
+    assert row_to_prompt(row | {name: ""}, chatml, columns=columns).asked == {"messages": TURNS}
+    if name != "system":
+        with pytest.raises(DataError, match="no column 'sys'"):
+            row_to_prompt(SHAREGPT, chatml, columns=columns)
+
+
+def test_other_columns_are_kept(chatml: Tokenizer) -> None:
+    row = {"id": 7, "system": "s", "prompt": "p", "completion": "c", "tags": ["a"]}
+    assert row_to_prompt(row, chatml).others == {"id": 7, "tags": ["a"]}
+    row = {"messages": TURNS, "conversations": None, "prompt": "p", "tools": []}
+    assert row_to_prompt(row, chatml).others == {"prompt": "p", "tools": []}
+
+
+def test_tables_are_not_text(chatml: Tokenizer, tmp_path: Path) -> None:
+    for name in ("rows.csv", "rows.TSV", "rows.xlsx"):
+        (tmp_path / name).write_text("prompt\none\n")
+        with pytest.raises(
+            DataError, match=r"cannot read files that end in '\.\w+'; allowed: .json"
+        ):
+            read_prompts(tmp_path / name, chatml)
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"prompt": "p"}, "p"),
+        ({"system": "s", "prompt": "p"}, "system: s\nuser: p"),
+        ({"messages": TURNS}, "user: u1\nassistant: a1\nuser: u2"),
+        ({"messages": TURNS[:1]}, "u1"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}, "[1]"),
+        ({"messages": [3, None]}, ""),
+    ],
+)
+def test_what_was_asked_as_text(row: dict[str, Any], text: str) -> None:
+    assert spell_asked(row) == text
+
+
 def test_tools_and_their_results(make_tokenizer: Make, templates: dict[str, str]) -> None:
     tokenizer = make_tokenizer(templates["llama31"])
     call = {"function": {"name": "adder", "arguments": {}}}
@@ -77,7 +130,8 @@ def test_tools_and_their_results(make_tokenizer: Make, templates: dict[str, str]
 def test_prompts_with_a_template(chatml: Tokenizer) -> None:
     prompt = row_to_prompt({"prompt": "p", "completion": "c"}, chatml, system="s")
     assert prompt.ids == rendered(chatml, [SYSTEM, {"role": "user", "content": "p"}])
-    assert (prompt.asked, prompt.reference) == ({"prompt": "p"}, "c")
+    assert (prompt.asked, prompt.reference) == ({"system": "s", "prompt": "p"}, "c")
+    assert row_to_prompt({"system": "s", "prompt": "p", "completion": "c"}, chatml) == prompt
     columns = {"prompt": "q", "completion": "a", "system": "sys"}
     row = {"q": "p", "a": "c", "sys": "s"}
     assert row_to_prompt(row, chatml, columns=columns) == prompt
@@ -102,7 +156,7 @@ def test_ids_are_the_beginning_of_the_trained_row(
     dataset = build_dataset(rows, tokenizer, format="instruct", max_seq_len=256)
     (prompt,) = read_prompts(rows, tokenizer)
     assert dataset[0].input_ids.tolist()[: len(prompt.ids)] == prompt.ids
-    assert (prompt.ids, prompt.reference) == dataset.prompt_and_answer(0)
+    assert replace(prompt, where="") == dataset.prompt_and_answer(0)
 
 
 def test_files_of_every_kind(chatml: Tokenizer, tmp_path: Path) -> None:
@@ -133,6 +187,8 @@ def test_files_of_every_kind(chatml: Tokenizer, tmp_path: Path) -> None:
         ({"messages": [SYSTEM]}, {}, "nothing to answer: .* it has 'system'$"),
         ({"prompt": "p", "completion": "\ud800"}, {}, "half of a surrogate pair"),
         ({"messages": TURNS}, {"chat": False}, "chat=false goes on with text; leave out chat="),
+        ({"prompt": "p", "system": "s"}, {"chat": False}, "holds a system message, and chat=false"),
+        ({"question": "p"}, {}, r"\(there are: question\); write data.columns.prompt=question$"),
     ],
 )
 def test_rows_that_cannot_be_asked(

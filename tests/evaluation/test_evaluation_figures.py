@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_builders.evaluation import Figure, comparison_table, differences, figure_table
-from qlora_builders.evaluation.figures import _cell, difference, mean_figure
+from qlora_builders.evaluation.figures import _cell, difference, mean_figure, share_figure
 
 # 1 of 4, 2 of 4: alike but for one answer
 BEFORE = mean_figure([1, 0, 0, 0], [1] * 4)
@@ -34,6 +34,18 @@ def test_a_figure_that_is_no_mean_has_a_difference_without_error() -> None:
     assert difference(AFTER, Figure(0.25)) == (0.25, None)
     assert Figure(3.0).error is None
     assert difference(mean_figure([4.0], [2]), mean_figure([2.0], [2])) == (1.0, None)
+
+
+@pytest.mark.parametrize("number", [2, 20, 500])
+def test_answers_that_are_all_wrong_are_not_certain(number: int) -> None:
+    wrong, right = share_figure([False] * number), share_figure([True] * number)
+    half_width = math.sqrt(1 / (4 * number**2)) / (1 + 1 / number)  # Wilson, z = 1, p = 0 or 1
+    assert wrong.error == right.error == pytest.approx(half_width)
+    assert difference(right, wrong) == (1, wrong.error)
+    assert difference(wrong, wrong) == (0, wrong.error)
+    some = share_figure([True, *[False] * (number - 1)])
+    assert some.error == mean_figure(some.parts, some.weights).error
+    assert share_figure([True]).error is None
 
 
 def test_json_has_every_pair() -> None:

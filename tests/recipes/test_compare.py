@@ -47,7 +47,7 @@ def test_each_model_is_measured_as_it_is_alone(
     given = (f"adapter.path={adapter}", "exact_match=5", "max_new_tokens=8")
     found = results(checkpoint, rows, tmp_path / "all.json", *given, "compare=true")
     table = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "fine-tuned: the first 3 of 5 answers" in table
+    assert f"fine-tuned: {found['right']} of 5 answers right; the first of them" in table
     alone = [
         results(checkpoint, rows, tmp_path / "base.json", *given[1:]),
         results(checkpoint, rows, tmp_path / "nf4.json", *given[1:], "quantize=nf4"),
@@ -56,7 +56,7 @@ def test_each_model_is_measured_as_it_is_alone(
     assert list(found["models"]) == ["base", "base in NF4", "fine-tuned"]
     for model, one in zip(found["models"].values(), alone, strict=True):
         assert model == {key: one[key] for key in model}
-    assert set(alone[0]["standard_errors"]) == {"loss", "perplexity", "exact match"}
+    assert set(alone[0]["standard_errors"]) == {"loss", "perplexity", "exact_match"}
     assert alone[2] == {key: found[key] for key in alone[2]}
 
     losses = [one["loss"] for one in alone]
@@ -75,7 +75,8 @@ def test_each_model_is_measured_as_it_is_alone(
     expected = [*losses, losses[1] - losses[0], losses[2] - losses[1]]
     assert shown == pytest.approx(expected, abs=0.01)
     assert float(table[row + 1].split()[-1]) == pytest.approx(change["standard_error"], rel=0.1)
-    assert any(line.startswith("exact match 0.0000 ") for line in table)
+    assert alone[0]["standard_errors"]["exact_match"] == 0.5 / 6  # none of 5
+    assert any(line.startswith("exact_match 0.000 0.000 ") for line in table)
 
 
 def test_pairing_takes_out_what_rows_have_in_common(

@@ -92,7 +92,7 @@ def test_answers_to_rows_in_a_file(
         {"from": "human", "value": "what comes after two"},
     ]
     rows = [
-        {"question": "what comes after five", "answer": "six"},
+        {"id": 7, "question": "what comes after five", "answer": "six", "num_tokens": "?"},
         {"messages": [{"role": "user", "content": "what comes after three"}]},
         {"conversations": [*turns, {"from": "gpt", "value": "dr\u00e9i"}]},
     ]
@@ -102,21 +102,17 @@ def test_answers_to_rows_in_a_file(
     argv += [f"prompts_file={file}", f"output={output}", "max_new_tokens=9", *options]
     argv += ["data.columns.prompt=question", "data.columns.completion=answer"]
     assert cli.main(argv) == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith(
-        ">>> what comes after five\nsix\n>>> what comes after three\nfour\n>>> "
-    )
-    assert shown.endswith(f"\nwrote {output}\n")
+    assert capsys.readouterr() == (f"wrote {output} (3 answers)\n", "")
     text = output.read_text()
     assert "dréi" in text  # as it was written
     answers = [json.loads(line) for line in text.splitlines()]
     assert [list(answer) for answer in answers] == [
-        ["prompt", "answer", "reference", "num_tokens", "finish_reason"],
+        ["id", "prompt", "answer", "reference", "num_tokens", "finish_reason"],
         ["messages", "answer", "num_tokens", "finish_reason"],
         ["messages", "answer", "reference", "num_tokens", "finish_reason"],
     ]
     assert (answers[0]["prompt"], answers[0]["answer"]) == ("what comes after five", "six")
-    assert answers[0]["reference"] == "six"
+    assert (answers[0]["id"], answers[0]["reference"]) == (7, "six")
     assert answers[1]["messages"] == rows[1]["messages"]
     assert answers[1]["answer"] == "four"
     assert [m["role"] for m in answers[2]["messages"]] == ["user", "assistant", "user"]
@@ -125,6 +121,57 @@ def test_answers_to_rows_in_a_file(
     assert cli.main(argv) == 2
     assert f"output={output} exists; choose another name" in capsys.readouterr().err
     assert output.read_text() == text
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_is_answered_outlives_an_interrupt(
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+) -> None:
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    prompts.write_text("one\ntwo\nthree\n")
+    calls = iter((True, True, False))
+    generate_batch = models.generate_batch
+
+    def interrupt(*given: Any, **options: Any) -> Any:
+        if next(calls):
+            return generate_batch(*given, **options)
+        raise error
+
+    monkeypatch.setattr("qlora_builders.models.generate_batch", interrupt)
+    argv = ["generate", f"checkpoint.dir={checkpoint}", F32, "max_new_tokens=2"]
+    argv += [f"prompts_file={prompts}", f"output={output}"]
+    assert cli.main(argv) != 0
+    assert f"what was finished is in {output}.partial\n" in capsys.readouterr().err
+    assert not output.exists()
+    lines = (tmp_path / "answers.jsonl.partial").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["one", "two"]
+    assert cli.main(argv) == 2
+    assert "rename or remove it, or choose another name" in capsys.readouterr().err
+
+
+def test_progress_is_for_terminals(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, shown = tmp_path / "prompts.txt", Terminal()
+    prompts.write_text("one\ntwo\nthree\n")
+    monkeypatch.setattr(sys, "stderr", shown)
+    argv = ["generate", f"checkpoint.dir={checkpoint}", F32, "max_new_tokens=2", "batch_size=2"]
+    assert cli.main([*argv, f"prompts_file={prompts}", f"output={tmp_path / 'a.jsonl'}"]) == 0
+    assert shown.getvalue() == "\r2 of 3 answered\r3 of 3 answered\n"
+
+
+def test_the_system_message_is_written_and_read_again(checkpoint: Path, tmp_path: Path) -> None:
+    argv = ["generate", f"checkpoint.dir={checkpoint}", F32, "max_new_tokens=2"]
+    files = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    assert cli.main([*argv, "prompt=hi", "system=be brief", f"output={files[0]}"]) == 0
+    assert cli.main([*argv, f"prompts_file={files[0]}", f"output={files[1]}"]) == 0
+    first, again = (json.loads(file.read_text()) for file in files)
+    assert (first["system"], first["prompt"]) == ("be brief", "hi")
+    assert again == first
 
 
 def test_an_answer_that_is_cut_says_so(checkpoint: Path, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def test_evaluate_reports_what_it_writes(
     assert tuned["loss"] < 0.5 * base["loss"]
     assert tuned["perplexity"] == math.exp(tuned["loss"])
     assert (base["right"], tuned["right"]) == (0, 5)
+    assert tuned["answers"][0]["prompt"] == "what comes after one"
     assert tuned["answers"][0]["answer"] == tuned["answers"][0]["reference"] == "two"
 
 
@@ -83,6 +84,7 @@ def test_merged_directory_is_base_plus_adapter(
     assert percent is not None
     assert float(percent[1]) < (0.01 if dtype == "float32" else 1.2)  # bfloat16 has 8 bits
     assert "8 of 15 merged layers, largest error first" in output
+    assert "\nerror: what rounding lost, written - (W + delta)" in output
     figures = json.loads(report.read_text())
     assert len(figures["layers"]) == 15
     assert f"{figures['total']['error']:.3g}" in output

@@ -48,7 +48,7 @@ def test_samples_are_answered_before_and_after(run: Path) -> None:
         (6, 0),
         (6, 1),
     ]
-    assert "what comes after one" in samples[0]["prompt"]
+    assert samples[0]["prompt"] == "what comes after one"
     assert samples[0]["reference"] == "two"
 
 

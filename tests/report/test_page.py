@@ -146,6 +146,14 @@ def test_samples_before_and_after(make_run: MakeRun) -> None:
     assert "fish\n5" not in text
 
 
+def test_samples_show_who_said_what(make_run: MakeRun) -> None:
+    path = make_run("run")
+    messages = [{"role": "system", "content": "Count."}, {"role": "user", "content": "2 + 2?"}]
+    row = {"step": 0, "messages": messages, "reference": "4", "answer": "5"}
+    (path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    assert "system: Count.\nuser: 2 + 2?" in page_of(path).text
+
+
 def test_the_config_shows_what_was_chosen_first(make_run: MakeRun) -> None:
     config = {
         "training": {"seed": 7, "batch_size": 8, "max_steps": None, "old_key": True},
