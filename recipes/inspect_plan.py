@@ -99,7 +99,7 @@ def plan_table(rows: list[SummaryRow], figures: Mapping[str, WeightFigures]) -> 
             row.name,
             row.kind,
             str(row.options.get("rank", "-")),
-            " ".join(f"{name}={value}" for name, value in options.items()),
+            " ".join(f"{name}={_shown(value)}" for name, value in options.items()),
             f"{row.parameters:,}",
             f"{row.bits:.2f}" if row.parameters else "tied",
             f"{mib:,.2f}",
@@ -107,6 +107,10 @@ def plan_table(rows: list[SummaryRow], figures: Mapping[str, WeightFigures]) -> 
             *([error_of([figures[s] for s in row.slots if s in figures])] if figures else []),
         )
     return table
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def error_of(figures: Sequence[WeightFigures]) -> str:
