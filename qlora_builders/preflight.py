@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,15 +137,17 @@ def token_warnings(dataset: TokenizedDataset, model: CausalLM) -> Iterator[str]:
 
 def rank_warnings(model: CausalLM) -> Iterator[str]:
     """Adapters that take more memory than the weight, and can do no more than it."""
-    wasted: dict[tuple[str, int, int, int], int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear) and module.rank > min(*module.weight.shape):
-            key = (name.rpartition(".")[2], *module.weight.shape, module.rank)
-            wasted[key] = wasted.get(key, 0) + 1
-    for (slot, out_features, in_features, rank), count in wasted.items():
+    wasted = Counter(
+        f"{name.rpartition('.')[2]} (rank {module.rank}, {module.out_features} x "
+        f"{module.in_features})"
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear) and module.rank > min(*module.weight.shape)
+    )
+    if wasted:
+        slots = ", ".join(f"{count} x {slot}" for slot, count in wasted.items())
         yield (
-            f"rank {rank} of {count} x {slot}: a weight of {out_features} x {in_features} has rank "
-            f"{min(out_features, in_features)} at most, and more only costs; lower the rank"
+            f"adapters of a higher rank than their weight can have, which only costs: {slots}; "
+            "lower the rank to the smaller size of the weight at most"
         )
 
 

@@ -168,11 +168,12 @@ def test_a_rank_above_the_weights(model: CausalLM) -> None:
         {"match": "layers.*.mlp.*", "kind": "lora", "rank": 4, "alpha": 8},
         {"match": "layers.*.self_attn.o_proj", "kind": "lora", "rank": rank, "alpha": 8},
     ]
-    (warning,) = rank_warnings(llama(arch, rules, device="meta"))
     size = arch.hidden_size
+    (warning,) = rank_warnings(llama(arch, rules, device="meta"))
     assert warning == (
-        f"rank {rank} of {arch.num_layers} x o_proj: a weight of {size} x {size} has rank {size} "
-        "at most, and more only costs; lower the rank"
+        "adapters of a higher rank than their weight can have, which only costs: "
+        f"{arch.num_layers} x o_proj (rank {rank}, {size} x {size}); lower the rank to the smaller "
+        "size of the weight at most"
     )
 
 
