@@ -132,6 +132,16 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
 
 
+def step_folders(run_dir: Path) -> list[Path]:
+    """The step checkpoints of a run, oldest first; good or not."""
+    folders = (run_dir / "checkpoints").glob("step_*")
+    return sorted((f for f in folders if f.name[5:].isdecimal()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 

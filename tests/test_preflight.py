@@ -212,6 +212,7 @@ def test_a_machine_that_others_use(
     assert not list(load_warnings(torch.device("cuda")))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_threads_of_others_are_counted() -> None:
     loop = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
     processes = [subprocess.Popen(loop, stdout=subprocess.PIPE) for _ in range(3)]

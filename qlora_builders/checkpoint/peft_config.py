@@ -17,6 +17,7 @@ from typing import Any
 from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.checkpoint.safetensors_io import listed
 from qlora_builders.errors import CheckpointError
+from qlora_builders.outputs import step_folders
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -185,10 +186,7 @@ def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 def _meant(directory: Path) -> str:
     """A hint for a run's folder, and for the result of a run that was stopped before it had one."""
-    steps = sorted(
-        (directory.parent / "checkpoints").glob("step_*"), key=lambda step: (len(step.name), step)
-    )
-    for other in (directory / "adapter", *reversed(steps)):
+    for other in (directory / "adapter", *reversed(step_folders(directory.parent))):
         if (other / CONFIG_FILE).is_file():
             return f"; did you mean {other}?"
     return ""

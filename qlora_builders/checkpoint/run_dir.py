@@ -18,7 +18,7 @@ from typing import Any
 from qlora_builders.checkpoint.safetensors_io import clean_up, remove_directory
 from qlora_builders.checkpoint.train_state import StepState, read_step, write_step
 from qlora_builders.errors import CheckpointError, ConfigError
-from qlora_builders.outputs import check_writable
+from qlora_builders.outputs import check_writable, step_folders, step_of
 
 CONFIG_FILE = "config.yaml"
 RESULTS = ("adapter", "model")  # folders that a finished run has one of
@@ -27,12 +27,6 @@ AUTO = "auto"
 
 def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step}"
-
-
-def step_folders(run_dir: Path) -> list[Path]:
-    """Oldest first; good or not."""
-    folders = [f for f in (run_dir / "checkpoints").glob("step_*") if f.name[5:].isdecimal()]
-    return sorted(folders, key=_step_of)
 
 
 def last_checkpoint(run_dir: Path) -> str:
@@ -152,7 +146,7 @@ def _tidy_up(run_dir: Path, start: Start, *, overwrite: bool, keep_last: int) ->
     clean_up(run_dir)
     clean_up(run_dir / "checkpoints")
     for folder in step_folders(run_dir):
-        if _step_of(folder) > start.step:
+        if step_of(folder) > start.step:
             damaged = folder.with_name(folder.name + ".damaged")
             shutil.rmtree(damaged, ignore_errors=True)
             folder.rename(damaged)
@@ -199,7 +193,3 @@ def _only_one_process(folder: Path) -> Iterator[None]:
 
 def _is_real_directory(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))

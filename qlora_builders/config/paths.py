@@ -12,6 +12,7 @@ from typing import Any
 
 from qlora_builders.config.checks import value_of
 from qlora_builders.config.knobs import knobs
+from qlora_builders.outputs import step_folders
 
 _FOLDERS = ("checkpoint.dir", "tokenizer.path", "adapter.path")
 _ROWS = ("data.train", "data.eval", "prompts_file")
@@ -58,11 +59,10 @@ def _about_resume(resume: str | None) -> Iterator[str]:
         return
     if resume.lower() in ("true", "yes", "on", "latest"):
         yield f"training.resume={resume}: write auto, for the newest good checkpoint in output_dir"
-    for folder in (Path(resume), Path(resume, "checkpoints")):
-        steps = [path for path in folder.glob("step_*") if path.name[5:].isdecimal()]
-        if steps:
-            newest = max(steps, key=lambda path: int(path.name[5:]))
-            yield (
-                f"training.resume={resume} holds checkpoints and is none; the newest is "
-                f"training.resume={newest}, or write auto and their run as output_dir"
-            )
+    folder = Path(resume)
+    steps = step_folders(folder.parent if folder.name == "checkpoints" else folder)
+    if steps:
+        yield (
+            f"training.resume={resume} holds checkpoints and is none; the newest is "
+            f"training.resume={steps[-1]}, or write auto and their run as output_dir"
+        )

@@ -13,7 +13,7 @@ from qlora_builders.errors import DataError
 
 IGNORE_INDEX = -100  # a label that the loss leaves out, as in torch's cross_entropy
 # Kernels are made and kept for every length: with oneDNN in bfloat16 a run over rows of up to 168
-# tokens took 880 MiB instead of 666, and a quarter more time
+# tokens took 880 MiB instead of 666
 PAD_MULTIPLE = 16
 
 

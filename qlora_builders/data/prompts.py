@@ -34,7 +34,7 @@ def read_prompts(
 ) -> list[Prompt]:
     """The prompts of a file: rows as `load_rows` reads them, or text with one prompt per line.
 
-    Arguments are those of `to_prompts`.
+    The other arguments are those of `row_to_prompt`.
 
     Raises:
         DataError: naming file and line, for what cannot be read or asked.

@@ -17,9 +17,10 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # a dependency of omegaconf
 
-from qlora_builders.checkpoint.run_dir import CONFIG_FILE, step_folders
+from qlora_builders.checkpoint.run_dir import CONFIG_FILE, RESULTS
 from qlora_builders.config.resume import flatten
 from qlora_builders.errors import ConfigError
+from qlora_builders.outputs import step_folders
 from qlora_builders.training.environment import ENVIRONMENT_FILE
 from qlora_builders.training.progress import METRICS_FILE, read_rows
 from qlora_builders.training.samples import SAMPLES_FILE
@@ -123,7 +124,7 @@ def read_run(path: str | Path, *, is_going: bool | None = None) -> Run:
             "give the output_dir of a finetune or dpo"
         )
     notes: list[str] = []
-    results = [path / name for name in ("adapter", "model") if (path / name).is_dir()]
+    results = [path / name for name in RESULTS if (path / name).is_dir()]
     return Run(
         path=path,
         name=path.resolve().name,

@@ -9,9 +9,10 @@ from typing import NoReturn
 
 import torch
 
-from qlora_builders.checkpoint.run_dir import last_checkpoint, step_folder, step_folders
+from qlora_builders.checkpoint.run_dir import last_checkpoint, step_folder
 from qlora_builders.errors import TrainingError
 from qlora_builders.modules import CausalLM
+from qlora_builders.outputs import step_folders
 from qlora_builders.runs.log import Log
 from qlora_builders.runs.saving import Checkpoints
 from qlora_builders.runs.setup import Data, Run

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qlora_builders.checkpoint import load_checkpoint
-from qlora_builders.checkpoint.run_dir import AUTO, Start, find_start, step_folders
+from qlora_builders.checkpoint.run_dir import AUTO, Start, find_start
 from qlora_builders.checkpoint.train_state import load_step
 from qlora_builders.config.instantiate import instantiate
 from qlora_builders.config.plan import plan_rules, train_patterns
@@ -22,6 +22,7 @@ from qlora_builders.distributed import Ranks, sharding
 from qlora_builders.errors import ConfigError, counted
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
+from qlora_builders.outputs import step_folders
 from qlora_builders.preflight import check_run
 from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (

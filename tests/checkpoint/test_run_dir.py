@@ -15,9 +15,9 @@ from qlora_builders.checkpoint.run_dir import (
     last_checkpoint,
     remove_old_steps,
     run_directory,
-    step_folders,
 )
 from qlora_builders.errors import CheckpointError, ConfigError
+from qlora_builders.outputs import step_folders
 
 
 @pytest.fixture

@@ -178,7 +178,7 @@ def test_few_rows_are_multiplied_without_decoding(dtype: torch.dtype, scale_form
         )
         options = {**q.nf4_format, "dtype": dtype, "shape": shape, "transposed": True}
         fields = q.codes, q.scales, q.scale_groups
-        for input_dtype, tolerance in zip(DTYPES, (1e-5, 0.02, 2e-3), strict=True):
+        for input_dtype, tolerance in zip(DTYPES, (1e-5, 4e-3, 5e-4), strict=True):
             exact = q.dequantize(input_dtype).double()
             bias = torch.randn(shape[0], generator=generator).to(input_dtype)
             for rows in range(1, nf4_cpu._FEW_ROWS + 1):
