@@ -47,6 +47,7 @@ _LAYER_NAMES = {
 }
 _ROW_SPLIT = ("wq", "wk", "wv", "w1", "w3", "output")
 _COLUMN_SPLIT = ("wo", "w2")
+_MATRICES = (*_ROW_SPLIT, *_COLUMN_SPLIT, "tok_embeddings")
 
 
 def read_meta_arch(directory: Path) -> LlamaArch:
@@ -74,6 +75,10 @@ def read_meta(directory: Path) -> dict[str, LazyTensor]:
         if name == "rope.freqs":
             continue
         part = name.removesuffix(".weight").rpartition(".")[2]
+        if part in _MATRICES and len(shape) != 2:
+            raise CheckpointError(
+                f"{directory / files[0]}: {name} has shape {list(shape)}; expected a matrix"
+            )
         slices = [shapes[file].get(name, (None, None))[0] for file in files]
         if any(other != shape for other in slices):
             raise CheckpointError(f"{directory}: {name} has shapes {slices} in {listed(files)}")
@@ -154,8 +159,10 @@ def _open(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # unpickling foreign bytes can raise anything
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{file}: not a checkpoint of Meta: {reason}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise CheckpointError(f"{file}: expected a dictionary of tensors")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
+        raise CheckpointError(f"{file}: expected a dictionary of tensors by name")
     return tensors
 
 
@@ -172,11 +179,11 @@ def _arch(
         raise CheckpointError(f"{file}: missing keys: {', '.join(missing)}")
     if params.get("moe") or params.get("quantization_args") or params.get("lora_args"):
         raise CheckpointError(f"{file}: mixture-of-experts and quantized models are not supported")
-    first = next(iter(shapes.values()))
+    first_file, first = next(iter(shapes.items()))
     sizes = {}
     for name in ("layers.0.feed_forward.w1.weight", "output.weight"):
         if name not in first or len(first[name][0]) != 2:
-            raise CheckpointError(f"{file.parent}: no matrix {name}")
+            raise CheckpointError(f"{file.parent / first_file}: no matrix {name}")
         sizes[name] = first[name][0][0] * len(shapes)
     heads, dim = params["n_heads"], params["dim"]
     try:

@@ -76,7 +76,7 @@ def find_tensors(directory: Path, *, stem: str = STEM) -> dict[str, Path]:
                 raise CheckpointError(
                     f"{index}: {name} points to {file!r}; shards must lie beside the index"
                 )
-        missing = sorted({f for f in weight_map.values() if not (directory / f).is_file()})
+        missing = sorted({f for f in weight_map.values() if not _is_file(directory / f)})
         if missing:
             raise CheckpointError(f"{index}: shards missing: {listed(missing)}; download again")
         return {name: directory / file for name, file in weight_map.items()}
@@ -87,6 +87,13 @@ def find_tensors(directory: Path, *, stem: str = STEM) -> dict[str, Path]:
             f"with safetensors weights, got {listed(sorted(f.name for f in directory.iterdir()))}"
         )
     return dict.fromkeys(tensor_names(single), single)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no file can have so long a name
+        return False
 
 
 def open_tensors(

@@ -146,9 +146,18 @@ class Drafting:
             values = values_of_file(override, self.verb, self.folders)
             self.add_what_is_right(values, where=f"{override.replace('=', '/')}.yaml: ")
         if len(self.problems) == before:
+            file = self._own_file(override)
+            if file is not None and file.name not in message and not where:
+                where = f"{file.parent.name}/{file.name}: "
             message = "\n".join(where + line for line in message.splitlines())
             self._note(override, message)
             self._known[override] = message
+
+    def _own_file(self, override: str) -> Path | None:
+        """Of the user's: the config that a group's override names."""
+        group, _, option = override.partition("=")
+        files = [folder / group / f"{option}.yaml" for folder in self.folders[1:]]
+        return next((f for f in files if self.is_group(override) and f.is_file()), None)
 
     def _note(self, override: str, message: str) -> None:
         self.problems += message.splitlines()
@@ -217,7 +226,7 @@ def _translated_errors(verb: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         raise ConfigError(_translate(error, verb)) from error
 
 

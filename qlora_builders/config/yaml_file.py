@@ -35,6 +35,9 @@ def load_yaml(file: Path) -> Any:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
     except RecursionError:
         raise ConfigError(f"{file}: nested too deeply") from None
+    except (ValueError, TypeError) as error:  # such as !!int x
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{file}: not valid YAML: {reason}") from error
 
 
 def check_bounded(file: Path) -> None:

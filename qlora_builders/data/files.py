@@ -156,7 +156,9 @@ def _read_parquet(path: Path) -> Sequence[Row]:
     if bars:
         datasets.disable_progress_bars()
     try:
-        return cast(Sequence[Row], datasets.Dataset.from_parquet(str(path)))
+        rows = datasets.Dataset.from_parquet(str(path))
+        rows.data.validate(full=True)  # such as text that is not UTF-8, before a row is read
+        return cast(Sequence[Row], rows)
     except Exception as error:  # pyarrow and datasets have a hierarchy each
         raise DataError(f"{path}: not a Parquet file this can read: {error}") from error
     finally:

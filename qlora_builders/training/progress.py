@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import time
@@ -75,7 +76,7 @@ class MetricsLog:
         self.path = directory / METRICS_FILE
         self.writes = writes
         earlier = (source or directory) / METRICS_FILE
-        rows = read_rows(earlier) if step and earlier.is_file() else []
+        rows = _step_rows(earlier) if step and earlier.is_file() else []
         kept = [row for row in rows if row["step"] <= step]
         self._evaluated = {row["step"] for row in kept if "eval_loss" in row}
         if writes:
@@ -112,6 +113,15 @@ def read_rows(file: Path) -> list[Any]:
     return rows
 
 
+def _step_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl up to the first that is not of a step, which no run writes."""
+
+    def is_of_a_step(row: Any) -> bool:
+        return isinstance(row, dict) and type(row.get("step")) is int
+
+    return list(itertools.takewhile(is_of_a_step, read_rows(file)))
+
+
 def write_csv(directory: Path) -> None:
     """metrics.csv from metrics.jsonl: a row for each step, a column for each metric.
 
@@ -119,14 +129,14 @@ def write_csv(directory: Path) -> None:
         QLoRAError: if it cannot be written.
     """
     steps: dict[int, dict[str, Any]] = {}
-    for row in read_rows(directory / METRICS_FILE):
+    for row in _step_rows(directory / METRICS_FILE):
         steps.setdefault(row["step"], {}).update(row)
     columns = dict.fromkeys(key for row in steps.values() for key in row)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, ["step", *(key for key in columns if key != "step")])
     writer.writeheader()
     writer.writerows(steps.values())
-    write_whole(directory / CSV_FILE, text.getvalue().encode())
+    write_whole(directory / CSV_FILE, text.getvalue().encode("utf-8", "replace"))
 
 
 def table_console() -> Console:
@@ -218,12 +228,12 @@ def plot_losses(directory: Path) -> Path:
     """
     optional_import("matplotlib", "plot")
     figure_module = optional_import("matplotlib.figure", "plot")
-    rows = read_rows(directory / METRICS_FILE)
+    rows = _step_rows(directory / METRICS_FILE)
     figure = figure_module.Figure(figsize=(7, 4), layout="constrained")
     per = "pair" if any("rewards/margins" in row for row in rows) else "token"
     axes = figure.add_subplot(xlabel="step", ylabel=f"loss per {per} (nats)")
     for key, style in (("loss", "-"), ("eval_loss", "o-")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=key, linewidth=1, markersize=4)
     axes.set_ylim(bottom=0)

@@ -201,15 +201,37 @@ def test_bad_files(meta: Path) -> None:
     torch.save(part | {"extra.weight": torch.ones(2)}, second)
     with pytest.raises(CheckpointError, match="lacks tensors of others: extra"):
         load_checkpoint(meta)
-    torch.save([1, 2], second)
-    with pytest.raises(CheckpointError, match="expected a dictionary of tensors"):
-        load_checkpoint(meta)
+    for wrong in ([1, 2], {3: torch.ones(2)}):
+        torch.save(wrong, second)
+        with pytest.raises(CheckpointError, match="expected a dictionary of tensors by name"):
+            load_checkpoint(meta)
     second.write_bytes(b"no pickle at all")
     with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth: not a checkpoint of Meta"):
         load_checkpoint(meta)
     second.unlink()
     (meta / "consolidated.00.pth").rename(meta / "consolidated.03.pth")
     with pytest.raises(CheckpointError, match=r"expected consolidated\.00\.pth.*found .*03\.pth"):
+        load_checkpoint(meta)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "layers.0.attention.wq.weight",
+            r"00\.pth: layers\.0\.attention\.wq\.weight has shape \[\]",
+        ),
+        (
+            "tok_embeddings.weight",
+            r"00\.pth: tok_embeddings\.weight has shape \[\]; expected a matrix",
+        ),
+        ("output.weight", r"00\.pth: no matrix output\.weight"),
+    ],
+)
+def test_what_is_no_matrix(meta: Path, name: str, message: str) -> None:
+    for file in meta.glob("*.pth"):
+        torch.save(torch.load(file) | {name: torch.tensor(1.0)}, file)
+    with pytest.raises(CheckpointError, match=message):
         load_checkpoint(meta)
 
 
