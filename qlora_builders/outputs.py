@@ -142,6 +142,22 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def last_checkpoint(run_dir: Path) -> str:
+    """For a message."""
+    folders = step_folders(run_dir)
+    return f"the last checkpoint is {folders[-1]}" if folders else "no checkpoint was written"
+
+
+def how_to_go_on(run_dir: Path) -> str:
+    """For the last message of a run that ends early."""
+    if step_folders(run_dir):
+        return f"{last_checkpoint(run_dir)}; training.resume=auto goes on from it"
+    return (
+        f"{last_checkpoint(run_dir)}, so there is nothing to go on from; start again with "
+        "overwrite=true or in another output_dir"
+    )
+
+
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 

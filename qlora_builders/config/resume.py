@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -38,11 +38,15 @@ def check_same_curve(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
         for key in keys
     ]
     if differing:
-        head = (
-            f"cannot resume from {checkpoint} with another config; set these back, or start anew "
-            "in another output_dir:"
-        )
-        raise ConfigError("\n".join([head, *differing]))
+        raise refuse_to_resume(checkpoint, "config", differing)
+
+
+def refuse_to_resume(checkpoint: str, what: str, differing: Sequence[str]) -> ConfigError:
+    head = (
+        f"cannot resume from {checkpoint} with another {what}; set these back, or start anew "
+        "in another output_dir:"
+    )
+    return ConfigError("\n".join([head, *differing]))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

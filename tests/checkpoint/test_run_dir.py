@@ -7,17 +7,18 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
 
 from qlora_builders.checkpoint.manifest import write_manifest
 from qlora_builders.checkpoint.run_dir import (
     Start,
     find_start,
-    last_checkpoint,
     remove_old_steps,
     run_directory,
 )
+from qlora_builders.checkpoint.train_state import random_state
 from qlora_builders.errors import CheckpointError, ConfigError
-from qlora_builders.outputs import step_folders
+from qlora_builders.outputs import how_to_go_on, last_checkpoint, step_folders
 
 
 @pytest.fixture
@@ -34,6 +35,9 @@ def add(run: Path, *steps: int) -> None:
         folder = run / "checkpoints" / f"step_{step}"
         folder.mkdir(parents=True)
         (folder / "train_state.json").write_text(json.dumps({"step": step, "note": "x"}))
+        optimizer = {"state": {}, "param_groups": []}
+        random = random_state(torch.device("cpu"))
+        torch.save({"optimizer": optimizer, "random": random}, folder / "train_state.pt")
         write_manifest(folder)
 
 
@@ -76,6 +80,7 @@ def test_auto_takes_the_newest(run: Path) -> None:
     assert found.run_dir == run
     assert found.messages == (f"resumed after step 100 from {found.folder}",)
     assert last_checkpoint(run) == f"the last checkpoint is {found.folder}"
+    assert how_to_go_on(run) == f"{last_checkpoint(run)}; training.resume=auto goes on from it"
 
 
 def test_auto_skips_what_is_damaged_and_says_why(run: Path) -> None:
@@ -99,6 +104,10 @@ def test_auto_starts_afresh_without_a_checkpoint(run: Path, tmp_path: Path) -> N
         assert (found.step, found.folder, found.run_dir) == (0, None, None)
         assert found.messages == (f"no checkpoint in {folder} to resume from: a new run",)
     assert last_checkpoint(run) == "no checkpoint was written"
+    assert how_to_go_on(run) == (
+        "no checkpoint was written, so there is nothing to go on from; start again with "
+        "overwrite=true or in another output_dir"
+    )
     add(run, 5)
     damage(run, 5)
     found = start(run)
@@ -136,11 +145,16 @@ def test_a_path_is_taken_as_it_is(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_directory_is_taken_only_as_asked(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not empty; choose another, or set overwrite=true$"):
+        start(run, None)
+    add(run, 1)
     with pytest.raises(ConfigError, match=r"is not empty; choose another, go on with its run by"):
         start(run, None)
     assert start(run, None, overwrite=True) == Start()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").touch()
+    with pytest.raises(ConfigError, match=r"notes is not empty; choose another$"):
+        start(tmp_path / "notes", None)
     for resume, overwrite, does in (("auto", False, "goes on with"), (None, True, "replaces")):
         with pytest.raises(ConfigError, match=rf"notes holds no run; .* {does} only runs"):
             start(tmp_path / "notes", resume, overwrite)

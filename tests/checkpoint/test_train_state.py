@@ -268,12 +268,23 @@ def test_any_damage_to_any_file_is_noticed(step: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "manifest.json is missing"),
-        ("", "manifest.json cannot be read: JSONDecodeError"),
-        ("[]", "manifest.json cannot be read: TypeError"),
-        ('{"files": {"a": 1}}', "a is missing"),
-        ('{"files": {"train_state.pt": 1}}', "manifest.json cannot be read: TypeError"),
-        ('{"files": {"../../etc/passwd": {}}}', "passwd is missing"),
+        (None, "manifest.json: missing; expected the list of a checkpoint's files"),
+        ("", "manifest.json: not JSON: Expecting value"),
+        ("[" * 10**5, "manifest.json: not JSON that can be read: nested too deeply"),
+        ("[]", "manifest.json: holds list, expected an object"),
+        ("{}", "manifest.json: files is NoneType; expected an object"),
+        ('{"files": []}', "manifest.json: files is list; expected an object"),
+        ('{"files": {"a": 1}}', "manifest.json: a is 1; expected an object"),
+        ('{"files": {"a": {"bytes": true, "crc32": ""}}}', "bytes of a is True; expected int"),
+        ('{"files": {"a": {"bytes": 1, "crc32": 7}}}', "crc32 of a is 7; expected str"),
+        ('{"files": {"a": {"bytes": 1, "crc32": ""}}}', "a is missing"),
+        ('{"files": {"a": {}, "a": {}}}', "manifest.json: not JSON: key 'a' appears twice"),
+        ('{"files": {}}', "manifest.json does not list adapter_config.json"),
+        *(
+            (json.dumps({"files": {name: {}}}), r"is no name of a file beside it")
+            for name in ("../../etc/passwd", "/etc/passwd", "", ".", "..", "a/b", "a\0", "\ud800")
+        ),
+        (json.dumps({"files": {"x" * 300: {"bytes": 1, "crc32": ""}}}), "File name too long"),
     ],
 )
 def test_a_broken_manifest_is_an_error(step: Path, text: str | None, message: str) -> None:
@@ -285,7 +296,7 @@ def test_a_broken_manifest_is_an_error(step: Path, text: str | None, message: st
 
 def test_a_manifest_over_nonsense_does_not_make_it_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"files": {}}')
-    with pytest.raises(CheckpointError, match=r"train_state.json: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"train_state.json: missing; expected a step"):
         read_step(tmp_path)
     with pytest.raises(CheckpointError, match=r"nowhere: no such directory; give one named"):
         read_step(tmp_path / "nowhere")
