@@ -17,6 +17,23 @@ from typing import Any
 from qlora_builders.errors import ConfigError, QLoRAError
 
 
+def fault_of_path(path: str) -> str | None:
+    """What the system, or a config file, has against a name that a user gave, whether there is
+    such a file or not; as the end of a message."""
+    try:
+        path.encode()
+        os.stat(path)
+    except UnicodeEncodeError:
+        return "is not UTF-8 text, so no config can name it; rename it"
+    except ValueError:
+        return "holds a NUL character, which no name of a file may"
+    except (FileNotFoundError, NotADirectoryError):
+        return None  # whoever wants a file there says more about it
+    except OSError as error:
+        return f"cannot be used: {error.strerror}; choose another place"
+    return None
+
+
 def check_writable(path: Path, key: str, *, folder: bool = False) -> None:
     """Whether a file (or a folder) of that name could be written, as far as can be seen.
 

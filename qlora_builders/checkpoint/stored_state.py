@@ -56,7 +56,7 @@ def restore_optimizer(file: Path, state: dict[str, Any], optimizer: torch.optim.
         optimizer.load_state_dict(state)
         for number, (own, group) in enumerate(zip(options, optimizer.param_groups, strict=True)):
             for key, value in own.items():
-                _check_option(f"param_groups[{number}].{key}", value, group.get(key))
+                _check_option(f"param_groups[{number}].{key}", value, group[key])
         _check_shapes(optimizer)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         reason = error if isinstance(error, ValueError) else repr(error)

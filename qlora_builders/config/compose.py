@@ -38,7 +38,7 @@ from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
 from qlora_builders.config.shipped import demo_path, shipped_dir
 from qlora_builders.config.yaml_file import check_bounded
 from qlora_builders.errors import ConfigError, did_you_mean
-from qlora_builders.outputs import write_whole
+from qlora_builders.outputs import fault_of_path, write_whole
 
 _OMEGACONF_RESOLVERS = (
     "oc.create",
@@ -250,6 +250,9 @@ def config_folders(config_dir: str | Path | None = None) -> list[Path]:
     shipped = shipped_dir("configs")
     if config_dir is None:
         return [shipped]
+    fault = fault_of_path(str(config_dir))
+    if fault:
+        raise ConfigError(f"--config-dir={config_dir} {fault}")
     own = Path(config_dir).expanduser().resolve()
     if not own.is_dir():
         raise ConfigError(f"--config-dir {str(config_dir)!r} is not a folder")

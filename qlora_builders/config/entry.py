@@ -22,7 +22,7 @@ from qlora_builders.config.instantiate import allow_prefixes, resolve_component
 from qlora_builders.config.knobs import knobs
 from qlora_builders.config.other_names import FILE_WORDS, OWN_FILE
 from qlora_builders.config.overrides import quote
-from qlora_builders.config.paths import path_problems
+from qlora_builders.config.paths import name_problems, path_problems
 from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
 from qlora_builders.errors import ConfigError, QLoRAError, nearest
 
@@ -131,6 +131,8 @@ def draft_run(
     """
     cfg, problems = draft(verb, overrides, config_dir=config_dir, known=known)
     problems += names_of_code(cfg, overrides)
+    if not problems:
+        problems += name_problems(cfg)
     if not problems and verb not in WITHOUT_FILES:
         problems += path_problems(cfg)
     if not problems or any(word.startswith(("optimizer.", "loggers")) for word in overrides):

@@ -222,6 +222,46 @@ def test_another_optimizer_is_refused(base: Path, tmp_path: Path) -> None:
         load_step(tmp_path / "step_4", model, few)
 
 
+def first(state: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = state["state"][0]
+    return values
+
+
+UNFIT: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "shape": ("adamw", lambda s: first(s).update(exp_avg=torch.zeros(2, 3)), "'exp_avg'.*shape"),
+    "scalar": ("adamw", lambda s: first(s).update(exp_avg_sq=torch.tensor(1.0)), r"shape \[\]"),
+    "missing": ("fused adamw", lambda s: first(s).pop("exp_avg"), r"\['exp_avg'\] is missing"),
+    "type": ("adamw", lambda s: first(s).update(exp_avg="x"), "'exp_avg'"),
+    "a parameter": ("adamw", lambda s: s["state"].pop(3), r"\['state'\]\[3\]\['step'\] is missing"),
+    "momentum": ("sgd", lambda s: first(s).update(momentum_buffer=torch.zeros(1)), "momentum_buf"),
+    "factor": ("adafactor", lambda s: first(s).update(row_var=torch.zeros(7, 1)), "'row_var'"),
+    "lr": ("adamw", lambda s: s["param_groups"][0].update(lr="x"), "lr is 'x', not a finite"),
+    "no lr": ("adamw", lambda s: s["param_groups"][0].pop("lr"), "KeyError..lr"),
+    "betas": ("adamw", lambda s: s["param_groups"][0].update(betas=3), "betas is int, not tuple"),
+    "eps": ("adamw", lambda s: s["param_groups"][0].update(eps=float("nan")), "eps is nan"),
+    "groups": ("adamw", lambda s: s.update(param_groups=[]), "."),
+    "options": ("adamw", lambda s: s["param_groups"][0].pop("betas"), "betas"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_state_that_does_not_fit_the_optimizer_is_refused(
+    base: Path, tmp_path: Path, name: str
+) -> None:
+    """Not found out by the first step, with an error of torch's."""
+    optimizer, change, message = UNFIT[name]
+    model, own = make(base, "adapters", optimizer)
+    train(model, own, 1)
+    save(tmp_path / "step_4", model, own, base)
+    file = tmp_path / "step_4" / "train_state.pt"
+    state = torch.load(file, weights_only=True)
+    change(state["optimizer"])
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_step(tmp_path / "step_4", *make(base, "adapters", optimizer))
+    assert str(file) in str(caught.value)
+
+
 # ---- damage -------------------------------------------------------------------------------------
 
 
