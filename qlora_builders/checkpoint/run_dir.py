@@ -84,9 +84,14 @@ def find_start(
 
 def _check_taken(run_dir: Path, resume: str | None, overwrite: bool) -> None:
     if resume is None and not overwrite:
-        on = "go on with its run by training.resume=auto, " if step_folders(run_dir) else ""
-        replaces = "or set overwrite=true" if (run_dir / CONFIG_FILE).is_file() else ""
-        ways = f"choose another, {on}{replaces}".removesuffix(", ")
+        ways = "choose another"
+        if (run_dir / CONFIG_FILE).is_file():
+            ways = "choose another, or set overwrite=true"
+            if step_folders(run_dir):
+                ways = (
+                    "choose another, go on with its run by training.resume=auto, or set "
+                    "overwrite=true"
+                )
         raise ConfigError(f"output_dir={run_dir} is not empty; {ways}")
     if not (run_dir / CONFIG_FILE).is_file():
         key = "overwrite=true replaces" if overwrite else "training.resume goes on with"
