@@ -38,12 +38,12 @@ def check_same_curve(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
         for key in keys
     ]
     if differing:
-        raise refuse_to_resume(checkpoint, "config", differing)
+        raise refuse_to_resume(checkpoint, "with another config", differing)
 
 
-def refuse_to_resume(checkpoint: str, what: str, differing: Sequence[str]) -> ConfigError:
+def refuse_to_resume(checkpoint: str, why: str, differing: Sequence[str]) -> ConfigError:
     head = (
-        f"cannot resume from {checkpoint} with another {what}; set these back, or start anew "
+        f"cannot resume from {checkpoint} {why}; set these back, or start anew "
         "in another output_dir:"
     )
     return ConfigError("\n".join([head, *differing]))

@@ -99,4 +99,4 @@ def check_resumed_base(start: Start, base: Mapping[str, Any], cfg: FinetuneConfi
         name += f" model.arch={cfg.model.arch}"
     if problems:
         lines = [f"{name}: {problem}" for problem in problems]
-        raise refuse_to_resume(str(start.folder), "base", lines)
+        raise refuse_to_resume(str(start.folder), "with another base", lines)

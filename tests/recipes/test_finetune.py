@@ -144,7 +144,9 @@ def test_a_run_is_not_overwritten_unasked(
     run = tmp_path / "run"
     assert finetune(checkpoint, rows, run, "training.max_steps=1") == 0
     assert finetune(checkpoint, rows, run, "training.max_steps=1") == 2
-    assert "is not empty; choose another, go on with its run by" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "is not empty; choose another, or set overwrite=true" in error
+    assert "training.resume" not in error  # there is no checkpoint
     assert finetune(checkpoint, rows, run, "training.max_steps=1", "overwrite=true") == 0
 
 
