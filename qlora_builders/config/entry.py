@@ -163,15 +163,17 @@ def component_problems(cfg: Any) -> list[str]:
         ImportError: if a component's package is optional and missing.
     """
     problems = []
-    for key in knobs(type(cfg)):
-        value = getattr(cfg, key, None)
+    for key, knob in knobs(type(cfg)).items():
+        if knob.names is None:
+            continue
+        value = value_of(cfg, key)
         nodes = {key: value}
         if isinstance(value, list):
             nodes = {f"{key}[{index}]": node for index, node in enumerate(value)}
         for node_key, node in nodes.items():
             if isinstance(node, dict) and "component" in node:
                 try:
-                    resolve_component(node, key=node_key)
+                    resolve_component(node, knob.names, key=node_key)
                 except ConfigError as error:
                     problems.append(str(error))
     return problems
