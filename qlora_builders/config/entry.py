@@ -147,7 +147,7 @@ def names_of_code(cfg: Any, overrides: Sequence[str]) -> list[str]:
     problems = []
     for key, knob in knobs(type(cfg)).items():
         value = value_of(cfg, key)
-        typed = any(override.startswith(f"{key}=") for override in overrides)
+        typed = any(one.startswith(f"{key}=") and "${" not in one for one in overrides)
         if knob.names_code and value != knob.default and not typed:
             problems.append(
                 f"{key}={value} is in a config file, but code runs from there: write it on the "
