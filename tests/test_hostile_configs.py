@@ -44,7 +44,7 @@ EXPERIMENTS = {
     "environment": f"{G}output_dir: ${{oc.env:SECRET}}\n",
     "environment with a default": f"{G}output_dir: ${{oc.env:NONE,x}}\n",
     "environment of hydra": f"{G}output_dir: ${{hydra:env.SECRET}}\n",
-    "environment by two steps": f"{G}model: {{arch: oc.env}}\noutput_dir: ${{${{model.arch}}:SECRET}}\n",
+    "environment in two steps": f"{G}train: [oc.env]\noutput_dir: ${{${{train[0]}}:SECRET}}\n",
     "environment copied": f"{G}hydra: {{job: {{env_copy: [SECRET]}}}}\noutput_dir: a\n",
     "environment set": f"{G}hydra: {{job: {{env_set: {{LD_PRELOAD: evil.so}}}}}}\n",
     "search path": f"{G}hydra: {{searchpath: ['file:///tmp']}}\n",

@@ -89,7 +89,9 @@ def test_over_files_and_overrides(tmp_path: Path) -> None:
     (tmp_path / "optimizer").mkdir()
     rows = [f"a{i}: ${{optimizer.a{i + 1}}}${{optimizer.a{i + 1}}}" for i in range(19)]
     first, second = rows[:9], rows[9:]
-    (tmp_path / "optimizer" / "mine.yaml").write_text("\n".join([*first, "lr: 1"]))
+    (tmp_path / "optimizer" / "mine.yaml").write_text(
+        "\n".join([*first, "component: torch.optim.SGD"])
+    )
     mine = tmp_path / "experiment" / "mine.yaml"
     lines = ["# @package _global_", "optimizer:", *(f"  {row}" for row in second), "  a0: {x: 1}"]
     mine.write_text("\n".join(lines))
