@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_builders.config.compose import compose
+from qlora_builders.config.compose import compose, compose_tree
 from qlora_builders.config.references import check_references, texts
 from qlora_builders.errors import ConfigError
 
@@ -101,7 +101,7 @@ def test_over_files_and_overrides(tmp_path: Path) -> None:
     overrides = ["+optimizer." + row.replace(": ", "=", 1) for row in second]
     compose("finetune", ["optimizer=mine", "optimizer.a9=1"], config_dir=tmp_path)
     with pytest.raises(ConfigError, match="more than 1,000,000 characters"):
-        compose("finetune", ["optimizer=mine", *overrides], config_dir=tmp_path)
+        compose_tree("finetune", ["optimizer=mine", *overrides], config_dir=tmp_path)
 
 
 def test_text_with_such_signs_is_taken_literally() -> None:
