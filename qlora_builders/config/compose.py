@@ -35,7 +35,7 @@ from qlora_builders.config.overrides import (
     values_of_file,
 )
 from qlora_builders.config.own_files import GLOBAL, check_own_files, texts_of
-from qlora_builders.config.references import Text, check_references, path_of, texts
+from qlora_builders.config.references import RefusedError, Text, check_references, path_of, texts
 from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
 from qlora_builders.config.shipped import demo_path, shipped_dir
 from qlora_builders.errors import ConfigError, did_you_mean
@@ -133,7 +133,7 @@ class Drafting:
                 self.add_what_is_right(overrides[:half], where)
                 self.add_what_is_right(overrides[half:], where)
             else:
-                self._take_apart(overrides[0], where, str(error))
+                self._take_apart(overrides[0], where, error)
 
     def _add(self, overrides: Sequence[str]) -> None:
         with _translated_errors(self.verb):
@@ -142,10 +142,10 @@ class Drafting:
         self.cfg = to_config(tree)
         self._taken += prepared
 
-    def _take_apart(self, override: str, where: str, message: str) -> None:
+    def _take_apart(self, override: str, where: str, error: ConfigError) -> None:
         """Take what is right in a file that is wrong; note an override that is no file."""
-        before = len(self.problems)
-        if self.is_group(override):
+        before, message = len(self.problems), str(error)
+        if self.is_group(override) and not isinstance(error, RefusedError):
             values = values_of_file(override, self.verb, self.folders)
             self.add_what_is_right(values, where=f"{override.replace('=', '/')}.yaml: ")
         if len(self.problems) == before:
@@ -200,8 +200,7 @@ def _folders_of(verb: str, config_dir: str | Path | None) -> list[Path]:
 
 def _compose_prepared(verb: str, prepared: Sequence[str], folders: Sequence[Path]) -> DictConfig:
     typed = [text for one in prepared for text in _texts_of(one)]
-    if any("${" in one.text for one in typed):
-        check_references([*texts_of(folders), *typed])
+    check_references([*texts_of(folders, prepared), *typed])
     _register(verb)
     main, *others = (str(folder) for folder in folders)
     search = [f"hydra.searchpath=[{','.join(quote('file://' + o) for o in others)}]"]
@@ -256,7 +255,7 @@ def config_folders(config_dir: str | Path | None = None) -> list[Path]:
 
     Raises:
         ConfigError: if `config_dir` is not a folder, or has a file with a shipped one's name, too
-            many aliases, or what `own_files` and `references` refuse.
+            many aliases.
     """
     shipped = shipped_dir("configs")
     if config_dir is None:
@@ -265,7 +264,6 @@ def config_folders(config_dir: str | Path | None = None) -> list[Path]:
     if not own.is_dir():
         raise ConfigError(f"--config-dir {str(config_dir)!r} is not a folder")
     check_own_files(own, shipped)
-    check_references(texts_of([shipped, own]))
     return [shipped, own]
 
 

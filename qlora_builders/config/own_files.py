@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # a dependency of omegaconf
 
-from qlora_builders.config.references import Text, path_of, texts
+from qlora_builders.config.references import RefusedError, Text, path_of, texts
 from qlora_builders.config.schema import ROOTS
 from qlora_builders.config.yaml_file import check_bounded
 from qlora_builders.errors import ConfigError
@@ -32,7 +32,7 @@ def check_own_files(own: Path, shipped: Path) -> None:
     """
     Raises:
         ConfigError: for a file that leads out of the folder, has a name of ours or of hydra's, or
-            holds what a config may not; of what else is wrong whoever reads it says more.
+            too many aliases.
     """
     for entry in _entries(own):
         inside = entry.relative_to(own)
@@ -47,18 +47,41 @@ def check_own_files(own: Path, shipped: Path) -> None:
             raise ConfigError(f"{str(entry)!r} has the name of a shipped config; rename it")
         if inside.parts[0].removesuffix(".yaml") in _TAKEN:
             raise ConfigError(f"{str(entry)!r} has the name of a part of qlora's; rename it")
-        for problem in _problems(entry):
-            raise ConfigError(f"{inside}: {problem}")
 
 
-def texts_of(folders: Sequence[Path]) -> list[Text]:
-    """Every value of the user's files, and of those shipped ones that have interpolations."""
+def texts_of(folders: Sequence[Path], overrides: Iterable[str]) -> list[Text]:
+    """Every value of the user's files that these `group=option` choose, and of those that they
+    start from; with those of the shipped files that have interpolations.
+
+    Raises:
+        RefusedError: if one holds what a config may not; of what else is wrong whoever reads it
+            says more.
+    """
     shipped, *others = folders
     found = list(_shipped_texts(shipped))
     for folder in others:
-        for file in _yaml_files(folder):
+        for file in _chosen(folder, overrides):
+            for problem in _problems(file):
+                raise RefusedError(f"{file.relative_to(folder)}: {problem}")
             found += _texts_of_file(folder, file)
     return found
+
+
+def _chosen(folder: Path, overrides: Iterable[str]) -> list[Path]:
+    """Files by `group=option`, and all that may be meant by the defaults of those."""
+    left = [override.replace("=", "/", 1) for override in overrides]
+    files: dict[Path, None] = {}
+    while left:
+        file = folder / f"{left.pop().strip('/')}.yaml"
+        if file in files or not os.path.isfile(file):  # False for names too long, too
+            continue
+        files[file] = None
+        group = file.parent.relative_to(folder).as_posix()
+        for chosen, options in _defaults(_tree(file)):
+            for option in options:
+                name = f"{chosen}/{option}" if chosen else option
+                left += [name, f"{group}/{name}"]
+    return list(files)
 
 
 @cache
@@ -104,27 +127,31 @@ def _problems(file: Path) -> Iterator[str]:
         yield f"has a line '# @...' that is not {GLOBAL!r} at its start; take it out"
     if "hydra" in tree:
         yield "the key 'hydra' is of hydra's own settings, which qlora has none of; take it out"
-    entries = tree.get("defaults")
-    for entry in entries if isinstance(entries, list) else []:
-        yield from _of_default(entry)
+    for chosen, options in _defaults(tree):
+        for name in (chosen, *options):
+            if name and not _is_plain(name):
+                yield (
+                    f"defaults: {name!r} is no config of a group, such as demo_qlora in "
+                    "- demo_qlora, or lora in - override /method: lora"
+                )
     yield from _of_keys(tree, "")
 
 
-def _of_default(entry: Any) -> Iterator[str]:
-    """`_self_`, `other_file`, `{override /method: lora}`, and nothing that leads elsewhere."""
-    group, option = next(iter(entry.items()), ("", "")) if isinstance(entry, dict) else ("a", entry)
-    if not isinstance(group, str):
-        return  # hydra says what is wrong
-    group = re.sub(r"^(override|optional)\s+", "", group.strip())
-    names = [group, *(option if isinstance(option, list) else [option])]
-    for name in names:
-        if not isinstance(name, str) or name == "_self_":
-            continue
-        if not _NAME.fullmatch(name) or ".." in name or name.strip("/").split("/")[0] == "hydra":
-            yield (
-                f"defaults: {name!r} is no config of a group, such as demo_qlora in "
-                "- demo_qlora, or lora in - override /method: lora"
-            )
+def _defaults(tree: Any) -> Iterator[tuple[str, list[str]]]:
+    """(group, options) of each entry: `override /method: lora`, or `demo_qlora` without a group."""
+    entries = tree.get("defaults") if isinstance(tree, dict) else None
+    for entry in entries if isinstance(entries, list) else []:
+        pairs = entry.items() if isinstance(entry, dict) else [("", entry)]
+        for group, option in pairs:
+            options = option if isinstance(option, list) else [option]
+            name = re.sub(r"^((override|optional)\s+)+", "", str(group).strip())
+            yield name, [one for one in options if isinstance(one, str) and one != "_self_"]
+
+
+def _is_plain(name: str) -> bool:
+    """Not `../other`, `file:///etc`, `group@place`, `${key}`, nor a group of hydra's."""
+    plain = _NAME.fullmatch(name) and ".." not in name
+    return bool(plain) and name.strip("/").split("/")[0] != "hydra"
 
 
 def _of_keys(tree: Any, where: str) -> Iterator[str]:

@@ -27,6 +27,10 @@ _DEEPEST = 20
 Path = tuple[str, ...]
 
 
+class RefusedError(ConfigError):
+    """What is wrong with a file as a whole, so that its values are not looked at one by one."""
+
+
 @dataclass(frozen=True)
 class Text:
     """A text with `${`, or without; `where` is the file or override it stands in."""
@@ -56,7 +60,7 @@ def path_of(key: str) -> Path:
 def check_references(found: Iterable[Text]) -> None:
     """
     Raises:
-        ConfigError: for an interpolation of another kind than `${key}` and those of `RESOLVERS`,
+        RefusedError: for an interpolation of another kind than `${key}` and those of `RESOLVERS`,
             and if those of one file stand for too much, or for each other too often in a row.
     """
     counting = _Counting(list(found))
@@ -64,7 +68,7 @@ def check_references(found: Iterable[Text]) -> None:
     for one in counting.with_references:
         totals[one.where] = totals.get(one.where, 0) + counting.size_of(one, ())
         if totals[one.where] > _MOST:
-            raise ConfigError(
+            raise RefusedError(
                 f"{one.where}: what its ${{...}} stand for is more than {_MOST:,} characters; "
                 "write out what is needed"
             )
@@ -79,7 +83,7 @@ def _keys_in(one: Text) -> list[str]:
     for match in opened:
         known = _KNOWN.match(one.text, match.end() - 2)
         if known is None:
-            raise ConfigError(
+            raise RefusedError(
                 f"{one.where}: {'.'.join(one.path)} has a ${{...}} that is neither ${{key}} nor "
                 f"one of {', '.join(f'${{{name}:...}}' for name in RESOLVERS)}; write \\${{ for "
                 "the characters themselves"
@@ -109,12 +113,13 @@ class _Counting:
         if one in self._sizes:
             return self._sizes[one]
         if one in on_the_way:
-            raise ConfigError(
-                f"{one.where}: {'.'.join(one.path)}: Recursive interpolation detected: its "
+            last = on_the_way[-1]
+            raise RefusedError(
+                f"{last.where}: {'.'.join(last.path)}: Recursive interpolation detected: its "
                 "${...} leads back to itself"
             )
         if len(on_the_way) > _DEEPEST:
-            raise ConfigError(
+            raise RefusedError(
                 f"{one.where}: {'.'.join(one.path)} is at the end of more than {_DEEPEST} "
                 "${...} that stand for each other; write out what is needed"
             )

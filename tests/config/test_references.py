@@ -70,7 +70,7 @@ def chain(length: int, width: int) -> dict[str, str]:
         ({"a": ["${b}"] * 2000, "b": ["x"] * 2000}, "more than 1,000,000 characters"),
         ({"a": "${b.c}" * 2000, "b": {"c": {"d": "x" * 2000}}}, "more than 1,000,000 characters"),
         ({"a": "${b.c}" * 11000, "b": "${d}", "d": {"c": 1}}, "more than 1,000,000 characters"),
-        ({"a": "${b}", "b": "x${a}"}, "a: Recursive interpolation detected"),
+        ({"a": "${b}", "b": "x${a}"}, "b: Recursive interpolation detected"),
         ({"a": {"b": "${a}"}}, r"a\.b: Recursive interpolation detected"),
     ],
 )
@@ -96,7 +96,7 @@ def test_over_files_and_overrides(tmp_path: Path) -> None:
     lines = ["# @package _global_", "optimizer:", *(f"  {row}" for row in second), "  a0: {x: 1}"]
     mine.write_text("\n".join(lines))
     with pytest.raises(ConfigError, match=r"mine\.yaml: what its .* more than 1,000,000 char"):
-        compose("finetune", ["optimizer=mine", "experiment=mine"], config_dir=tmp_path)
+        compose_tree("finetune", ["optimizer=mine", "experiment=mine"], config_dir=tmp_path)
     mine.unlink()
     overrides = ["+optimizer." + row.replace(": ", "=", 1) for row in second]
     compose("finetune", ["optimizer=mine", "optimizer.a9=1"], config_dir=tmp_path)
@@ -108,3 +108,15 @@ def test_text_with_such_signs_is_taken_literally() -> None:
     assert compose("generate", [r"prompt=echo \${HOME:-x}"]).prompt == "echo ${HOME:-x}"
     with pytest.raises(ConfigError, match=r"write \\\$\{ for the characters themselves"):
         compose("generate", ["prompt=echo ${HOME:-x}"])
+
+
+def test_a_file_that_nobody_chose_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    for name, line in (("bad", "output_dir: ${oc.env:HOME}"), ("good", "training: {seed: 3}")):
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{line}\n")
+    assert compose("finetune", ["experiment=good"], config_dir=tmp_path).training.seed == 3
+    via = tmp_path / "experiment" / "via.yaml"
+    for default in ("bad", "/experiment/bad", "{/experiment: bad}", "{override /data: chat}, bad"):
+        via.write_text(f"# @package _global_\ndefaults: [{default}]\n")
+        with pytest.raises(ConfigError, match=r"experiment/bad\.yaml: output_dir has a "):
+            compose("finetune", ["experiment=via"], config_dir=tmp_path)
