@@ -149,7 +149,7 @@ def names_of_code(cfg: Any, overrides: Sequence[str]) -> list[str]:
     problems = []
     for key, knob in knobs(type(cfg)).items():
         value = value_of(cfg, key)
-        typed = any(override.startswith(f"{key}=") for override in overrides)
+        typed = any(one.startswith(f"{key}=") and "${" not in one for one in overrides)
         if knob.names_code and value != knob.default and not typed:
             problems.append(
                 f"{key}={value} is in a config file, but code runs from there: write it on the "
@@ -165,15 +165,17 @@ def component_problems(cfg: Any) -> list[str]:
         ImportError: if a component's package is optional and missing.
     """
     problems = []
-    for key in knobs(type(cfg)):
-        value = getattr(cfg, key, None)
+    for key, knob in knobs(type(cfg)).items():
+        if knob.names is None:
+            continue
+        value = value_of(cfg, key)
         nodes = {key: value}
         if isinstance(value, list):
             nodes = {f"{key}[{index}]": node for index, node in enumerate(value)}
         for node_key, node in nodes.items():
             if isinstance(node, dict) and "component" in node:
                 try:
-                    resolve_component(node, key=node_key)
+                    resolve_component(node, knob.names, key=node_key)
                 except ConfigError as error:
                     problems.append(str(error))
     return problems

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from inspect import Parameter, signature
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -141,8 +141,7 @@ def make_optimizer(
     """The optimizer and the schedule of its learning rate; with the model as the checkpoint left
     them, where the run goes on from one."""
     cfg, start = run.cfg, run.start
-    optimizer = instantiate(cfg.optimizer, _optimizer_groups(model, cfg), key="optimizer")
-    _check_steps(optimizer, cfg.optimizer["component"])
+    optimizer = build_optimizer(cfg, _optimizer_groups(model, cfg))
     if start.folder is not None:
         rates = [group["lr"] for group in optimizer.param_groups]
         load_step(start.folder, model, optimizer)
@@ -151,6 +150,16 @@ def make_optimizer(
     factor = lr_factor(total_steps=data.total_steps, **asdict(cfg.lr_schedule))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=start.step - 1)
     return optimizer, schedule
+
+
+def build_optimizer(cfg: FinetuneConfig, parameters: list[Any]) -> torch.optim.Optimizer:
+    """
+    Raises:
+        ConfigError: for arguments that it refuses, and for one that a run cannot step.
+    """
+    optimizer = instantiate(cfg.optimizer, "optimizer", [parameters], key="optimizer")
+    _check_steps(optimizer, cfg.optimizer["component"])
+    return cast(torch.optim.Optimizer, optimizer)
 
 
 def look_ahead(
@@ -190,13 +199,18 @@ def _first_step(cfg: FinetuneConfig, folder: Path, ranks: Ranks) -> Start:
 
 
 def _make_loggers(cfg: FinetuneConfig, ranks: Ranks, folder: Path, start: Start) -> Loggers:
-    about: dict[str, Any] = {"run_dir": folder, "first_step": start.step}
-    return Loggers(
-        [
-            instantiate(node, key=f"loggers[{index}]", config=asdict(cfg), **about)
-            for index, node in enumerate(cfg.loggers if ranks.is_main and not cfg.dry_run else [])
-        ]
-    )
+    about = {"run_dir": folder, "first_step": start.step, "config": asdict(cfg)}
+    nodes = cfg.loggers if ranks.is_main and not cfg.dry_run else []
+    loggers = []
+    for index, node in enumerate(nodes):
+        logger = instantiate(node, "logger", kwargs=about, key=f"loggers[{index}]")
+        if not all(callable(getattr(logger, method, None)) for method in ("log", "close")):
+            raise ConfigError(
+                f"loggers[{index}].component={node['component']} gives a {type(logger).__name__}; "
+                "name a class with log and close"
+            )
+        loggers.append(logger)
+    return Loggers(loggers)
 
 
 def _load_batches(source: str, run: Run, tokenizer: Tokenizer, *, shuffle: bool) -> Batches:

@@ -21,7 +21,7 @@ def make(name: str, run: Path, *, first_step: int = 0, **options: Any) -> Any:
     run.mkdir(exist_ok=True)
     node = {"component": PREFIX + name, **options}
     about = {"run_dir": run, "first_step": first_step, "config": {"training": {"seed": 3}}}
-    return instantiate(node, key="loggers[0]", **about)
+    return instantiate(node, "logger", kwargs=about, key="loggers[0]")
 
 
 class Recorder:
