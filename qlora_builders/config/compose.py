@@ -37,7 +37,7 @@ from qlora_builders.config.overrides import (
 from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
 from qlora_builders.config.shipped import demo_path, shipped_dir
 from qlora_builders.config.yaml_file import check_bounded
-from qlora_builders.errors import ConfigError, did_you_mean
+from qlora_builders.errors import ConfigError, did_you_mean, expand_home
 from qlora_builders.outputs import write_whole
 
 _OMEGACONF_RESOLVERS = (
@@ -250,9 +250,10 @@ def config_folders(config_dir: str | Path | None = None) -> list[Path]:
     shipped = shipped_dir("configs")
     if config_dir is None:
         return [shipped]
-    own = Path(config_dir).expanduser().resolve()
+    own = expand_home(config_dir, ConfigError)
     if not own.is_dir():
         raise ConfigError(f"--config-dir {str(config_dir)!r} is not a folder")
+    own = own.resolve()
     for file in sorted(own.rglob("*.yaml")):
         if (shipped / file.relative_to(own)).exists():
             raise ConfigError(f"{str(file)!r} has the name of a shipped config; rename it")
