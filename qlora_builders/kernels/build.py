@@ -77,7 +77,7 @@ def load_library(sources: Sources, *, limit: TimeLimit | None = None) -> ctypes.
     except (CacheError, CompilerError) as error:
         text = str(error) if isinstance(problem, CompilerError) else f"{error}; {problem}"
         raise CompilerError(text) from error
-    _warn_not_kept(problem)
+    _warn_not_kept(problem if isinstance(problem, CacheError) else f"in {folder}: {problem}")
     return library
 
 
@@ -180,7 +180,7 @@ def _build(
             try:
                 _keep(made, folder, stem)
             except OSError as error:
-                _warn_not_kept(CacheError(f"{error.filename2 or folder}: {error.strerror}"))
+                _warn_not_kept(f"{error.filename2 or folder}: {error.strerror}")
     return library
 
 
@@ -193,7 +193,7 @@ def _keep(made: Path, folder: Path, stem: str) -> None:
         _fsync(folder)
 
 
-def _warn_not_kept(problem: Exception) -> None:
+def _warn_not_kept(problem: CacheError | str) -> None:
     warnings.warn(
         f"the compiled CPU kernels cannot be kept, so each start compiles them again: {problem}; "
         "set QLORA_BUILDERS_CACHE to a folder that only you can write",

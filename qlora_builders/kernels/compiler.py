@@ -12,6 +12,7 @@ import shlex
 import signal
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -68,22 +69,37 @@ class Compiler:
             CompilerError: if there is none.
         """
         library = folder / "library.so"
-        objects = [folder / f"{source.stem}.o" for source in sources]
-        to_object = [*(flag for flag in flags if flag != "-shared"), "-fopenmp", "-c"]
-        try:
-            for source, made in zip(sources, objects, strict=True):
-                self._run([*to_object, source, "-o", made])
-        except CompilerTimeoutError:
-            raise
-        except CompilerError:
-            pass  # it knows no OpenMP, or nothing works: then the last command says what
-        else:
-            self._run(["-shared", *objects, "-o", library])
-            with suppress(OSError, CompilerError):  # torch brings no OpenMP that can be used
+        if self._link_with_openmp(library, sources, flags):
+            with suppress(CompilerError):  # torch brings no OpenMP that can be used
                 self.load(library, mode=os.RTLD_NOW)
                 return library
         self._run([*flags, "-Wno-unknown-pragmas", *sources, "-o", library])
         return library
+
+    def _link_with_openmp(
+        self, library: Path, sources: Sequence[Path], flags: Sequence[str]
+    ) -> bool:
+        """False if the objects cannot be made: no OpenMP, or nothing works.
+
+        They lie where the compiler's own temporary files do, so that a full disk around `library`
+        does not pass for a lack of OpenMP.
+        """
+        to_object = [*(flag for flag in flags if flag != "-shared"), "-fopenmp", "-c"]
+        try:
+            scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        except OSError as error:
+            raise CompilerError(f"there is no folder for temporary files: {error}") from error
+        with scratch:
+            objects = [Path(scratch.name) / f"{source.stem}.o" for source in sources]
+            try:
+                for source, made in zip(sources, objects, strict=True):
+                    self._run([*to_object, source, "-o", made])
+            except CompilerTimeoutError:
+                raise
+            except CompilerError:
+                return False
+            self._run(["-shared", *objects, "-o", library])
+        return True
 
     def load(self, library: Path, *, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
         """Load what `compile` made.
