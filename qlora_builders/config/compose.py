@@ -38,7 +38,7 @@ from qlora_builders.config.own_files import GLOBAL, check_own_files, texts_of
 from qlora_builders.config.references import RefusedError, Text, check_references, path_of, texts
 from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
 from qlora_builders.config.shipped import demo_path, shipped_dir
-from qlora_builders.errors import ConfigError, did_you_mean
+from qlora_builders.errors import ConfigError, did_you_mean, expand_home
 from qlora_builders.outputs import fault_of_path, write_whole
 
 _FOREIGN_RESOLVERS = (
@@ -263,7 +263,7 @@ def config_folders(config_dir: str | Path | None = None) -> list[Path]:
     fault = fault_of_path(str(config_dir))
     if fault:
         raise ConfigError(f"--config-dir={config_dir} {fault}")
-    own = Path(config_dir).expanduser().resolve()
+    own = expand_home(config_dir, ConfigError).resolve()
     if not own.is_dir():
         raise ConfigError(f"--config-dir {str(config_dir)!r} is not a folder")
     check_own_files(own, shipped)

@@ -24,7 +24,7 @@ from qlora_builders.data.assistant_mask import (
     render_with_spans,
 )
 from qlora_builders.data.chat_template import ChatTemplate, Message
-from qlora_builders.errors import DataError
+from qlora_builders.errors import DataError, expand_home
 from qlora_builders.strict_json import parse_json
 
 
@@ -97,7 +97,7 @@ class Tokenizer:
             DataError: if a file is missing or broken, a named token is not in the vocabulary, or
                 the chat template is broken or unsafe.
         """
-        folder = Path(path).expanduser()
+        folder = expand_home(path, DataError)
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise DataError(_missing_tokenizer(folder))
