@@ -27,7 +27,7 @@ def test_a_finished_run_has_its_page(run: Path) -> None:
     page = (run / "report.html").read_text()
     assert "finished, step 6 of 6" in page
     for heading in ("Loss", "Adapter update", "Quantization error", "Samples", "Environment"):
-        assert f"{heading}<" in page
+        assert re.search(f"<h[23]>{heading}", page)
     assert "Loss: 7 of 7 points" in page
     assert "eval_tokens: 3 of 3 points" in page
 
