@@ -48,7 +48,7 @@ class Curve:
     """Where `y` is not finite the line is broken."""
 
     name: str
-    x: Sequence[float]
+    x: Sequence[float]  # ascending
     y: Sequence[float]
     color: int = 0  # past the last one they come again, dashed
     dots: bool = False  # mark every point: there are few, and none between them
@@ -271,7 +271,8 @@ def _plot(axes: Any, chart: Chart) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: spell(value)))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=_ROUND, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for mark in chart.marks:
+    steps = [step for curve in chart.curves if curve.x for step in (curve.x[0], curve.x[-1])]
+    for mark in (mark for mark in chart.marks if min(steps) <= mark <= max(steps)):
         axes.axvline(mark, color=_SOFT, linewidth=1, linestyle=":")
     limit = max(100, _MOST_POINTS // max(4, len(chart.curves)))
     for curve in chart.curves:

@@ -200,6 +200,9 @@ def test_a_resumed_run_is_marked(make_run: MakeRun) -> None:
     dotted = [a for a in page.all("path") if "stroke-dasharray" in a.get("style", "")]
     assert len(dotted) == len(page.all("svg"))
     assert "run resumed after step 12" in page.text
+    (path / "environment.jsonl").write_text('{"first_step": 1' + "0" * 400 + "}\n")
+    beyond = [a for a in page_of(path).all("path") if "stroke-dasharray" in a.get("style", "")]
+    assert beyond == []
     assert "cuda:0 H100" in page.text
 
 
