@@ -38,7 +38,6 @@ NF4_TYPE_CHECK_FILES = ("qlora_builders/modules/linear.py",)
 NEED_EXTRAS = ("nf4_triton.py", "nf4_triton_kernels.py", "harness_model.py")
 OPTIONAL = (
     "datasets",
-    "matplotlib",
     "tensorboard",
     "wandb",
     "transformers",

@@ -1,6 +1,6 @@
 """A run's directory: whose it is, and which of its step checkpoints are good.
 
-RUN/config.yaml  metrics.jsonl  loss.png  checkpoints/step_N/  adapter/ or model/
+RUN/config.yaml  metrics.jsonl  report.html  checkpoints/step_N/  adapter/ or model/
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from qlora_builders.training.loop import (
     until_stopped,
 )
 from qlora_builders.training.objective import Objective
-from qlora_builders.training.progress import pair_figures, step_row, write_csv
+from qlora_builders.training.progress import pair_figures, step_row
 from qlora_builders.training.samples import add_samples
 
 
@@ -82,7 +82,6 @@ def train(
             checkpoints.finish()
             if step and not ranks.on_main(step_folder(run.folder, step).exists):
                 checkpoints.save(step)
-    ranks.on_main(lambda: write_csv(run.folder))
     if stopped:
         _leave(run, log, step)
 

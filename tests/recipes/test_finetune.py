@@ -65,7 +65,7 @@ def test_every_method_learns_and_leaves_a_complete_run(
     for key in ("lr", "grad_norm", "tokens_per_s", "peak_memory_mib", "target_tokens"):
         assert all(value > 0 for value in metrics(run, key))
     names = {path.name for path in run.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "loss.png"} <= names
+    assert {"config.yaml", "metrics.jsonl", "report.html"} <= names
     if method == "full":
         model = load_with_adapter(run / "model", None)
         assert (run / "model" / "tokenizer.json").is_file()
