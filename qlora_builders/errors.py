@@ -34,6 +34,14 @@ class DataError(QLoRAError):
     """A data file, tokenizer or chat template; the message carries the file and the row."""
 
 
+class UnsafeError(DataError):
+    """What a stranger wrote takes more time or memory than it may; no fault of the row."""
+
+
+class UnsafeTemplateError(UnsafeError):
+    """A template that does so, or that tried to leave its sandbox."""
+
+
 class TrainingError(QLoRAError):
     """A run that cannot go on, such as one whose loss is not finite."""
 

@@ -22,6 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py")) + RECIPES
 LAYERS = (
     {"errors"},
     {"strict_json", "outputs"},
+    {"confined"},
     {"kernels"},
     {"tensor"},
     {"modules"},
