@@ -142,8 +142,8 @@ def test_help_shows_that_runs_come_without_a_key(capsys: pytest.CaptureFixture[s
             "loggers[0].projct is not an argument of",
         ),
         (
-            "loggers=[{component: qlora_builders.checkpoint.run_dir.step_folders}]",
-            "loggers[0]: qlora_builders.checkpoint.run_dir.step_folders refuses its arguments",
+            "loggers=[{component: qlora_builders.runs.folder.step_folders}]",
+            "loggers[0]: qlora_builders.runs.folder.step_folders refuses its arguments",
         ),
         ("training.samples=2 data.eval=null", "training.samples=2 needs questions in data.eval"),
     ],
