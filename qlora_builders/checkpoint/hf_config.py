@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.errors import CheckpointError
+from qlora_builders.files.json_object import read_json_object
 from qlora_builders.models import LlamaArch, RopeScaling
 
 # config.json key -> LlamaArch field, where a required number is copied as it is

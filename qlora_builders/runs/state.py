@@ -35,7 +35,6 @@ from qlora_builders.checkpoint.hf_llama import (
     lazy_parameter,
     write_hf_files,
 )
-from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.checkpoint.peft_adapter import load_adapter
 from qlora_builders.checkpoint.peft_export import (
     AdapterFiles,
@@ -50,6 +49,7 @@ from qlora_builders.distributed.sharded_state import (
     write_parts,
 )
 from qlora_builders.errors import CheckpointError
+from qlora_builders.files.json_object import read_json_object
 from qlora_builders.files.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM, LoRALinear

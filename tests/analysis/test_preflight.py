@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_builders import LLAMA_ARCHS, llama, load_checkpoint, preflight
+from qlora_builders import LLAMA_ARCHS, llama, load_checkpoint
+from qlora_builders.analysis import preflight
 from qlora_builders.analysis.preflight import (
     busy_elsewhere,
     check_positions,
