@@ -36,7 +36,7 @@ def check_own_files(own: Path, shipped: Path) -> None:
     """
     for entry in _entries(own):
         inside = entry.relative_to(own)
-        if entry.is_symlink() and (entry.is_dir() or not entry.resolve().is_relative_to(own)):
+        if entry.is_symlink() and (entry.is_dir() or not _target(entry).is_relative_to(own)):
             raise ConfigError(f"{str(entry)!r} is a link out of its folder; put a copy there")
         if entry.suffix != ".yaml" or entry.is_dir():
             continue
@@ -47,6 +47,11 @@ def check_own_files(own: Path, shipped: Path) -> None:
             raise ConfigError(f"{str(entry)!r} has the name of a shipped config; rename it")
         if inside.parts[0].removesuffix(".yaml") in _TAKEN:
             raise ConfigError(f"{str(entry)!r} has the name of a part of qlora's; rename it")
+
+
+def _target(link: Path) -> Path:
+    """Itself for a link in a circle, where `Path.resolve` raises."""
+    return Path(os.path.realpath(link))
 
 
 def texts_of(folders: Sequence[Path], overrides: Iterable[str]) -> list[Text]:
