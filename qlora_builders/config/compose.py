@@ -334,11 +334,6 @@ def _demo_eval(train: str) -> str | None:
     return str(demo_path("eval.jsonl")) if train == str(demo_path("train.jsonl")) else None
 
 
-def _any_of(names: Sequence[str]) -> str:
-    """`[q_proj, v_proj]` -> `{q_proj,v_proj}`, the choice of the rule language."""
-    return names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
-
-
 @contextmanager
 def _no_foreign_resolvers() -> Iterator[None]:
     """Without those of OmegaConf and hydra (`oc.env`, `oc.decode` ...): a config may come from
@@ -361,7 +356,6 @@ def _register(verb: str) -> None:
     resolvers = {
         "demo": lambda name: str(demo_path(name)),
         "demo_eval": _demo_eval,
-        "any_of": _any_of,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)

@@ -13,6 +13,16 @@ from qlora_builders.config.knobs import knob
 REQUIRED = "<required>"
 DTYPES = ("float32", "bfloat16", "float16")
 DPO_LOSSES = ("sigmoid", "hinge")
+_ADAPTER = (
+    "rank", "alpha", "dropout", "use_rslora", "use_dora", "lora_bias", "init_lora_weights"
+)  # fmt: skip
+_NF4 = ("block_size", "scale_block_size", "scale_format", "scale_search")
+# method -> the options of its adapters and of its base
+PRESETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "full": ((), ()),
+    "lora": (_ADAPTER, ()),
+    "qlora": (_ADAPTER, _NF4),
+}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -56,21 +66,25 @@ class ModelConfig:
 
 @dataclass
 class MethodConfig:
-    """A preset that writes the component plan; an option that the preset does not take is null."""
+    """A preset, short for component rules; an option that the preset does not take is null."""
 
-    name: str = knob("qlora", "name of the preset: qlora, lora or full")
+    name: str = knob("qlora", "what the rules are", choices=tuple(PRESETS))
     rank: int | None = knob(16, "rank of the adapters", at_least=1)
     alpha: float | None = knob(32.0, "adapter scale: alpha / rank multiplies B A x", above=0)
     dropout: float | None = knob(0.0, "adapter input dropout, probability", at_least=0, below=1)
     use_rslora: bool | None = knob(False, "scale by alpha / sqrt(rank) instead")
     use_dora: bool | None = knob(False, "DoRA: train the lengths of the weights' rows too")
+    lora_bias: bool | None = knob(None, "train a bias with lora_B; null: no")
     init_lora_weights: str | None = knob(
         "default", "where A and B start: default (B is zero), pissa, pissa_niter_N or loftq"
     )
     block_size: int | None = knob(64, "weights per NF4 scale", at_least=1)
+    scale_block_size: int | None = knob(None, "NF4 scales per group; null: 256", at_least=1)
+    scale_format: str | None = knob(
+        None, "how NF4 scales are stored; null: geometric", choices=("geometric", "bnb", "none")
+    )
+    scale_search: bool | None = knob(None, "search for the best NF4 scales; null: no")
     targets: list[str] = knob(list(PROJECTIONS), "projections that get an adapter")
-    components: list[dict[str, Any]] = knob([], "rules of the preset")
-    train: list[str] = knob([], "parameters the preset trains beside adapters, as patterns")
 
 
 def allow_base_mismatch_knob() -> Any:
