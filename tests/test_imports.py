@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py")) + RECIPES
 
 # A part may import the parts of earlier layers; the parts of one layer do not import each other.
 LAYERS = (
-    {"errors"},
+    {"errors", "names"},
     {"strict_json", "outputs"},
     {"files"},
     {"confined"},

@@ -6,7 +6,6 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from qlora_builders.checkpoint.merge import MERGE_FORMATS
 from qlora_builders.checkpoint.merge_report import MAX_ERROR
 from qlora_builders.config.checks import check, required, size_in_bytes
 from qlora_builders.config.knobs import knobs
@@ -20,6 +19,7 @@ from qlora_builders.config.schema import (
 )
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError
+from qlora_builders.names import WRITTEN_FORMATS
 
 
 def finetune() -> FinetuneConfig:
@@ -53,7 +53,7 @@ def test_defaults_are_not_shared() -> None:
 def test_merging_is_as_strict_from_the_command_line_as_from_python() -> None:
     leaves = knobs(MergeConfig)
     assert leaves["max_error"].default == MAX_ERROR
-    assert leaves["format"].choices == MERGE_FORMATS
+    assert leaves["format"].choices == WRITTEN_FORMATS
 
 
 def test_sections_are_dataclasses() -> None:
