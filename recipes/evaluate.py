@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from qlora_builders.checkpoint import load_with_adapter, read_adapter, read_arch
@@ -160,7 +159,7 @@ def answer_table(answers: list[dict[str, Any]], model: str, shown: int = 3) -> T
     for answer in answers[:shown]:
         right = "yes" if answer["right"] else "no"
         texts = (spell_asked(answer), answer["reference"], answer["answer"], right)
-        table.add_row(*map(escape, texts))
+        table.add_row(*texts)
     return table
 
 

@@ -20,7 +20,6 @@ from textwrap import wrap
 from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
@@ -29,6 +28,7 @@ from qlora_builders.checkpoint import load_checkpoint, read_arch, stored_plan
 from qlora_builders.config.checks import memory_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import PlanConfig
+from qlora_builders.console import PlainConsole
 from qlora_builders.data import (
     Batch,
     Batches,
@@ -117,7 +117,7 @@ def main(cfg: PlanConfig) -> None:
     console.print(f"wrote {output} and {output.with_suffix('.json')}")
 
 
-def tracked(items: Iterable[T], what: str, console: Console, total: int) -> Iterable[T]:
+def tracked(items: Iterable[T], what: str, console: PlainConsole, total: int) -> Iterable[T]:
     return track(
         items,
         what,
@@ -195,7 +195,9 @@ def load(cfg: PlanConfig, rules: list[dict[str, Any]]) -> CausalLM:
     )
 
 
-def measure(model: CausalLM, data: TokenizedDataset, cfg: PlanConfig, console: Console) -> Options:
+def measure(
+    model: CausalLM, data: TokenizedDataset, cfg: PlanConfig, console: PlainConsole
+) -> Options:
     """What every slot can be, with its bytes and the predicted KL divergence."""
     slots = quantizable(model)
     found = measure_sensitivity(model, slots, calibration_batches(data, cfg), seed=cfg.seed)

@@ -42,7 +42,7 @@ def check_same_curve(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
             f"cannot resume from {checkpoint} with another config; set these back, or start anew "
             "in another output_dir:"
         )
-        raise ConfigError("\n".join([head, *differing]))
+        raise ConfigError(head, *differing)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """HTML as a tree of elements, so that text from files cannot become markup.
 
 A run directory may be a stranger's. Every string goes into the tree as text or as the value of an
-attribute, and the serializer escapes both; tags and attribute names are only ever written here and
-in this package's source. Should something slip through all the same, the page's content security
-policy runs no script but ours and fetches nothing.
+attribute, where characters that HTML does not allow are spelled out (`visible`), and the serializer
+escapes the rest; tags and attribute names are only ever written here and in this package's source.
+Should something slip through all the same, the page's content security policy runs no script but
+ours and fetches nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+from qlora_builders.visible import visible
+
 Child = Element | str | None
 LONGEST_TEXT = 4000  # characters of one value
 
@@ -25,7 +28,7 @@ def element(tag: str, *children: Child, **attributes: object) -> Element:
     node = Element(tag)
     for name, value in attributes.items():
         if value is not None:
-            node.set(name.rstrip("_").replace("_", "-"), str(value))
+            node.set(name.rstrip("_").replace("_", "-"), visible(str(value)))
     last: Element | None = None
     for child in children:
         if isinstance(child, Element):
@@ -33,9 +36,9 @@ def element(tag: str, *children: Child, **attributes: object) -> Element:
             last = child
         elif child is not None:
             if last is None:
-                node.text = (node.text or "") + child
+                node.text = (node.text or "") + visible(child)
             else:
-                last.tail = (last.tail or "") + child
+                last.tail = (last.tail or "") + visible(child)
     return node
 
 

@@ -19,7 +19,7 @@ from qlora_builders.errors import ConfigError
 from qlora_builders.outputs import write_whole
 from qlora_builders.report import read_run
 from qlora_builders.report.figures import AVERAGED, final_figures
-from qlora_builders.strict_json import parse_json
+from qlora_builders.strict_json import read_json
 
 RESULTS_FILE = "sweep.json"
 FINISHED = "finished"
@@ -65,7 +65,7 @@ def figures_of(verb: str, path: Path) -> dict[str, float]:
     try:
         if verb in TRAINING_VERBS:
             return _known(asdict(final_figures(read_run(path))))
-        content = parse_json(path.with_suffix(".json").read_bytes())
+        content = read_json(path.with_suffix(".json"))
     except (ConfigError, OSError, ValueError):
         return {}
     if verb == "plan":
@@ -101,7 +101,7 @@ def read_results(folder: Path) -> list[Result]:
     if not file.is_file():
         return []
     try:
-        return [Result(**job) for job in parse_json(file.read_bytes())["jobs"]]
+        return [Result(**job) for job in read_json(file)["jobs"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}; choose another output_dir") from error
 
