@@ -23,6 +23,7 @@ LAYERS = (
     {"errors"},
     {"plain_files", "visible"},
     {"strict_json", "outputs", "console"},
+    {"confined"},
     {"kernels"},
     {"tensor"},
     {"modules"},
@@ -39,7 +40,6 @@ NF4_TYPE_CHECK_FILES = ("qlora_builders/modules/linear.py",)
 NEED_EXTRAS = ("nf4_triton.py", "nf4_triton_kernels.py", "harness_model.py")
 OPTIONAL = (
     "datasets",
-    "matplotlib",
     "tensorboard",
     "wandb",
     "transformers",

@@ -143,6 +143,23 @@ def _rope_scaling(rope: dict[str, Any], where: str) -> RopeScaling | None:
     return RopeScaling(rope_type=rope_type, **values)
 
 
+def function_keys(arch: LlamaArch) -> dict[str, Any]:
+    """What of an arch decides the function of its weights, flat and by the names in config.json.
+
+    Every arch has the same keys. `max_position_embeddings` is none: it bounds rows, and RoPE that
+    depends on a length has `original_max_position_embeddings`.
+    """
+    keys = {name: getattr(arch, key.field) for name, key in KEYS.items()}
+    del keys["max_position_embeddings"]
+    scaling = arch.rope_scaling
+    rope_type = "default" if scaling is None else scaling.rope_type
+    keys["rope_scaling.rope_type"] = rope_type
+    for key in _ROPE_KEYS["llama3"]:  # has those of linear too
+        used = key in _ROPE_KEYS.get(rope_type, ())
+        keys[f"rope_scaling.{key}"] = getattr(scaling, key) if used else None
+    return keys
+
+
 def config_from_arch(arch: LlamaArch, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a model of this arch, readable by transformers 4 and 5."""
     dtype_name = str(dtype).removeprefix("torch.")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
+from typing import Any
 
+from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
@@ -28,27 +30,50 @@ def write_manifest(directory: Path) -> None:
 def check_manifest(directory: Path) -> None:
     """
     Raises:
-        CheckpointError: if the manifest or a file it lists is missing or is not what was written.
+        CheckpointError: if the manifest or a file it lists is missing or is not what was written,
+            or if there is a file that it does not list.
     """
+    listed = _read(directory / MANIFEST_FILE)
     try:
-        listed = json.loads((directory / MANIFEST_FILE).read_text())["files"]
         for name, written in listed.items():
-            file = directory / Path(name).name
-            if not file.is_file():
-                raise CheckpointError(f"{directory}: {name} is missing")
-            size = file.stat().st_size
-            if size != written["bytes"]:
+            _check_file(directory, name, written)
+        names = {file.name for file in directory.iterdir() if not file.name.startswith(".")}
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read: {error.strerror}") from error
+    others = sorted(names - listed.keys() - {MANIFEST_FILE})
+    if others:
+        raise CheckpointError(f"{directory}: {MANIFEST_FILE} does not list {others[0]}")
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """What a manifest lists, by the name of each file."""
+    files = read_json_object(file, expected="the list of a checkpoint's files").get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{file}: files is {type(files).__name__}; expected an object")
+    for name, written in files.items():
+        if Path(name).name != name or name in ("", "..") or not name.isprintable():
+            raise CheckpointError(f"{file}: {name!r:.80} is no name of a file beside it")
+        if not isinstance(written, dict):
+            raise CheckpointError(f"{file}: {name} is {written!r:.80}; expected an object")
+        for key, kind in (("bytes", int), ("crc32", str)):
+            if type(written.get(key)) is not kind:
                 raise CheckpointError(
-                    f"{directory}: {name} has {size:,} bytes, but {written['bytes']:,} were written"
+                    f"{file}: {key} of {name} is {written.get(key)!r:.80}; expected {kind.__name__}"
                 )
-            if crc32(file) != written["crc32"]:
-                raise CheckpointError(f"{directory}: {name} is not what was written (CRC-32)")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory}: {MANIFEST_FILE} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{directory}: {MANIFEST_FILE} cannot be read: {error!r}") from error
+    return files
+
+
+def _check_file(directory: Path, name: str, written: dict[str, Any]) -> None:
+    file = directory / name
+    if not file.is_file():
+        raise CheckpointError(f"{directory}: {name} is missing")
+    size = file.stat().st_size
+    if size != written["bytes"]:
+        raise CheckpointError(
+            f"{directory}: {name} has {size:,} bytes, but {written['bytes']:,} were written"
+        )
+    if crc32(file) != written["crc32"]:
+        raise CheckpointError(f"{directory}: {name} is not what was written (CRC-32)")
 
 
 def crc32(file: Path) -> str:

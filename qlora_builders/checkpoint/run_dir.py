@@ -1,6 +1,6 @@
 """A run's directory: whose it is, and which of its step checkpoints are good.
 
-RUN/config.yaml  metrics.jsonl  loss.png  checkpoints/step_N/  adapter/ or model/
+RUN/config.yaml  metrics.jsonl  report.html  checkpoints/step_N/  adapter/ or model/
 """
 
 from __future__ import annotations
@@ -9,30 +9,26 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qlora_builders.checkpoint.safetensors_io import clean_up, remove_directory
-from qlora_builders.checkpoint.train_state import StepState, read_step, write_step
+from qlora_builders.checkpoint.train_state import INFO_FILE, StepState, read_step, write_step
 from qlora_builders.errors import CheckpointError, ConfigError
-from qlora_builders.outputs import check_writable, step_folders, step_of
+from qlora_builders.outputs import check_writable, how_to_go_on, step_folders, step_of
 
 CONFIG_FILE = "config.yaml"
 RESULTS = ("adapter", "model")  # folders that a finished run has one of
 AUTO = "auto"
 
+CheckAbout = Callable[[dict[str, Any]], None]
+
 
 def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step}"
-
-
-def last_checkpoint(run_dir: Path) -> str:
-    """For a message."""
-    folders = step_folders(run_dir)
-    return f"the last checkpoint is {folders[-1]}" if folders else "no checkpoint was written"
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,7 @@ class Start:
     folder: Path | None = None  # of the checkpoint
     about: dict[str, Any] = field(default_factory=dict)  # as it was given to `add_step`
     messages: tuple[str, ...] = ()  # how that came about
+    seen: tuple[Any, ...] | None = field(default=None, compare=False)  # `_marks` at that time
 
     @property
     def run_dir(self) -> Path | None:
@@ -50,13 +47,20 @@ class Start:
         return None if self.folder is None else self.folder.parent.parent
 
 
-def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
+def find_start(
+    run_dir: Path,
+    *,
+    resume: str | None,
+    overwrite: bool,
+    check_about: CheckAbout = lambda about: None,
+) -> Start:
     """Check that a run may use `run_dir`, and where it starts, before anything slow happens.
 
     Args:
         resume: None; "auto": the newest good checkpoint in `run_dir`, or step 0 if there is none;
             or the path of a checkpoint.
         overwrite: replace the run in `run_dir`.
+        check_about: raises a ValueError if what a checkpoint says is not what its recipe writes.
 
     Raises:
         ConfigError: if `run_dir` cannot be written; if it is not empty and neither argument allows
@@ -65,23 +69,40 @@ def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
         CheckpointError: if `resume` is a path without a good checkpoint.
     """
     check_writable(run_dir, "output_dir", folder=True)
+    check_writable(run_dir / "checkpoints", "output_dir", folder=True)
+    seen = _marks(run_dir)
     if _is_taken(run_dir):
-        if resume is None and not overwrite:
-            raise ConfigError(
-                f"output_dir={run_dir} is not empty; choose another, go on with its run by "
-                "training.resume=auto, or set overwrite=true"
-            )
-        if not (run_dir / CONFIG_FILE).is_file():
-            key = "overwrite=true replaces" if overwrite else "training.resume goes on with"
-            raise ConfigError(f"output_dir={run_dir} holds no run; {key} only runs")
+        _check_taken(run_dir, resume, overwrite)
     if resume is None:
-        return Start()
-    if resume != AUTO:
-        return _named_start(Path(resume), run_dir)
+        start = Start()
+    elif resume == AUTO:
+        start = _newest_start(run_dir, overwrite, check_about)
+    else:
+        start = _named_start(Path(resume), run_dir, check_about)
+    return replace(start, seen=seen)
+
+
+def _check_taken(run_dir: Path, resume: str | None, overwrite: bool) -> None:
+    if resume is None and not overwrite:
+        ways = "choose another"
+        if (run_dir / CONFIG_FILE).is_file():
+            ways = "choose another, or set overwrite=true"
+            if step_folders(run_dir):
+                ways = (
+                    "choose another, go on with its run by training.resume=auto, or set "
+                    "overwrite=true"
+                )
+        raise ConfigError(f"output_dir={run_dir} is not empty; {ways}")
+    if not (run_dir / CONFIG_FILE).is_file():
+        key = "overwrite=true replaces" if overwrite else "training.resume goes on with"
+        raise ConfigError(f"output_dir={run_dir} holds no run; {key} only runs")
+
+
+def _newest_start(run_dir: Path, overwrite: bool, check_about: CheckAbout) -> Start:
     messages: list[str] = []
     for folder in reversed(step_folders(run_dir)):
         try:
-            return _start_at(folder, messages)
+            return _start_at(folder, check_about, messages)
         except CheckpointError as error:
             messages.append(f"warning: a damaged checkpoint is skipped: {error}")
     for name in RESULTS:
@@ -93,8 +114,12 @@ def find_start(run_dir: Path, *, resume: str | None, overwrite: bool) -> Start:
     return Start(messages=(*messages, f"no checkpoint in {run_dir} to resume from: a new run"))
 
 
-def _start_at(folder: Path, messages: Iterable[str] = ()) -> Start:
+def _start_at(folder: Path, check_about: CheckAbout, messages: Iterable[str] = ()) -> Start:
     step, about = read_step(folder)
+    try:
+        check_about(about)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / INFO_FILE}: {error}") from error
     return Start(step, folder, about, (*messages, f"resumed after step {step} from {folder}"))
 
 
@@ -103,14 +128,23 @@ def _is_taken(run_dir: Path) -> bool:
     return run_dir.exists() and any(path.suffix != ".partial" for path in run_dir.iterdir())
 
 
-def _named_start(folder: Path, run_dir: Path) -> Start:
+def _marks(run_dir: Path) -> tuple[Any, ...]:
+    """Other than before, if a process has taken the directory or finished there in between: each
+    writes config.yaml when it comes, its result when it goes, and step checkpoints in between."""
+    files = [run_dir / name for name in (CONFIG_FILE, *RESULTS) if (run_dir / name).exists()]
+    times = [(file.name, file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
+    return (_is_taken(run_dir), *times, *(folder.name for folder in step_folders(run_dir)))
+
+
+def _named_start(folder: Path, run_dir: Path, check_about: CheckAbout) -> Start:
     """Only what comes last in a directory may go on there; anything else would replace a run."""
-    start = _start_at(folder)
+    start = _start_at(folder, check_about)
     last = [other.resolve() for other in step_folders(run_dir)][-1:]
     if _is_taken(run_dir) and last != [folder.resolve()]:
+        on = ", or go on with that run by training.resume=auto" if last else ""
         raise ConfigError(
             f"output_dir={run_dir} holds a run whose last checkpoint is not training.resume="
-            f"{folder}; choose a new output_dir, or go on with that run by training.resume=auto"
+            f"{folder}; choose a new output_dir{on}"
         )
     return start
 
@@ -126,11 +160,16 @@ def run_directory(
     step_N.damaged.
 
     Raises:
-        ConfigError: if another process is using it.
+        ConfigError: if another process is using it, or has used it since `start` was found.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with _only_one_process(run_dir):
+            if start.seen not in (None, _marks(run_dir)):
+                raise ConfigError(
+                    f"output_dir={run_dir} was used by another process while this one was loading; "
+                    "nothing was changed: choose another, or start this command again"
+                )
             _tidy_up(run_dir, start, overwrite=overwrite, keep_last=keep_last)
             yield
     except BaseException:
@@ -165,14 +204,13 @@ def add_step(run_dir: Path, state: StepState, **ranks: Any) -> None:
     try:
         write_step(step_folder(run_dir, state.step), state, **ranks)
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}. {last_checkpoint(run_dir)}; training.resume=auto goes on from it"
-        ) from error
+        raise CheckpointError(f"{error}. {how_to_go_on(run_dir)}") from error
 
 
 def remove_old_steps(run_dir: Path, keep_last: int) -> None:
     for folder in step_folders(run_dir)[:-keep_last]:
-        remove_directory(folder)
+        if _is_real_directory(folder):  # what else has the name is none of ours
+            remove_directory(folder)
 
 
 @contextmanager

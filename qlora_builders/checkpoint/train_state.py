@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from qlora_builders.checkpoint.hf_llama import (
     lazy_parameter,
     write_hf_files,
 )
+from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.checkpoint.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from qlora_builders.checkpoint.peft_adapter import load_adapter
 from qlora_builders.checkpoint.peft_export import (
@@ -48,6 +50,7 @@ from qlora_builders.checkpoint.sharded_state import (
     stored_parts,
     write_parts,
 )
+from qlora_builders.checkpoint.stored_state import read_state, restore_optimizer
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM, LoRALinear
@@ -168,14 +171,25 @@ def read_step(folder: Path) -> tuple[int, dict[str, Any]]:
     Raises:
         CheckpointError: if it is no step checkpoint, or a damaged one.
     """
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder}: is a symbolic link; name the folder it leads to")
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: is a file; give a folder named .../checkpoints/step_N")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory; give one named .../checkpoints/step_N")
-    check_manifest(folder)
+    file = folder / INFO_FILE
     try:
-        about = json.loads((folder / INFO_FILE).read_text())
-        return int(about["step"]), about
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / INFO_FILE}: cannot be read: {error!r}") from error
+        check_manifest(folder)
+        about = read_json_object(file, expected="a step checkpoint")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from error
+    step, named = about.get("step"), re.fullmatch(r"step_([0-9]+)", folder.name)
+    if type(step) is not int or step < 1:
+        raise CheckpointError(f"{file}: step is {step!r:.80}; expected a whole number >= 1")
+    if named and int(named[1]) != step:
+        raise CheckpointError(f"{file}: step is {step}, but the folder is {folder.name}")
+    read_state(folder / STATE_FILE, mapped=True)
+    return step, about
 
 
 def load_step(folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer) -> None:
@@ -195,15 +209,15 @@ def load_step(folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer) -
         _load_trained(model, folder)
     file = folder / STATE_FILE
     device = compute_device(model)
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    try:
-        if sharded:
-            _load_parts(folder, state["optimizer"], optimizer)
-        optimizer.load_state_dict(state["optimizer"])
-    except ValueError as error:
-        raise CheckpointError(f"{file}: does not fit the optimizer: {error}") from error
+    state = read_state(file)
+    if sharded:
+        _load_parts(folder, state["optimizer"], optimizer)
+    restore_optimizer(file, state["optimizer"], optimizer)
     shard_optimizer_state_(optimizer)
-    set_random_state(state["random"], device)
+    try:
+        set_random_state(state["random"], device)
+    except RuntimeError as error:  # the GPU's, which `read_state` cannot try
+        raise CheckpointError(f"{file}: random['cuda'] is no state of a generator") from error
 
 
 def has_adapters(model: CausalLM) -> bool:
@@ -294,16 +308,19 @@ def _load_parts(folder: Path, state: dict[str, Any], optimizer: torch.optim.Opti
     """Add to an optimizer's state what was written in parts, sharded as its parameters are now.
 
     Raises:
-        ValueError: if the optimizer has no such parameters.
+        CheckpointError: if the optimizer has no such parameters.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parts: dict[str, Tensor] = {}
     for name, stored in stored_parts(folder).items():
         if not name.startswith(_OPTIMIZER):
             continue
-        index, key = name.removeprefix(_OPTIMIZER).split(".", 1)
-        if int(index) >= len(parameters) or parameters[int(index)].shape != stored.size:
-            raise ValueError(f"{name} has shape {list(stored.size)}")
-        part = torch.empty_like(parameters[int(index)], dtype=stored.properties.dtype)
+        index, _, key = name.removeprefix(_OPTIMIZER).partition(".")
+        own = parameters[int(index)] if index.isdecimal() and int(index) < len(parameters) else None
+        if own is None or own.shape != stored.size or int(index) not in state["state"]:
+            raise CheckpointError(
+                f"{folder}: does not fit the optimizer: {name} has shape {list(stored.size)}"
+            )
+        part = torch.empty_like(own, dtype=stored.properties.dtype)
         state["state"][int(index)][key] = parts[name] = part.detach()
     read_parts(folder, parts)

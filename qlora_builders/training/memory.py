@@ -34,6 +34,7 @@ CPU_FLOAT32_BYTES = 29 << 20  # more of them where products are float32
 CPU_COMPILE_BYTES = 100 << 20  # the compiler, and what it keeps of one kind of layer
 _WAITING = 3  # weights; see checkpoint/streaming.py
 CPU_TILE_BYTES = 8 << 20  # decoded rows of a weight, kept for all products; see kernels/
+PROBE_SHAPE = (256, 256)  # as of most weights: some optimizers treat vectors apart, or refuse them
 PROBE_ELEMENTS = 1 << 16
 
 
@@ -68,7 +69,7 @@ def probe_optimizer(
     """
 
     def step(num_tensors: int) -> tuple[Segment, Segment]:
-        parameters = [nn.Parameter(torch.zeros(PROBE_ELEMENTS)) for _ in range(num_tensors)]
+        parameters = [nn.Parameter(torch.zeros(PROBE_SHAPE)) for _ in range(num_tensors)]
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         grads = [p.grad for p in parameters if p.grad is not None]

@@ -222,6 +222,46 @@ def test_another_optimizer_is_refused(base: Path, tmp_path: Path) -> None:
         load_step(tmp_path / "step_4", model, few)
 
 
+def first(state: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = state["state"][0]
+    return values
+
+
+UNFIT: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "shape": ("adamw", lambda s: first(s).update(exp_avg=torch.zeros(2, 3)), "'exp_avg'.*shape"),
+    "scalar": ("adamw", lambda s: first(s).update(exp_avg_sq=torch.tensor(1.0)), r"shape \[\]"),
+    "missing": ("fused adamw", lambda s: first(s).pop("exp_avg"), r"\['exp_avg'\] is missing"),
+    "type": ("adamw", lambda s: first(s).update(exp_avg="x"), "'exp_avg'"),
+    "a parameter": ("adamw", lambda s: s["state"].pop(3), r"\['state'\]\[3\]\['step'\] is missing"),
+    "momentum": ("sgd", lambda s: first(s).update(momentum_buffer=torch.zeros(1)), "momentum_buf"),
+    "factor": ("adafactor", lambda s: first(s).update(row_var=torch.zeros(7, 1)), "'row_var'"),
+    "lr": ("adamw", lambda s: s["param_groups"][0].update(lr="x"), "lr is 'x', not a finite"),
+    "no lr": ("adamw", lambda s: s["param_groups"][0].pop("lr"), "KeyError..lr"),
+    "betas": ("adamw", lambda s: s["param_groups"][0].update(betas=3), "betas is int, not tuple"),
+    "eps": ("adamw", lambda s: s["param_groups"][0].update(eps=float("nan")), "eps is nan"),
+    "groups": ("adamw", lambda s: s.update(param_groups=[]), "."),
+    "options": ("adamw", lambda s: s["param_groups"][0].pop("betas"), "betas"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_state_that_does_not_fit_the_optimizer_is_refused(
+    base: Path, tmp_path: Path, name: str
+) -> None:
+    """Not found out by the first step, with an error of torch's."""
+    optimizer, change, message = UNFIT[name]
+    model, own = make(base, "adapters", optimizer)
+    train(model, own, 1)
+    save(tmp_path / "step_4", model, own, base)
+    file = tmp_path / "step_4" / "train_state.pt"
+    state = torch.load(file, weights_only=True)
+    change(state["optimizer"])
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_step(tmp_path / "step_4", *make(base, "adapters", optimizer))
+    assert str(file) in str(caught.value)
+
+
 # ---- damage -------------------------------------------------------------------------------------
 
 
@@ -268,12 +308,23 @@ def test_any_damage_to_any_file_is_noticed(step: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "manifest.json is missing"),
-        ("", "manifest.json cannot be read: JSONDecodeError"),
-        ("[]", "manifest.json cannot be read: TypeError"),
-        ('{"files": {"a": 1}}', "a is missing"),
-        ('{"files": {"train_state.pt": 1}}', "manifest.json cannot be read: TypeError"),
-        ('{"files": {"../../etc/passwd": {}}}', "passwd is missing"),
+        (None, "manifest.json: missing; expected the list of a checkpoint's files"),
+        ("", "manifest.json: not JSON: Expecting value"),
+        ("[" * 10**5, "manifest.json: not JSON that can be read: nested too deeply"),
+        ("[]", "manifest.json: holds list, expected an object"),
+        ("{}", "manifest.json: files is NoneType; expected an object"),
+        ('{"files": []}', "manifest.json: files is list; expected an object"),
+        ('{"files": {"a": 1}}', "manifest.json: a is 1; expected an object"),
+        ('{"files": {"a": {"bytes": true, "crc32": ""}}}', "bytes of a is True; expected int"),
+        ('{"files": {"a": {"bytes": 1, "crc32": 7}}}', "crc32 of a is 7; expected str"),
+        ('{"files": {"a": {"bytes": 1, "crc32": ""}}}', "a is missing"),
+        ('{"files": {"a": {}, "a": {}}}', "manifest.json: not JSON: key 'a' appears twice"),
+        ('{"files": {}}', "manifest.json does not list adapter_config.json"),
+        *(
+            (json.dumps({"files": {name: {}}}), r"is no name of a file beside it")
+            for name in ("../../etc/passwd", "/etc/passwd", "", ".", "..", "a/b", "a\0", "\ud800")
+        ),
+        (json.dumps({"files": {"x" * 300: {"bytes": 1, "crc32": ""}}}), "File name too long"),
     ],
 )
 def test_a_broken_manifest_is_an_error(step: Path, text: str | None, message: str) -> None:
@@ -285,7 +336,7 @@ def test_a_broken_manifest_is_an_error(step: Path, text: str | None, message: st
 
 def test_a_manifest_over_nonsense_does_not_make_it_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"files": {}}')
-    with pytest.raises(CheckpointError, match=r"train_state.json: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"train_state.json: missing; expected a step"):
         read_step(tmp_path)
     with pytest.raises(CheckpointError, match=r"nowhere: no such directory; give one named"):
         read_step(tmp_path / "nowhere")

@@ -14,38 +14,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from qlora_builders.data.chat_template import (
-    NONCHARACTERS,
-    ChatTemplate,
-    Message,
-    Span,
-    UnsafeTemplateError,
-)
-from qlora_builders.errors import DataError
+from qlora_builders.confined.chat import NONCHARACTERS, CompiledTemplate
+from qlora_builders.confined.rendered import Message, RenderedChat, Span
+from qlora_builders.errors import DataError, UnsafeTemplateError
 
 _STAND_IN = NONCHARACTERS[2]
 
 
-@dataclass(frozen=True)
-class RenderedChat:
-    """A conversation as text.
-
-    `spans` are the assistant's characters, end-of-turn tokens included. `needs_eos` is set when
-    the text ends with an assistant turn that the template does not close: the caller appends EOS.
-    """
-
-    text: str
-    spans: list[Span]
-    needs_eos: bool
+def spans_answer(template: CompiledTemplate, *arguments: Any) -> tuple[str, list[Span], bool]:
+    """`render_with_spans` as JSON has it."""
+    chat = render_with_spans(template, *arguments)
+    return chat.text, chat.spans, chat.needs_eos
 
 
 def render_with_spans(
-    template: ChatTemplate,
+    template: CompiledTemplate,
     messages: Sequence[Message],
-    *,
     stop_strings: Sequence[str],
     last_only: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -71,7 +57,7 @@ def render_with_spans(
     return RenderedChat(text, spans, needs_eos=False)
 
 
-def end_of_turn_text(template: ChatTemplate) -> str:
+def end_of_turn_text(template: CompiledTemplate) -> str:
     """What the template writes after an assistant's content at the end of a conversation.
 
     Empty when the template cannot render a question and an answer, or rewrites the answer.
@@ -90,7 +76,7 @@ class _TurnReader:
 
     def __init__(
         self,
-        template: ChatTemplate,
+        template: CompiledTemplate,
         messages: list[Message],
         stop_strings: Sequence[str],
         tools: Sequence[Mapping[str, Any]] | None,
