@@ -55,7 +55,8 @@ def _check_depth(value: Any) -> None:
             return
         inside = (node.values() if type(node) is dict else node for node in level)
         level = [v for values in inside for v in values if type(v) in (dict, list)]
-    raise ValueError(_TOO_DEEP)
+    if level:
+        raise ValueError(_TOO_DEEP)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

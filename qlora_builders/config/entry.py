@@ -7,6 +7,7 @@ if __name__ == "__main__":
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import select
@@ -47,6 +48,8 @@ def run_recipe(main: Callable[[Any], object], verb: str, argv: Sequence[str] | N
 
 def with_errors(run: Callable[[], int]) -> int:
     """The exit code of `run()`; what a user can put right is printed, and is USER_ERROR."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack a character
     try:
         code = run()
         sys.stdout.flush()

@@ -22,6 +22,7 @@ from qlora_builders.strict_json import read_json
 
 RESULTS_FILE = "sweep.json"
 FINISHED = "finished"
+_LARGEST = 1e300  # beyond it an integer is no float
 _WIDEST = 24  # of a swept value, characters
 # figure -> head of its column, and how a value is written
 _COLUMNS = {
@@ -65,16 +66,21 @@ def figures_of(verb: str, path: Path) -> dict[str, float]:
         if verb in TRAINING_VERBS:
             return _known(final_figures(read_run(path)))
         content = read_json(path.with_suffix(".json"))
-    except (ConfigError, OSError, ValueError):
+        if verb == "plan":
+            plans = {row["plan"]: row for row in content["comparison"]}
+            content = plans[content["written"]]
+        return _known({**content, "eval_loss": content.get("loss"), "loss": None})
+    except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    if verb == "plan":
-        content = next(row for row in content["comparison"] if row["plan"] == content["written"])
-    return _known({**content, "eval_loss": content.get("loss"), "loss": None})
 
 
 def _known(figures: Mapping[str, Any]) -> dict[str, float]:
     found = {key: figures.get(key) for key in _COLUMNS}
-    return {key: value for key, value in found.items() if isinstance(value, int | float)}
+    return {
+        key: value
+        for key, value in found.items()
+        if isinstance(value, int | float) and not abs(value) > _LARGEST
+    }
 
 
 def write_results(folder: Path, verb: str, results: Sequence[Result]) -> None:
@@ -97,10 +103,14 @@ def read_results(folder: Path) -> list[Result]:
         ConfigError: if the file is not one of ours.
     """
     file = folder / RESULTS_FILE
-    if not file.is_file():
+    if not file.exists():
         return []
     try:
-        return [Result(**job) for job in read_json(file)["jobs"]]
+        results = [Result(**job) for job in read_json(file)["jobs"]]
+        for result in results:
+            if type(result.name) is not str or type(result.seconds) not in (int, float):
+                raise ValueError("a job's name is a string, and its seconds are a number")
+        return results
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}; choose another output_dir") from error
 
