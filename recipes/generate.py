@@ -7,7 +7,6 @@ qlora generate interactive=true
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from qlora_builders.errors import ConfigError, DataError, QLoRAError, counted
 from qlora_builders.models import LlamaArch, check_prompt, generate_batch, max_steps
 from qlora_builders.outputs import check_new, growing
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
-from qlora_builders.visible import say, visible
+from qlora_builders.visible import say, visible, visible_json
 
 Answer = Callable[..., Iterator[list[int | None]]]
 RESULTS = ("answer", "reference", "num_tokens", "finish_reason")
@@ -108,8 +107,7 @@ def write_answers(
             limit = max_steps(arch, ids, cfg.max_new_tokens)
             for prompt, tokens in zip(batch, columns(answer(ids), len(batch)), strict=True):
                 row = to_result(prompt, tokens, limit, tokenizer)
-                line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
-                write(line.encode("utf-8", "replace"))
+                write(f"{visible_json(row)}\n".encode())
             done += len(batch)
             show(f"{done:,} of {len(prompts):,} answered")
     say(f"wrote {cfg.output} ({counted(len(prompts), 'answer')})")

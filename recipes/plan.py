@@ -57,6 +57,7 @@ from qlora_builders.training.device import resolve_compute_dtype, resolve_device
 from qlora_builders.training.plan_comparison import HeldOut, Measured, decide
 from qlora_builders.training.progress import table_console
 from qlora_builders.training.sensitivity import measure_sensitivity
+from qlora_builders.visible import visible, visible_json
 
 T = TypeVar("T")
 EVAL_BATCHES = 20  # at least, where there are as many rows: chance is judged by their spread
@@ -309,11 +310,11 @@ def write(output: Path, rules: list[dict[str, Any]], figures: dict[str, Any]) ->
         f"Verdict: {figures['verdict']}. Use it with components={output}"
     )
     lines = [
-        *wrap(about, width=100, initial_indent="# ", subsequent_indent="# "),
+        *wrap(visible(about), width=100, initial_indent="# ", subsequent_indent="# "),
         "components:",
         *(f"  - {{{', '.join(f'{key}: {json.dumps(v)}' for key, v in r.items())}}}" for r in rules),
     ]
-    text = json.dumps(figures, indent=2, ensure_ascii=False)
+    text = visible_json(figures, indent=2)
     for path, content in ((output.with_suffix(".json"), text), (output, "\n".join(lines))):
         write_whole(path, f"{content}\n".encode())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from qlora_builders.plain_files import open_plain
 from qlora_builders.report import read_run
 from qlora_builders.report.page import report_page
 from qlora_builders.strict_json import parse_json
-from qlora_builders.sweep.results import read_results
+from qlora_builders.sweep.results import figures_of, read_results
 
 SECONDS = 60
 # name of a file -> what reads it
@@ -159,6 +160,33 @@ def test_the_deepest_json_that_is_read() -> None:
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_json(b'{"a":' * depth + b"[]" + b"}" * depth)
     assert len(parse_json(b"[" + b",".join([b"[[]]"] * 100_000) + b"]")) == 100_000
+
+
+@pytest.mark.parametrize(
+    "jobs",
+    [
+        3, None, "a", [3], ["a"], [{}], [{"nam": "a"}],
+        [{"name": 1, "swept": {}, "path": "a", "command": []}],
+        [{"name": "a", "swept": {}, "path": "a", "command": [], "seconds": "1"}],
+        [{"name": "a", "swept": {}, "path": "a", "command": [], "seconds": None}],
+    ],
+)  # fmt: skip
+def test_no_sweep(tmp_path: Path, jobs: object) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    assert "cannot be read" in refused(
+        lambda file: read_results(file.parent), tmp_path / "sweep.json"
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["3", "[]", "{}", '{"loss": "a"}', '{"loss": 1' + "0" * 400 + "}", '{"comparison": [3]}',
+     '{"comparison": [], "written": "a"}', '{"comparison": [{"plan": "a"}], "written": []}'],
+)  # fmt: skip
+@pytest.mark.parametrize("verb", ["evaluate", "plan"])
+def test_no_figures(tmp_path: Path, verb: str, content: str) -> None:
+    (tmp_path / "job.json").write_text(content)
+    assert figures_of(verb, tmp_path / "job.yaml") == {}
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "environment.jsonl", "samples.jsonl"])

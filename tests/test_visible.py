@@ -24,7 +24,7 @@ from qlora_builders.console import PlainConsole
 from qlora_builders.errors import CheckpointError, ConfigError, QLoRAError
 from qlora_builders.sweep.results import Result, results_table
 from qlora_builders.training.progress import ProgressReport, table_console
-from qlora_builders.visible import say, visible
+from qlora_builders.visible import say, visible, visible_json
 
 ACTS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -121,6 +121,14 @@ def test_shown(text: str, door: str, capsys: pytest.CaptureFixture[str]) -> None
     assert not ACTS.search(shown)
     assert TEXTS[text] in shown
     assert shown.encode()
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_json(text: str) -> None:
+    for indent in (None, 2):
+        written = visible_json({text: [text, 1]}, indent)
+        assert not ACTS.search(written)
+        assert json.loads(written.encode()) == {text: [text, 1]}
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
