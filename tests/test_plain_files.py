@@ -172,10 +172,9 @@ def test_the_deepest_json_that_is_read() -> None:
     ],
 )  # fmt: skip
 def test_no_sweep(tmp_path: Path, jobs: object) -> None:
-    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs}))
-    assert "cannot be read" in refused(
-        lambda file: read_results(file.parent), tmp_path / "sweep.json"
-    )
+    file = tmp_path / "sweep.json"
+    file.write_text(json.dumps({"jobs": jobs}))
+    assert "cannot be read" in refused(DOORS[file.name], file)
 
 
 @pytest.mark.parametrize(
