@@ -17,6 +17,10 @@ from typing import Any
 from qlora_builders.errors import ConfigError, QLoRAError
 from qlora_builders.visible import say
 
+# of a run's folder
+CONFIG_FILE = "config.yaml"
+RESULTS = ("adapter", "model")  # folders that a finished run has one of
+
 
 def fault_of_path(path: str) -> str | None:
     """What the system, or a config file, has against a name that a user gave, whether there is

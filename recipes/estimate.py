@@ -16,6 +16,12 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from qlora_builders.analysis.memory import (
+    Phase,
+    largest_that_fits,
+    predict_phases,
+    probe_optimizer,
+)
 from qlora_builders.checkpoint import read_arch
 from qlora_builders.config.checks import memory_in_bytes
 from qlora_builders.config.entry import run_recipe
@@ -25,13 +31,7 @@ from qlora_builders.console import PlainConsole
 from qlora_builders.models import get_arch, llama
 from qlora_builders.runs import build_optimizer
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
-from qlora_builders.training.loop import trainable_parameters
-from qlora_builders.training.memory import (
-    Phase,
-    largest_that_fits,
-    predict_phases,
-    probe_optimizer,
-)
+from qlora_builders.training.step import trainable_parameters
 
 SEQ_STEP = 64  # tokens; the longest sequence is found to this
 

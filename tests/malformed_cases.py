@@ -317,7 +317,7 @@ OUTPUTS: dict[str, Case] = {
     "in a file": (f"{FT} output_dir=file/out", "file is a file, not a folder; choose another"),
     "device": (f"{FT} output_dir=/dev/null", "output_dir=/dev/null is no plain file; give the"),
     "long name": (f"{FT} output_dir={'a' * 300}", "cannot be used: File name too long; choose"),
-    "taken": (f"{FT} output_dir=full", "output_dir=full is not empty; choose another, go on with"),
+    "taken": (f"{FT} output_dir=full", "output_dir=full is not empty; choose another"),
     "no run there": (f"{FT} output_dir=full overwrite=true", "output_dir=full holds no run; over"),
     "resume nothing": (f"{FT} output_dir=full training.resume=auto", "full holds no run; training"),
     "no folder": (

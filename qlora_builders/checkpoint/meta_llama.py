@@ -25,9 +25,9 @@ from torch import Tensor
 from qlora_builders.checkpoint.config_keys import REQUIRED, Key, in_words_of, read_keys
 from qlora_builders.checkpoint.hf_config import KEYS as HF_KEYS
 from qlora_builders.checkpoint.hf_config import head_dim_of
-from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.errors import CheckpointError, QLoRAError
+from qlora_builders.files.json_object import read_json_object
 from qlora_builders.models import LLAMA_ARCHS, LlamaArch, RopeScaling
 from qlora_builders.plain_files import open_plain
 

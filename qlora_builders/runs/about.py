@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from qlora_builders.checkpoint.base_record import base_record, differing_keys
-from qlora_builders.checkpoint.run_dir import Start
 from qlora_builders.config.resume import check_same_curve, curve_config, refuse_to_resume
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.modules import CausalLM
+from qlora_builders.runs.folder import Start
 from qlora_builders.training.lr_schedule import check_same_past
 
 # keys -> what they lead to: the base, which is compared by itself

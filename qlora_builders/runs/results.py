@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from qlora_builders.checkpoint import save_adapter, save_checkpoint
-from qlora_builders.checkpoint.train_state import has_adapters
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.distributed import whole_parameters
 from qlora_builders.errors import QLoRAError
@@ -13,8 +12,9 @@ from qlora_builders.modules import CausalLM
 from qlora_builders.report import read_run, write_report
 from qlora_builders.runs.log import Log
 from qlora_builders.runs.setup import Run
+from qlora_builders.runs.state import has_adapters
 from qlora_builders.training.device import resolve_dtype
-from qlora_builders.training.loop import check_adapters_learned
+from qlora_builders.training.step import check_adapters_learned
 
 
 def save_result(run: Run, model: CausalLM, log: Log) -> None:

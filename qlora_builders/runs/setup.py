@@ -10,9 +10,8 @@ from typing import Any, cast
 
 import torch
 
+from qlora_builders.analysis.preflight import check_run
 from qlora_builders.checkpoint import load_checkpoint
-from qlora_builders.checkpoint.run_dir import AUTO, Start, find_start
-from qlora_builders.checkpoint.train_state import load_step
 from qlora_builders.config.instantiate import instantiate
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.schema import FinetuneConfig
@@ -22,7 +21,6 @@ from qlora_builders.errors import ConfigError, counted
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
 from qlora_builders.outputs import step_folders
-from qlora_builders.preflight import check_run
 from qlora_builders.runs.about import (
     check_about,
     check_resume,
@@ -30,6 +28,8 @@ from qlora_builders.runs.about import (
     describe,
     describe_base,
 )
+from qlora_builders.runs.folder import AUTO, Start, find_start
+from qlora_builders.runs.state import load_step
 from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
     bound_heap,
@@ -39,9 +39,9 @@ from qlora_builders.training.device import (
     set_seed,
 )
 from qlora_builders.training.loggers import Loggers
-from qlora_builders.training.loop import trainable_parameters
 from qlora_builders.training.lr_schedule import lr_factor
 from qlora_builders.training.param_groups import lora_plus_groups
+from qlora_builders.training.step import trainable_parameters
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qlora_builders.console import PlainConsole
 from qlora_builders.outputs import append_rows, write_whole
 from qlora_builders.training.loggers import Loggers
-from qlora_builders.training.loop import StepResult
+from qlora_builders.training.step import StepResult
 from qlora_builders.visible import visible
 
 METRICS_FILE = "metrics.jsonl"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_builders import cli
-from qlora_builders.checkpoint.manifest import write_manifest
+from qlora_builders.files.manifest import write_manifest
 from qlora_builders.runs import loop, setup
 
 Finetune = Callable[..., int]
@@ -199,7 +199,7 @@ def test_a_run_without_a_checkpoint_is_not_told_to_resume(
     def full(*args: Any, **options: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qlora_builders.checkpoint.train_state.write_manifest", full)
+    monkeypatch.setattr("qlora_builders.runs.state.write_manifest", full)
     assert finetune("overwrite=true") == 2
     error = capsys.readouterr().err
     assert f"step_1: cannot be written: No space left on device. {nothing}" in error

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from qlora_builders.errors import QLoRAError
 from qlora_builders.training import progress
-from qlora_builders.training.loop import StepResult
 from qlora_builders.training.progress import MetricsLog, ProgressReport, step_row
+from qlora_builders.training.step import StepResult
 
 RESULT = StepResult(loss=1.25, grad_norm=0.5, target_tokens=100, tokens=1234)
 

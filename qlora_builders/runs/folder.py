@@ -16,12 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from qlora_builders.checkpoint.safetensors_io import clean_up, remove_directory
-from qlora_builders.checkpoint.train_state import INFO_FILE, StepState, read_step, write_step
 from qlora_builders.errors import CheckpointError, ConfigError
-from qlora_builders.outputs import check_writable, how_to_go_on, step_folders, step_of
+from qlora_builders.outputs import (
+    CONFIG_FILE,
+    RESULTS,
+    check_writable,
+    how_to_go_on,
+    step_folders,
+    step_of,
+)
+from qlora_builders.runs.state import INFO_FILE, StepState, read_step, write_step
 
-CONFIG_FILE = "config.yaml"
-RESULTS = ("adapter", "model")  # folders that a finished run has one of
 AUTO = "auto"
 
 CheckAbout = Callable[[dict[str, Any]], None]

@@ -35,8 +35,6 @@ from qlora_builders.checkpoint.hf_llama import (
     lazy_parameter,
     write_hf_files,
 )
-from qlora_builders.checkpoint.json_files import read_json_object
-from qlora_builders.checkpoint.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from qlora_builders.checkpoint.peft_adapter import load_adapter
 from qlora_builders.checkpoint.peft_export import (
     AdapterFiles,
@@ -44,16 +42,18 @@ from qlora_builders.checkpoint.peft_export import (
     write_adapter_files,
 )
 from qlora_builders.checkpoint.safetensors_io import MAX_SHARD_BYTES, atomic_directory, open_tensors
-from qlora_builders.checkpoint.sharded_state import (
+from qlora_builders.distributed.sharded_state import (
     has_parts,
     read_parts,
     stored_parts,
     write_parts,
 )
-from qlora_builders.checkpoint.stored_state import read_state, restore_optimizer
 from qlora_builders.errors import CheckpointError
+from qlora_builders.files.json_object import read_json_object
+from qlora_builders.files.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.runs.stored_state import read_state, restore_optimizer
 from qlora_builders.tensor.sharded import (
     compute_device,
     copy_whole_,

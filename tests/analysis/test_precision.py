@@ -8,9 +8,8 @@ import random
 import pytest
 import torch
 
-from qlora_builders.errors import CheckpointError
-from qlora_builders.models import LlamaArch, linear_slots, precision, resolve
-from qlora_builders.models.precision import (
+from qlora_builders.analysis import precision
+from qlora_builders.analysis.precision import (
     PLAIN,
     SETTINGS,
     Choice,
@@ -24,6 +23,8 @@ from qlora_builders.models.precision import (
     total_loss,
     uniform_plans,
 )
+from qlora_builders.errors import CheckpointError
+from qlora_builders.models import LlamaArch, linear_slots, resolve
 from qlora_builders.tensor import to_nf4
 
 SHAPES = {"q_proj": (32, 32), "k_proj": (16, 32), "up_proj": (88, 32), "lm_head": (61, 32)}

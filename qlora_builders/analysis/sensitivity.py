@@ -20,18 +20,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_builders.errors import TrainingError
 from qlora_builders.modules import CausalLM, chunked_next_token_loss, num_target_tokens
-from qlora_builders.modules.loss import IGNORE_INDEX, trained_rows
-from qlora_builders.training.loop import Batch
+from qlora_builders.modules.loss import IGNORE_INDEX, log_probabilities, trained_rows
+from qlora_builders.training.step import Batch
 
 _ROWS_AT_ONCE = 1024
-_LOGITS_AT_ONCE = 1 << 25  # 128 MiB
 
 
 @dataclass(frozen=True)
@@ -149,24 +148,6 @@ def _drawn_labels(
     if drawn:
         replaced[:, 1:][labels[:, 1:] != IGNORE_INDEX] = torch.cat(drawn)
     return replaced
-
-
-@torch.no_grad()
-def log_probabilities(head: nn.Module, rows: Tensor) -> Iterator[Tensor]:
-    """Of the next token, float32 [c, vocab] for a few rows [c, hidden] at a time.
-
-    Raises:
-        TrainingError: if one is not a number.
-    """
-    count = max(1, _LOGITS_AT_ONCE // cast(int, head.out_features))
-    for chunk in rows.split(count) if len(rows) else ():
-        log_probs = head(chunk).float().log_softmax(-1)
-        if log_probs.isnan().any():
-            raise TrainingError(
-                "the model's predictions are not numbers: its weights are damaged, or compute_dtype"
-                " is too narrow for it; try float32"
-            )
-        yield log_probs
 
 
 def draw_tokens(log_probs: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,8 +11,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.errors import CheckpointError
+from qlora_builders.files.json_object import read_json_object
 
 MANIFEST_FILE = "manifest.json"
 _BLOCK = 1 << 20

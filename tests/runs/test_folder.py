@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_builders.checkpoint.manifest import write_manifest
-from qlora_builders.checkpoint.run_dir import (
+from qlora_builders.errors import CheckpointError, ConfigError
+from qlora_builders.files.manifest import write_manifest
+from qlora_builders.outputs import how_to_go_on, last_checkpoint, step_folders
+from qlora_builders.runs.folder import (
     Start,
     find_start,
     remove_old_steps,
     run_directory,
 )
-from qlora_builders.checkpoint.train_state import random_state
-from qlora_builders.errors import CheckpointError, ConfigError
-from qlora_builders.outputs import how_to_go_on, last_checkpoint, step_folders
+from qlora_builders.runs.state import random_state
 
 
 @pytest.fixture

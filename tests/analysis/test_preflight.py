@@ -14,13 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_builders import LLAMA_ARCHS, llama, load_checkpoint, preflight
-from qlora_builders.config.schema import FinetuneConfig
-from qlora_builders.config.shipped import demo_path
-from qlora_builders.data import Batches, TokenizedDataset, Tokenizer, build_dataset
-from qlora_builders.errors import DataError
-from qlora_builders.modules import CausalLM
-from qlora_builders.preflight import (
+from qlora_builders import LLAMA_ARCHS, llama, load_checkpoint
+from qlora_builders.analysis import preflight
+from qlora_builders.analysis.preflight import (
     busy_elsewhere,
     check_positions,
     check_run,
@@ -32,8 +28,13 @@ from qlora_builders.preflight import (
     stop_warnings,
     token_warnings,
 )
-from qlora_builders.training.loop import trainable_parameters
+from qlora_builders.config.schema import FinetuneConfig
+from qlora_builders.config.shipped import demo_path
+from qlora_builders.data import Batches, TokenizedDataset, Tokenizer, build_dataset
+from qlora_builders.errors import DataError
+from qlora_builders.modules import CausalLM
 from qlora_builders.training.param_groups import lora_plus_groups
+from qlora_builders.training.step import trainable_parameters
 
 BASE = Path(demo_path("base"))
 Data = Callable[..., TokenizedDataset]

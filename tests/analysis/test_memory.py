@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from qlora_builders import LlamaArch, llama
-from qlora_builders.modules import CausalLM, loss
-from qlora_builders.training.memory import (
+from qlora_builders.analysis.memory import (
     OptimizerMemory,
     Phase,
     gradient_bytes,
@@ -22,7 +21,8 @@ from qlora_builders.training.memory import (
     probe_optimizer,
     weight_terms,
 )
-from qlora_builders.training.memory_trace import MemoryTracer
+from qlora_builders.analysis.memory_trace import MemoryTracer
+from qlora_builders.modules import CausalLM, loss
 
 ARCH = LlamaArch(
     vocab_size=3000,

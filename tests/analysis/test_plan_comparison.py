@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_builders import LlamaArch, llama
-from qlora_builders.data import Batch
-from qlora_builders.errors import TrainingError
-from qlora_builders.modules import CausalLM
-from qlora_builders.training.loop import evaluate_loss
-from qlora_builders.training.plan_comparison import (
+from qlora_builders.analysis.plan_comparison import (
     Figures,
     HeldOut,
     Measured,
     decide,
     paired_difference,
 )
+from qlora_builders.data import Batch
+from qlora_builders.errors import TrainingError
+from qlora_builders.modules import CausalLM
+from qlora_builders.training.step import evaluate_loss
 
 ARCH = LlamaArch(
     vocab_size=31,

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_builders.analysis.precision import Choice
+from qlora_builders.analysis.sensitivity import draw_tokens
 from qlora_builders.errors import TrainingError
-from qlora_builders.models.precision import Choice
 from qlora_builders.modules import CausalLM
-from qlora_builders.modules.loss import IGNORE_INDEX, trained_rows
-from qlora_builders.training.loop import Batch
-from qlora_builders.training.sensitivity import draw_tokens, log_probabilities
+from qlora_builders.modules.loss import IGNORE_INDEX, log_probabilities, trained_rows
 from qlora_builders.training.statistics import mean_and_error
+from qlora_builders.training.step import Batch
 
 STANDARD_ERRORS = 2.0  # a smaller difference is a tie: 1 in 40 such wins would be luck
 

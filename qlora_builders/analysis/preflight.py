@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qlora_builders.analysis.memory import predict_phases, probe_optimizer
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.data import Batches, TokenizedDataset, check_token_range, padded
 from qlora_builders.errors import DataError
 from qlora_builders.models import llama
 from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.tensor.sharded import is_sharded
-from qlora_builders.training.memory import predict_phases, probe_optimizer
 
 # Adam's steps are about as large as the learning rate, whatever the gradient. The upper ends are
 # for layers of _WIDTH and more; narrower ones take more, in inverse proportion

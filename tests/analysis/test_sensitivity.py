@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_builders import LlamaArch, llama, load_checkpoint
+from qlora_builders.analysis import sensitivity
+from qlora_builders.analysis.sensitivity import measure_sensitivity
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.data import Batch, Batches, Tokenizer, build_dataset
 from qlora_builders.errors import TrainingError
 from qlora_builders.models import linear_slots
 from qlora_builders.modules import CausalLM
 from qlora_builders.tensor import to_nf4
-from qlora_builders.training import sensitivity
-from qlora_builders.training.sensitivity import measure_sensitivity
 
 ARCH = LlamaArch(
     vocab_size=31,

@@ -14,9 +14,12 @@ import pytest
 import torch
 
 from qlora_builders import LlamaArch, llama, load_checkpoint, save_checkpoint
-from qlora_builders.checkpoint import load_with_adapter, train_state
-from qlora_builders.checkpoint.manifest import check_manifest, crc32
-from qlora_builders.checkpoint.train_state import (
+from qlora_builders.checkpoint import load_with_adapter
+from qlora_builders.errors import CheckpointError
+from qlora_builders.files.manifest import check_manifest, crc32
+from qlora_builders.modules import CausalLM
+from qlora_builders.runs import state
+from qlora_builders.runs.state import (
     StepState,
     capture_step,
     load_step,
@@ -24,9 +27,7 @@ from qlora_builders.checkpoint.train_state import (
     read_step,
     write_step,
 )
-from qlora_builders.checkpoint.train_state import set_random_state as set_state
-from qlora_builders.errors import CheckpointError
-from qlora_builders.modules import CausalLM
+from qlora_builders.runs.state import set_random_state as set_state
 
 ARCH = LlamaArch(
     vocab_size=31,
@@ -360,4 +361,4 @@ def test_a_large_file_is_read_in_pieces(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
     """torch.save hides it; what it hides is what a user has to know."""
     with pytest.raises(OSError, match="No space left on device"):
-        train_state._save_state({"a": torch.zeros(10**5)}, Path("/dev/full"))
+        state._save_state({"a": torch.zeros(10**5)}, Path("/dev/full"))

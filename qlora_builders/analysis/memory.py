@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_builders.modules import CausalLM, Decoder, DecoderLayer, is_adapter
-from qlora_builders.tensor.sharded import held_bytes
-from qlora_builders.training.memory_trace import (
+from qlora_builders.analysis.memory_trace import (
     MemoryTracer,
     Segment,
     StepTrace,
     offloaded,
     trace_step,
 )
+from qlora_builders.modules import CausalLM, Decoder, DecoderLayer, is_adapter
+from qlora_builders.tensor.sharded import held_bytes
 
 # Resident memory of a CPU process that no tensor explains, as scripts/bench_memory.py measured it
 # with torch 2.13: modules that torch imports at the first step (torch._dynamo and what it needs),

@@ -15,7 +15,7 @@ from qlora_builders import LlamaArch, llama
 from qlora_builders.config.compose import compose
 from qlora_builders.errors import PlanError, TrainingError
 from qlora_builders.modules import CausalLM
-from qlora_builders.training.loop import (
+from qlora_builders.training.step import (
     StopRequest,
     evaluate_loss,
     stop_on_signal,
