@@ -151,7 +151,7 @@ def read_base_record(directory: Path) -> BaseRecord | None:
         CheckpointError: for a record that cannot be understood.
     """
     file = directory / BASE_FILE
-    if not file.is_file():
+    if not file.exists():
         return None
     content = read_json_object(file, expected="the record of a base")
     dtype = content.get("dtype")

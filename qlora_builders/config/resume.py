@@ -44,7 +44,7 @@ def refuse_to_resume(checkpoint: str, why: str, differing: Sequence[str]) -> Con
         f"cannot resume from {checkpoint} {why}; set these back, or start anew "
         "in another output_dir:"
     )
-    return ConfigError("\n".join([head, *differing]))
+    return ConfigError(head, *differing)
 
 
 def flatten(
