@@ -31,8 +31,7 @@ _KEY = re.compile(r"[A-Za-z]\w*")
 def check_own_files(own: Path, shipped: Path) -> None:
     """
     Raises:
-        ConfigError: for a file that leads out of the folder, has a name of ours or of hydra's, or
-            too many aliases.
+        ConfigError: for a file that leads out of the folder, or has a name of ours or of hydra's.
     """
     for entry in _entries(own):
         inside = entry.relative_to(own)
@@ -42,7 +41,6 @@ def check_own_files(own: Path, shipped: Path) -> None:
             continue
         if not entry.is_file():
             raise ConfigError(f"{str(entry)!r} is no file that can be read; take it out")
-        check_bounded(entry)
         if (shipped / inside).exists():
             raise ConfigError(f"{str(entry)!r} has the name of a shipped config; rename it")
         if inside.parts[0].removesuffix(".yaml") in _TAKEN:
@@ -80,6 +78,7 @@ def _chosen(folder: Path, overrides: Iterable[str]) -> list[Path]:
         file = folder / f"{left.pop().strip('/')}.yaml"
         if file in files or not os.path.isfile(file):  # False for names too long, too
             continue
+        check_bounded(file)
         files[file] = None
         group = file.parent.relative_to(folder).as_posix()
         for chosen, options in _defaults(_tree(file)):
