@@ -190,7 +190,7 @@ CHECKPOINTS: dict[str, Edit] = {
     "list_config": write(CONFIG, "[]"),
     "mistral": edit_json(CONFIG, model_type="mistral"),
     "no_layers": edit_json(CONFIG, num_hidden_layers=None),
-    "many_layers": edit_json(CONFIG, num_hidden_layers=10**9),
+    "many_layers": edit_json(CONFIG, num_hidden_layers=1000),
     "negative": edit_json(CONFIG, hidden_size=-32),
     "heads": edit_json(CONFIG, num_key_value_heads=3),
     "text_size": edit_json(CONFIG, vocab_size="many"),
@@ -340,7 +340,7 @@ OPTIMIZERS = {
     "sparse": "component: torch.optim.SparseAdam\n",
     "lbfgs": "component: torch.optim.LBFGS\n",
     "schedule": "component: torch.optim.lr_scheduler.StepLR\nstep_size: 1\n",
-    "no_optimizer": "component: qlora_builders.training.loop.all_finite\n",
+    "no_optimizer": "component: torch.nn.ParameterList\n",
 }
 RULE_FILES = {
     "no_rules.yaml": "rules: []\n",

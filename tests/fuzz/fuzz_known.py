@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-_WRONG: dict[str, tuple[str, str]] = {
+_WRONG: dict[str, tuple[str, str]] = {}
+_OLD: dict[str, tuple[str, str]] = {
     "step.full_state": (
         "altered under a manifest that fits it: errors of torch and of Python",
         "0 3 4 6 7 8 10 12 13 14 15 17 19 20 22 24 26 29 30 31 32 33 38 39 40 41 43 44 45 49 "

@@ -19,9 +19,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, tra
 from tokenizers.decoders import ByteLevel
 
 from qlora_builders.checkpoint import load_checkpoint, save_adapter, save_checkpoint
-from qlora_builders.checkpoint.train_state import capture_step, write_step
 from qlora_builders.models import LlamaArch, RopeScaling, llama
 from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.runs.state import capture_step, write_step
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,

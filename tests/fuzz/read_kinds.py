@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 from qlora_builders.checkpoint import load_checkpoint, load_with_adapter, read_adapter
-from qlora_builders.checkpoint.run_dir import find_start
-from qlora_builders.checkpoint.train_state import load_step
 from qlora_builders.config.compose import compose
 from qlora_builders.config.plan import plan_rules
 from qlora_builders.config.resume import flatten
@@ -23,6 +21,8 @@ from qlora_builders.models import LlamaArch, llama
 from qlora_builders.modules import LoRALinear
 from qlora_builders.report import read_run, write_report
 from qlora_builders.report.layers import layer_figures
+from qlora_builders.runs.folder import find_start
+from qlora_builders.runs.state import load_step
 from qlora_builders.tensor import NF4Tensor
 from qlora_builders.training.progress import MetricsLog, write_csv
 
