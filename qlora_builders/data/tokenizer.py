@@ -95,8 +95,8 @@ class Tokenizer:
             raise DataError(_missing_tokenizer(folder))
         backend = TokenBackend(file)
         config = _read_json(folder / "tokenizer_config.json")
-        named = {**_named_tokens(_read_json(folder / "special_tokens_map.json"))}
-        named.update(_named_tokens(config))
+        named = _named_tokens(folder / "special_tokens_map.json")
+        named |= _named_tokens(folder / "tokenizer_config.json")
         for key in ("bos_token", "eos_token"):
             token = named.get(key)
             if token is not None and backend.token_id(token) is None:
@@ -275,14 +275,18 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def _named_tokens(file: Path) -> dict[str, str]:
     """`bos_token`, `eos_token` ...: spelled as a string, or as an object with `content`."""
-    named = {}
+    config, named = _read_json(file), {}
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = config.get(key)
         if isinstance(value, dict):
             value = value.get("content")
         if isinstance(value, str):
+            try:
+                check_text(value)
+            except DataError as error:
+                raise DataError(f"{file}: {key}: {error}") from error
             named[key] = value
     return named
 

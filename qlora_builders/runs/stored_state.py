@@ -143,9 +143,7 @@ def _check_option(name: str, own: Any, stored: Any) -> None:
 
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
     """Of PyTorch's own optimizers, whose state is there in full after one step."""
-    if not f"{type(optimizer).__module__}.".startswith("torch.optim.") or not any(
-        optimizer.state.values()
-    ):
+    if not f"{type(optimizer).__module__}.".startswith("torch.optim."):
         return
     number = -1
     for group in optimizer.param_groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -73,7 +74,7 @@ class MetricsLog:
         self.writes = writes
         earlier = (source or directory) / METRICS_FILE
         rows = read_rows(earlier) if step and earlier.is_file() else []
-        kept = [row for row in rows if row["step"] <= step]
+        kept = [row for row in itertools.takewhile(_is_of_a_step, rows) if row["step"] <= step]
         self._evaluated = {row["step"] for row in kept if "eval_loss" in row}
         if writes:
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
@@ -96,6 +97,11 @@ class MetricsLog:
         """What was written stays, whatever happens to the machine."""
         with self.path.open() as file:
             os.fsync(file.fileno())
+
+
+def _is_of_a_step(row: Any) -> bool:
+    """Any other is none that a run has written, so what follows it may not be either."""
+    return isinstance(row, dict) and type(row.get("step")) is int
 
 
 def read_rows(file: Path) -> list[Any]:

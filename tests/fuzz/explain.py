@@ -201,7 +201,7 @@ def numbers_of_config(case: Case) -> str | None:
         "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
         "rope_scaling": scaling,
         "max_position_embeddings": config.get("max_position_embeddings", 2048),
-        "attention_dropout": config.get("attention_dropout", 0.0),
+        "attention_dropout": float(config.get("attention_dropout", 0.0)),
         "hidden_act": config.get("hidden_act", "silu"),
     }
     return "another hyperparameter" if all_as(case, "arch.", said.get) else None

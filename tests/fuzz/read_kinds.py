@@ -20,11 +20,11 @@ from qlora_builders.data import Tokenizer, build_dataset
 from qlora_builders.models import LlamaArch, llama
 from qlora_builders.modules import LoRALinear
 from qlora_builders.report import read_run, write_report
-from qlora_builders.report.layers import layer_figures
+from qlora_builders.report.run import layer_figures
 from qlora_builders.runs.folder import find_start
 from qlora_builders.runs.state import load_step
 from qlora_builders.tensor import NF4Tensor
-from qlora_builders.training.progress import MetricsLog, write_csv
+from qlora_builders.training.progress import MetricsLog
 
 Summary = dict[str, Any]
 
@@ -145,8 +145,7 @@ def metrics(run: Path) -> Summary:
     folder.mkdir(exist_ok=True)
     log = MetricsLog(folder, step=3, source=run)
     log.write(step=4, loss=0.5)
-    write_csv(folder)
-    return {"evaluated": log.has_eval(2), "csv": (folder / "metrics.csv").read_text()}
+    return {"evaluated": log.has_eval(2), "rows": log.path.read_text()}
 
 
 def report(folder: Path) -> Summary:
