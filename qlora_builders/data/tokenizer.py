@@ -17,7 +17,7 @@ from typing import Any
 from qlora_builders.confined.rendered import Message, RenderedChat
 from qlora_builders.data.chat_template import ChatTemplate
 from qlora_builders.data.token_backend import Encoding, TokenBackend
-from qlora_builders.errors import DataError
+from qlora_builders.errors import DataError, expand_home
 from qlora_builders.strict_json import parse_json
 
 
@@ -89,7 +89,7 @@ class Tokenizer:
             DataError: if a file is missing or broken, a named token is not in the vocabulary, or
                 the chat template is broken or unsafe.
         """
-        folder = Path(path).expanduser()
+        folder = expand_home(path, DataError)
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise DataError(_missing_tokenizer(folder))
