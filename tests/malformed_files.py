@@ -190,7 +190,7 @@ CHECKPOINTS: dict[str, Edit] = {
     "list_config": write(CONFIG, "[]"),
     "mistral": edit_json(CONFIG, model_type="mistral"),
     "no_layers": edit_json(CONFIG, num_hidden_layers=None),
-    "many_layers": edit_json(CONFIG, num_hidden_layers=10**9),
+    "many_layers": edit_json(CONFIG, num_hidden_layers=1000),
     "negative": edit_json(CONFIG, hidden_size=-32),
     "heads": edit_json(CONFIG, num_key_value_heads=3),
     "text_size": edit_json(CONFIG, vocab_size="many"),

@@ -20,8 +20,9 @@ FILES = sorted(PACKAGE.rglob("*.py")) + RECIPES
 
 # A part may import the parts of earlier layers; the parts of one layer do not import each other.
 LAYERS = (
-    {"errors"},
-    {"strict_json", "outputs"},
+    {"errors", "names"},
+    {"plain_files", "visible"},
+    {"strict_json", "outputs", "console"},
     {"files"},
     {"confined"},
     {"kernels"},

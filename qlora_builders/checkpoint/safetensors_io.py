@@ -67,7 +67,7 @@ def find_tensors(directory: Path, *, stem: str = STEM) -> dict[str, Path]:
             the directory.
     """
     index = directory / f"{stem}.safetensors.index.json"
-    if index.is_file():
+    if index.exists():
         weight_map = read_json_object(index, expected="a safetensors index").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: not a safetensors index: it has no weight_map")

@@ -31,8 +31,8 @@ from qlora_builders.data.formats import (
 from qlora_builders.data.token_backend import Encoding, Ids, Mask
 from qlora_builders.data.tokenizer import Tokenizer
 from qlora_builders.errors import DataError, UnsafeError, counted, did_you_mean
+from qlora_builders.names import ON_ERROR
 
-ON_ERROR = ("raise", "skip")
 _SAME = "both answers are the same"
 _CHUNK = 512  # rows per call of the Rust tokenizer: enough to keep all cores busy
 

@@ -26,9 +26,7 @@ from qlora_builders.data.messages import (
 )
 from qlora_builders.data.tokenizer import Tokenizer, check_text
 from qlora_builders.errors import DataError, UnsafeError, did_you_mean
-
-FORMATS = ("chat", "instruct", "text", "preference")
-TRAIN_ON = ("assistant", "completion", "all")
+from qlora_builders.names import DATA_FORMATS, TRAIN_ON
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,8 @@ def check_format(
     Raises:
         DataError: if the format, `train_on` or a key of `columns` is not one there is.
     """
-    if format not in FORMATS:
-        raise DataError(f"data.format is {format!r}{did_you_mean(format, FORMATS)}")
+    if format not in DATA_FORMATS:
+        raise DataError(f"data.format is {format!r}{did_you_mean(format, DATA_FORMATS)}")
     if train_on not in TRAIN_ON:
         raise DataError(f"data.train_on is {train_on!r}{did_you_mean(train_on, TRAIN_ON)}")
     for key in columns or {}:
