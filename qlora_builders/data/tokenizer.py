@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_builders.confined.rendered import Message, RenderedChat
-from qlora_builders.data.chat_template import ChatTemplate
+from qlora_builders.data.chat_template import ChatTemplate, Conversation
 from qlora_builders.data.token_backend import Encoding, TokenBackend
 from qlora_builders.errors import DataError, expand_home
 from qlora_builders.strict_json import parse_json
@@ -193,21 +193,13 @@ class Tokenizer:
             messages, add_generation_prompt=add_generation_prompt, tools=tools
         )
 
-    def render_chat_with_spans(
-        self,
-        messages: Sequence[Message],
-        *,
-        last_only: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> RenderedChat:
-        """The conversation as text, and which of its characters the assistant wrote.
+    def render_each(self, conversations: Sequence[Conversation]) -> list[RenderedChat | DataError]:
+        """Conversations as text with the characters that are trained on, or what is wrong.
 
         Raises:
-            DataError: if there is no chat template, or the assistant's turns cannot be placed.
+            DataError: if there is no chat template.
         """
-        return self._required_template().render_with_spans(
-            messages, stop_strings=self.stop_strings, last_only=last_only, tools=tools
-        )
+        return self._required_template().render_each(conversations, stop_strings=self.stop_strings)
 
     def _required_template(self) -> ChatTemplate:
         if self._template is None:
