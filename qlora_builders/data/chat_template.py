@@ -33,18 +33,25 @@ class ChatTemplate:
     """One compiled template.
 
     `special_tokens` are the variables a template may write (`bos_token`, `eos_token`, ...);
-    `origin` is the file named in errors. The date that `strftime_now` gives is that of
-    construction, so all renderings of one run agree even across midnight.
+    `origin` is the file named in errors. `now` is the date that `strftime_now` gives, by default
+    that of construction: all renderings agree, even across midnight.
 
     Raises:
         DataError: if the template does not compile, breaks out of the sandbox when rendered, or
             takes more than `LIMITS`.
     """
 
-    def __init__(self, source: str, *, special_tokens: Mapping[str, str], origin: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        special_tokens: Mapping[str, str],
+        origin: str,
+        now: datetime | None = None,
+    ) -> None:
         self.source = source
         self.origin = origin
-        arguments = (source, dict(special_tokens), origin, datetime.now())
+        arguments = (source, dict(special_tokens), origin, now or datetime.now())
         try:
             self._compiled = Kept("chat.compiled", *arguments, limits=LIMITS)
         except (RaisedError, OverrunError) as error:

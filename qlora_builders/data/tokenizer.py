@@ -11,6 +11,7 @@ is taken as it stands, as sentencepiece and transformers 4 do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class Tokenizer:
         chat_template: str | None = None,
         template_origin: str = "chat template",
         max_pad_id: int | None = None,
+        now: datetime | None = None,
     ) -> None:
         self._backend = backend
         self.vocab_size = backend.vocab_size
@@ -69,7 +71,7 @@ class Tokenizer:
         self._template: ChatTemplate | None = None
         if chat_template is not None:
             self._template = ChatTemplate(
-                chat_template, special_tokens=special_tokens, origin=template_origin
+                chat_template, special_tokens=special_tokens, origin=template_origin, now=now
             )
         stops = [self.eos_token_id, *extra_stop_ids, self._end_of_turn_id()]
         ids = [i for i in dict.fromkeys(stops) if i is not None]
@@ -82,8 +84,11 @@ class Tokenizer:
         self.pad_token_id = self._choose_pad(pad, max_pad_id)
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> Tokenizer:
+    def from_dir(cls, path: str | Path, *, now: datetime | None = None) -> Tokenizer:
         """Read `tokenizer.json` and the files beside it.
+
+        Args:
+            now: the date that the chat template prints; None: today's.
 
         Raises:
             DataError: if a file is missing or broken, a named token is not in the vocabulary, or
@@ -124,6 +129,7 @@ class Tokenizer:
             chat_template=template,
             template_origin=origin,
             max_pad_id=vocab_size - 1 if isinstance(vocab_size, int) else None,
+            now=now,
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
