@@ -5,10 +5,14 @@ the same in whole seconds. Memory is bounded by `RLIMIT_AS`: address space, so t
 the allocator count too; the parent sees to it that there are few. Linux enforces all of it. macOS
 does not enforce `RLIMIT_AS`, so there a memory bomb ends by CPU time, or when the system has no
 memory left.
+
+While something is evaluated, the other end of stdin is watched: when the parent ends, the kernel
+sends SIGIO, which on Linux ends this process too.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -22,8 +26,10 @@ class Confinement:
 
     def __init__(self) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+        for number in (signal.SIGPROF, signal.SIGIO):
+            signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+        fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
         self._statm = os.open(_STATM, os.O_RDONLY) if _STATM.exists() else None
         self._own = {
             kind: resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE)
@@ -39,12 +45,14 @@ class Confinement:
 
     def begin(self, seconds: float, memory: int) -> None:
         """From here on: `seconds` of CPU time, and `memory` bytes beside those of `rebase`."""
+        fcntl.fcntl(0, fcntl.F_SETFL, os.O_ASYNC)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         if self._statm is not None:
             self._limit(resource.RLIMIT_AS, self._base + memory)
         self._limit(resource.RLIMIT_FSIZE, 0)
 
     def end(self) -> None:
+        fcntl.fcntl(0, fcntl.F_SETFL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
         for kind, own in self._own.items():
             resource.setrlimit(kind, own)

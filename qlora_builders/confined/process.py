@@ -47,7 +47,7 @@ class Limits:
     """Of one request: seconds of CPU time, bytes of memory, bytes of the answer."""
 
     seconds: float = 3.0
-    memory: int = 384 * _MB
+    memory: int = 320 * _MB
     answer: int = 32 * _MB
 
     def grown(self, size: int) -> Limits:
@@ -159,8 +159,9 @@ class _Worker:
         limits = limits.grown(len(payload))
         usable = False
         try:
-            self._send(HEAD.pack(len(payload), limits.seconds, limits.memory, limits.answer))
-            self._send(payload)
+            self._send(
+                HEAD.pack(len(payload), limits.seconds, limits.memory, limits.answer) + payload
+            )
             head, data = self._receive(limits)
             usable = "overrun" not in head
         except (EOFError, BrokenPipeError):
@@ -182,22 +183,28 @@ class _Worker:
     def _receive(self, limits: Limits) -> tuple[dict[str, Any], bytes]:
         # CPU time is what is limited; this is for a machine that gives none
         deadline = time.monotonic() + 60 + 20 * limits.seconds
-        length, extra = LENGTHS.unpack(self._read(LENGTHS.size, deadline))
+        received = b""
+        while len(received) < LENGTHS.size:
+            received += self._read(deadline)
+        length, extra = LENGTHS.unpack_from(received)
         if length + extra > limits.answer + 2**16:  # of an error
             raise OverrunError(_too_much("answer", limits))
-        return parse_json(self._read(length, deadline)), self._read(extra, deadline)
+        parts = [received[LENGTHS.size :]]
+        missing = length + extra - len(parts[0])
+        while missing > 0:
+            parts.append(self._read(deadline))
+            missing -= len(parts[-1])
+        whole = b"".join(parts)
+        return parse_json(whole[:length]), whole[length:]
 
-    def _read(self, size: int, deadline: float) -> bytes:
-        parts = []
-        while size:
-            if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise OverrunError("is not done after a minute and more, most of it waiting")
-            part = os.read(self._answers, min(size, CHUNK))
-            if not part:
-                raise EOFError
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+    def _read(self, deadline: float) -> bytes:
+        """What has come, which is a whole answer where that is short."""
+        if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise OverrunError("is not done after a minute and more, most of it waiting")
+        part = os.read(self._answers, CHUNK)
+        if not part:
+            raise EOFError
+        return part
 
     def _ended(self, limits: Limits) -> QLoRAError:
         code = self._process.wait()

@@ -1,7 +1,7 @@
 """The process in which things are evaluated: `python -m qlora_builders.confined.worker`.
 
-Requests come by stdin, answers go by stdout. The end of stdin is the end of the process, so none
-outlives the parent by more than the request that it is at.
+Requests come by stdin, answers go by stdout. The end of stdin is the end of the process, so that
+none outlives its parent.
 """
 
 from __future__ import annotations

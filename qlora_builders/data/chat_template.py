@@ -10,7 +10,7 @@ from qlora_builders.confined.process import Kept, Limits, OverrunError, RaisedEr
 from qlora_builders.confined.rendered import Message, RenderedChat, Span
 from qlora_builders.errors import DataError, UnsafeTemplateError
 
-LIMITS = Limits()  # of one conversation
+LIMITS = Limits(seconds=2.0)  # of one conversation; and to compile
 _RENDERINGS_PER_TURN = 3  # to find where it begins and ends
 _SECONDS_PER_MESSAGE = 2e-4  # of each rendering; some take a tenth of that
 
