@@ -6,8 +6,9 @@ the allocator count too; the parent sees to it that there are few. Linux enforce
 does not enforce `RLIMIT_AS`, so there a memory bomb ends by CPU time, or when the system has no
 memory left.
 
-While something is evaluated, the other end of stdin is watched: when the parent ends, the kernel
-sends SIGIO, which on Linux ends this process too.
+A process that evaluates something does not see that its parent has ended, so the kernel tells it:
+the parent holds the other end of a pipe in which nothing is ever written, and on Linux SIGIO, which
+comes when that end closes, ends this process.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ from pathlib import Path
 _STATM = Path("/proc/self/statm")  # pages; the first number is the address space
 
 
+def end_with(pipe: int) -> None:
+    """End this process when the other end of `pipe` closes."""
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETFL, os.O_ASYNC)
+
+
 class Confinement:
     """`begin` and `end` around what is evaluated; between requests there are no limits."""
 
@@ -29,7 +36,6 @@ class Confinement:
         for number in (signal.SIGPROF, signal.SIGIO):
             signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
-        fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
         self._statm = os.open(_STATM, os.O_RDONLY) if _STATM.exists() else None
         self._own = {
             kind: resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE)
@@ -45,14 +51,12 @@ class Confinement:
 
     def begin(self, seconds: float, memory: int) -> None:
         """From here on: `seconds` of CPU time, and `memory` bytes beside those of `rebase`."""
-        fcntl.fcntl(0, fcntl.F_SETFL, os.O_ASYNC)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         if self._statm is not None:
             self._limit(resource.RLIMIT_AS, self._base + memory)
         self._limit(resource.RLIMIT_FSIZE, 0)
 
     def end(self) -> None:
-        fcntl.fcntl(0, fcntl.F_SETFL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
         for kind, own in self._own.items():
             resource.setrlimit(kind, own)

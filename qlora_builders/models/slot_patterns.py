@@ -9,11 +9,14 @@ quietly adapts two projections of three.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 
 from qlora_builders.errors import PlanError, did_you_mean
 
+_MOST = 10_000  # alternatives of one pattern, or numbers of one range; models have some 130 layers
+_MOST_TOKENS = 2_000_000
 _GROUP = re.compile(r"\{([^{}]*)\}|\[([^\[\]]*)\]")
 
 
@@ -42,6 +45,8 @@ def expand(pattern: str) -> list[str]:
         parts.append(_choices(group, pattern))
         end = group.end()
     parts.append([pattern[end:]])
+    if math.prod(map(len, parts)) > _MOST:
+        raise PlanError(f"match {pattern!r:.200} has more than {_MOST:,} alternatives; use *")
     alternatives = ["".join(combination) for combination in itertools.product(*parts)]
     for alternative in alternatives:
         if not alternative or set(alternative) & set("{}[]"):
@@ -55,7 +60,7 @@ def token_ids(pattern: str) -> list[int] | None:
     """The tokens of `embed_tokens[5,128256-128260]`; None for a pattern that is none of these.
 
     Raises:
-        PlanError: for something else between the brackets.
+        PlanError: for something else between the brackets, or more tokens than vocabularies have.
     """
     match = re.fullmatch(r"embed_tokens\[(.*)\]", pattern)
     if match is None:
@@ -67,7 +72,10 @@ def token_ids(pattern: str) -> list[int] | None:
             raise PlanError(
                 f"train {pattern!r}: {part!r} is no token id or range; write embed_tokens[5,8-11]"
             )
-        tokens += range(int(span[1]), int(span[2] or span[1]) + 1)
+        found = range(int(span[1]), int(span[2] or span[1]) + 1)
+        if len(tokens) + len(found) > _MOST_TOKENS:
+            raise PlanError(f"train {pattern!r:.200}: more than {_MOST_TOKENS:,} tokens")
+        tokens += found
     return tokens
 
 
@@ -79,6 +87,8 @@ def _choices(group: re.Match[str], pattern: str) -> list[str]:
         raise PlanError(
             f"match {pattern!r}: [{group[2]}] is not a range of numbers such as [0-3] or [7]"
         )
+    if int(numbers[2] or numbers[1]) - int(numbers[1]) >= _MOST:
+        raise PlanError(f"match {pattern!r:.200} has more than {_MOST:,} alternatives; use *")
     return [str(n) for n in range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_builders.errors import PlanError
-from qlora_builders.models.slot_patterns import expand, match_names
+from qlora_builders.models.slot_patterns import expand, match_names, token_ids
 
 NAMES = [
     f"layers.{layer}.{slot}"
@@ -99,6 +99,17 @@ def test_other_characters_are_literal() -> None:
 def test_malformed(pattern: str) -> None:
     with pytest.raises(PlanError, match="malformed; use"):
         match_names(pattern, NAMES)
+
+
+@pytest.mark.parametrize("pattern", ["{a,b}" * 40, "layers.[0-99999999999].x", "[0-9999][0-1]"])
+def test_more_alternatives_than_there_are_layers(pattern: str) -> None:
+    with pytest.raises(PlanError, match="has more than 10,000 alternatives; use "):
+        expand(pattern)
+
+
+def test_more_tokens_than_there_are() -> None:
+    with pytest.raises(PlanError, match="more than 2,000,000 tokens"):
+        token_ids("embed_tokens[0,5-99999999999]")
 
 
 @pytest.mark.parametrize("group", ["[3-1]", "[a-b]", "[]", "[1-]", "[-1]", "[1,2]", "[!0]"])
