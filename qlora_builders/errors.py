@@ -1,4 +1,4 @@
-"""The errors a user can cause, and the one way to spell "did you mean" and plurals.
+"""The errors a user can cause, and the one way to spell "did you mean", plurals and home folders.
 
 Everything here is a `ValueError`, so library callers may catch that alone; the command line turns
 each into one readable message and exit code 2. Optional dependencies are the one exception: a
@@ -10,11 +10,21 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 
 class QLoRAError(ValueError):
-    """Base of every error that a config, a file or an argument can cause."""
+    """Base of every error that a config, a file or an argument can cause.
+
+    Attributes:
+        problems: a message for each; what files say is quoted there, so a line break in one is a
+            character like any other.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 class ConfigError(QLoRAError):
@@ -43,6 +53,21 @@ class UnsafeTemplateError(UnsafeError):
 
 class TrainingError(QLoRAError):
     """A run that cannot go on, such as one whose loss is not finite."""
+
+
+def expand_home(path: str | Path, kind: type[QLoRAError]) -> Path:
+    """`~/x` and `~name/x` as the folder of that user.
+
+    Raises:
+        QLoRAError: of this kind, if that user has none here.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        start = Path(path).parts[0]
+        raise kind(
+            f"{path}: there is no home folder for {start!r} here; write the whole path, from '/'"
+        ) from error
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:

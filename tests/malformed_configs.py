@@ -81,6 +81,12 @@ CONFIGS: dict[str, Case] = {
     "yaml text": (f"{OWN}text", "text.yaml: training: null is not allowed here"),
     "yaml deep": (f"{OWN}deep", "deep.yaml", "nested too deeply"),
     "yaml key": (f"{OWN}unknown_key", "unknown_key.yaml: ", "did you mean 'training.max_steps'?"),
+    "yaml no option": (f"{OWN}no_such_group", "experiment/no_such_group.yaml: optimizer=adamv: no"),
+    "yaml number": (
+        f"{OWN}number_of_a_group",
+        "experiment/number_of_a_group.yaml: Unsupported item",
+    ),
+    "yaml long name": (f"{OWN}long_name_of_a_group", "experiment/long_name_of_a_group.yaml: "),
     "yaml group": (f"{OWN}unknown_group", "unknown group 'metod'; did you mean 'method'?"),
     "yaml defaults": (f"{OWN}bad_defaults", "bad_defaults", "defaults must be a list"),
     "yaml type": (f"{OWN}wrong_type", "wrong_type.yaml: training.max_steps: Value 'many'"),
@@ -199,12 +205,29 @@ PLANS: dict[str, Case] = {
         "quantize takes frozen_nf4 and linear",
     ),
     "rules file": ("inspect components=no_rules.yaml", "no list of rules under components:"),
+    "rules with other letters": ("inspect components=foreign_rules.yaml", "'é' is no option of a"),
+    "rules with a list": (
+        "inspect components=listed_rules.yaml",
+        "rule 2 of 2 is [1]; write {match",
+    ),
+    "rules with bytes": (
+        "inspect components=dated_rules.yaml",
+        "kind of a rule is b'hi', which none",
+    ),
+    "rules with a tag": (
+        "inspect components=tagged_rules.yaml",
+        "tagged_rules.yaml: not valid YAML: inv",
+    ),
     "odd rules file": ("inspect components=odd_rules.yaml", "'a b' is no option of a rule"),
     "architecture": ("inspect model.arch=llama3_8", "llama3_8", "llama3_8b"),
-    "component": ("finetune optimizer.component=torch.optim.AdmaW", "did you mean 'AdamW'?"),
+    "component": (
+        "finetune optimizer.component=torch.optim.AdmaW",
+        "did you mean 'torch.optim.AdamW'?",
+    ),
     "argument": ("finetune optimizer.lrr=1", "optimizer.lrr is not an argument of torch.optim.Ada"),
     "no component": ("finetune optimizer.component=null", "name the class, such as torch.optim.Ad"),
 }
+ALLOW = "--allow torch.optim"
 OPTIMIZER = f"{TRAIN} --config-dir configs data.train=good.jsonl optimizer="
 PLANS |= {
     "endless rank": (
@@ -223,16 +246,41 @@ PLANS |= {
         f"{TRAIN} data.train=good.jsonl optimizer.foreach=true optimizer.fused=true",
         "optimizer: torch.optim.AdamW refuses its arguments: ",
     ),
-    "closure": (f"{OPTIMIZER}lbfgs", "LBFGS computes the loss several times per step"),
+    "closure": (f"{OPTIMIZER}lbfgs {ALLOW}", "LBFGS computes the loss several times per step"),
     "sparse": (
-        f"{OPTIMIZER}sparse",
+        f"{OPTIMIZER}sparse {ALLOW}",
         "SparseAdam takes sparse gradients, and these are dense; name",
     ),
-    "no optimizer": (f"{OPTIMIZER}no_optimizer", "all_finite gives a bool; name an optimizer"),
-    "schedule": (f"{OPTIMIZER}schedule", "optimizer: torch.optim.lr_scheduler.StepLR refuses its"),
+    "no optimizer": (
+        f"{OPTIMIZER}no_optimizer --allow torch.nn",
+        "torch.nn.ParameterList gives a ParameterList; name an optimizer",
+    ),
+    "schedule": (
+        f"{OPTIMIZER}schedule {ALLOW}",
+        "optimizer: torch.optim.lr_scheduler.StepLR refuses its",
+    ),
+    "no row of the table": (
+        f"{OPTIMIZER}lbfgs",
+        "'torch.optim.LBFGS' is no optimizer that a config may name",
+        "--allow PREFIX",
+    ),
+    "estimated closure": (
+        f"estimate --config-dir configs {ALLOW} optimizer=lbfgs",
+        "LBFGS computes the loss several times per step",
+    ),
+    "own package": (f"{TRAIN} --allow qlora_builders", "allow a package of your own"),
+    "argument of the run": (
+        f"{TRAIN} +optimizer.params=[]",
+        "optimizer.params is given by the run; take it out",
+    ),
+    "no logger": (
+        f"{TRAIN} data.train=good.jsonl --allow collections "
+        "'loggers=[{component: collections.UserDict}]'",
+        "loggers[0].component=collections.UserDict gives a UserDict; name a class with log and clo",
+    ),
     "logger": (
         f"{TRAIN} 'loggers=[{{component: qlora_builders.training.loggers.Nothing}}]'",
         "loggers[0].component",
-        "has no 'Nothing'",
+        "did you mean 'qlora_builders.training.loggers.",
     ),
 }

@@ -20,26 +20,28 @@ FILES = sorted(PACKAGE.rglob("*.py")) + RECIPES
 
 # A part may import the parts of earlier layers; the parts of one layer do not import each other.
 LAYERS = (
-    {"errors"},
-    {"strict_json", "outputs"},
+    {"errors", "names"},
+    {"plain_files", "visible"},
+    {"strict_json", "outputs", "console"},
+    {"files"},
     {"confined"},
     {"kernels"},
     {"tensor"},
     {"modules"},
     {"models"},
     {"checkpoint", "data", "distributed", "training", "config"},
-    {"report", "preflight", "evaluation"},
+    {"analysis", "evaluation", "report"},
     {"runs", "sweep"},
     {"recipes", "cli"},
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 NF4_TYPE_CHECKS = ("qlora_builders/tensor/", "qlora_builders/checkpoint/")
 NF4_TYPE_CHECK_FILES = ("qlora_builders/modules/linear.py",)
+OWN_TEMPLATES = ("qlora_builders/report/page.py",)
 # imported where they are needed: for CUDA tensors, and for tasks of lm_eval
 NEED_EXTRAS = ("nf4_triton.py", "nf4_triton_kernels.py", "harness_model.py")
 OPTIONAL = (
     "datasets",
-    "matplotlib",
     "tensorboard",
     "wandb",
     "transformers",
@@ -110,7 +112,7 @@ def wrong_type_checks(path: str, source: str) -> list[str]:
 
 def evaluates_unconfined(path: str, source: str) -> list[str]:
     """Imports of what evaluates a stranger's code, outside the process with limits."""
-    if path.startswith("qlora_builders/confined/"):
+    if path.startswith("qlora_builders/confined/") or path in OWN_TEMPLATES:
         return []
     return [
         f"{path}:{line} imports {name}; ask qlora_builders.confined"
@@ -167,7 +169,7 @@ def test_house_rules(check: Callable[[str, str], list[str]], path: Path) -> None
         ("qlora_builders/models/bad.py", "from qlora_builders import checkpoint"),
         ("qlora_builders/models/bad.py", "from qlora_builders import llama"),
         ("qlora_builders/data/bad.py", "import torch\nfrom qlora_builders.config import schema"),
-        ("qlora_builders/checkpoint/bad.py", "from qlora_builders.training.loop import x"),
+        ("qlora_builders/checkpoint/bad.py", "from qlora_builders.training.step import x"),
         ("qlora_builders/config/bad.py", "import recipes.finetune"),
         ("qlora_builders/training/bad.py", "from qlora_builders.cli import main"),
         ("qlora_builders/errors.py", "from qlora_builders.kernels import quantize_nf4"),

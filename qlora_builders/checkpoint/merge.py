@@ -38,10 +38,10 @@ from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.models import LlamaArch, linear_slots, llama
 from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.modules.lora_init import LOFTQ
+from qlora_builders.names import WRITTEN_FORMATS
 from qlora_builders.tensor import NF4Tensor, to_nf4
 
 DEQUANTIZED = "dequantized"
-MERGE_FORMATS = ("hf", "nf4", "bnb-4bit")
 # NF4 leaves about 0.1 of a weight's norm; a weight that is no relative of the other has 1.4
 _MAX_BASE_CHANGE = 0.5
 _NF4_DEFAULTS = {"block_size": 64, "scale_block_size": 256, "scale_format": "geometric"}
@@ -104,8 +104,8 @@ def save_merged(
         MergeError: if more than `max_error` is lost; its `report` has every figure.
         CheckpointError: as `merge_adapter`, and for an unknown format.
     """
-    if format not in MERGE_FORMATS:
-        raise CheckpointError(f"format is {format!r}{did_you_mean(format, MERGE_FORMATS)}")
+    if format not in WRITTEN_FORMATS:
+        raise CheckpointError(f"format is {format!r}{did_you_mean(format, WRITTEN_FORMATS)}")
     plan = _MergePlan(model, base, dtype, allow_base_mismatch, nf4=_nf4_options(model, format))
     if format != "hf":
         merged = plan.build()

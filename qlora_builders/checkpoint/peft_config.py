@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.checkpoint.safetensors_io import listed
 from qlora_builders.confined import patterns as confined_patterns
 from qlora_builders.confined.process import Limits, OverrunError, RaisedError, ask
 from qlora_builders.errors import CheckpointError
+from qlora_builders.files.json_object import read_json_object
 from qlora_builders.outputs import step_folders
 
 CONFIG_FILE = "adapter_config.json"

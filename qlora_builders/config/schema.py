@@ -15,7 +15,6 @@ from typing import Any
 
 from qlora_builders.config.knobs import knob
 from qlora_builders.config.sections import (
-    DTYPES,
     REQUIRED,
     AdapterConfig,
     CheckpointConfig,
@@ -35,6 +34,7 @@ from qlora_builders.config.sections import (
     device_knob,
     quantize_knob,
 )
+from qlora_builders.names import DTYPES, QUANTIZED_FORMATS, SCALE_FORMATS, WRITTEN_FORMATS
 
 
 @dataclass
@@ -53,7 +53,9 @@ class FinetuneConfig:
     )
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: dict[str, Any] = knob({}, "`component`: its class; all other keys: its arguments")
+    optimizer: dict[str, Any] = knob(
+        {}, "`component`: its class; all other keys: its arguments", names="optimizer"
+    )
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -62,6 +64,7 @@ class FinetuneConfig:
         "where metrics go beside metrics.jsonl: `component`: a class of training.loggers or your "
         "own; all other keys: its arguments",
         shapes_curve=False,
+        names="logger",
     )
     device: str = device_knob()
     output_dir: str = knob(
@@ -170,7 +173,7 @@ class MergeConfig:
     format: str = knob(
         "hf",
         "layout written; nf4 and bnb-4bit quantize again, which erases most small updates",
-        choices=("hf", "nf4", "bnb-4bit"),
+        choices=WRITTEN_FORMATS,
     )
     max_error: float = knob(
         0.5, "largest |error| / |update| accepted, in the weights and in the logits", above=0
@@ -188,13 +191,13 @@ class QuantizeConfig:
     format: str = knob(
         "nf4",
         "nf4: our own layout; bnb-4bit: for transformers + bitsandbytes",
-        choices=("nf4", "bnb-4bit"),
+        choices=QUANTIZED_FORMATS,
     )
     block_size: int | None = knob(None, "weights per scale; null: 64, or as stored", at_least=1)
     scale_format: str | None = knob(
         None,
         "how scales are stored; null: geometric (format=bnb-4bit: bnb), or as stored",
-        choices=("geometric", "bnb", "none"),
+        choices=SCALE_FORMATS,
     )
     scale_search: bool | None = knob(None, "search for the best scales: slower, more accurate")
     components: list[dict[str, Any]] = knob(

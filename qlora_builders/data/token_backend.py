@@ -112,7 +112,9 @@ class TokenBackend:
             found = self._ask("token_id", "a token", token).value
         return found
 
-    def _ask(self, function: str, what: str, *arguments: Any, limits: Limits = LIMITS) -> Answer:
+    def _ask(
+        self, function: str, what: str, *arguments: Any, limits: Limits | None = None
+    ) -> Answer:
         try:
             return self._kept.ask(f"tokens.{function}", *arguments, limits=limits or LIMITS)
         except RaisedError as error:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_builders.confined.rendered import Message, RenderedChat
-from qlora_builders.data.chat_template import ChatTemplate
+from qlora_builders.data.chat_template import ChatTemplate, Conversation
 from qlora_builders.data.token_backend import Encoding, TokenBackend
-from qlora_builders.errors import DataError
+from qlora_builders.errors import DataError, expand_home
 from qlora_builders.strict_json import parse_json
 
 
@@ -89,14 +89,14 @@ class Tokenizer:
             DataError: if a file is missing or broken, a named token is not in the vocabulary, or
                 the chat template is broken or unsafe.
         """
-        folder = Path(path).expanduser()
+        folder = expand_home(path, DataError)
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise DataError(_missing_tokenizer(folder))
         backend = TokenBackend(file)
         config = _read_json(folder / "tokenizer_config.json")
-        named = {**_named_tokens(_read_json(folder / "special_tokens_map.json"))}
-        named.update(_named_tokens(config))
+        named = _named_tokens(folder / "special_tokens_map.json")
+        named |= _named_tokens(folder / "tokenizer_config.json")
         for key in ("bos_token", "eos_token"):
             token = named.get(key)
             if token is not None and backend.token_id(token) is None:
@@ -193,21 +193,13 @@ class Tokenizer:
             messages, add_generation_prompt=add_generation_prompt, tools=tools
         )
 
-    def render_chat_with_spans(
-        self,
-        messages: Sequence[Message],
-        *,
-        last_only: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> RenderedChat:
-        """The conversation as text, and which of its characters the assistant wrote.
+    def render_each(self, conversations: Sequence[Conversation]) -> list[RenderedChat | DataError]:
+        """Conversations as text with the characters that are trained on, or what is wrong.
 
         Raises:
-            DataError: if there is no chat template, or the assistant's turns cannot be placed.
+            DataError: if there is no chat template.
         """
-        return self._required_template().render_with_spans(
-            messages, stop_strings=self.stop_strings, last_only=last_only, tools=tools
-        )
+        return self._required_template().render_each(conversations, stop_strings=self.stop_strings)
 
     def _required_template(self) -> ChatTemplate:
         if self._template is None:
@@ -275,14 +267,18 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def _named_tokens(file: Path) -> dict[str, str]:
     """`bos_token`, `eos_token` ...: spelled as a string, or as an object with `content`."""
-    named = {}
+    config, named = _read_json(file), {}
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = config.get(key)
         if isinstance(value, dict):
             value = value.get("content")
         if isinstance(value, str):
+            try:
+                check_text(value)
+            except DataError as error:
+                raise DataError(f"{file}: {key}: {error}") from error
             named[key] = value
     return named
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from qlora_builders.kernels import nf4_cpu, nf4_reference
 from qlora_builders.kernels.nf4_reference import (
     NF4_CODEBOOK,
-    SCALE_FORMATS,
     WEIGHT_DTYPES,
     field_dtypes,
     field_shapes,
@@ -28,7 +27,6 @@ from qlora_builders.kernels.nf4_reference import (
 
 __all__ = [
     "NF4_CODEBOOK",
-    "SCALE_FORMATS",
     "WEIGHT_DTYPES",
     "dequantize_nf4",
     "field_dtypes",

@@ -87,7 +87,6 @@ _BYTE_VALUES = torch.stack(
     [NF4_CODEBOOK.repeat_interleave(16), NF4_CODEBOOK.repeat(16)], dim=1
 )  # [256, 2]
 
-SCALE_FORMATS = ("geometric", "none", "bnb")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOT_FINITE = "the weight has NaN or infinite elements; repair the checkpoint"
 

@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "lora": _LORA_OPTIONS,
     "qlora": _LORA_OPTIONS + _NF4_OPTIONS,
 }
+_MOST_RULES = 10_000  # the largest Llama has 883 slots
 _INTEGERS = ("rank", "block_size", "scale_block_size")
 _NUMBERS = ("alpha", "dropout")
 _SWITCHES = ("use_rslora", "lora_bias", "use_dora", "trainable", "scale_search")
@@ -165,7 +166,10 @@ def resolve(
             in some adapters only.
     """
     plan = {slot: ComponentRule(match=slot, kind="linear") for slot in slots}
-    for rule in map(ComponentRule.parse, rules):
+    parsed = [ComponentRule.parse(rule) for rule in rules]
+    if len(parsed) > _MOST_RULES:
+        raise PlanError(f"{len(parsed):,} rules; at most {_MOST_RULES:,}, so write patterns")
+    for rule in parsed:
         try:
             matched = match_names(rule.match, slots)
         except PlanError as error:

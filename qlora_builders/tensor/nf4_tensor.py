@@ -15,13 +15,13 @@ from torch import Tensor
 
 from qlora_builders.errors import did_you_mean
 from qlora_builders.kernels import (
-    SCALE_FORMATS,
     WEIGHT_DTYPES,
     dequantize_nf4,
     field_dtypes,
     field_shapes,
     quantize_nf4,
 )
+from qlora_builders.names import SCALE_FORMATS
 
 # Filled by nf4_ops: aten op -> implementation, and torch function -> implementation.
 # Both are called as implementation(func, args, kwargs).

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from qlora_builders import FrozenNF4Linear, LoRALinear, to_nf4
 from qlora_builders.distributed import Ranks, make_mesh
-from qlora_builders.kernels import SCALE_FORMATS
+from qlora_builders.names import SCALE_FORMATS
 from qlora_builders.tensor import gather_nf4, held_elements, is_nf4_shard, shard_nf4
 from qlora_builders.tensor.nf4_fsdp import NF4Shard
 
