@@ -37,6 +37,7 @@ LAYERS = (
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 NF4_TYPE_CHECKS = ("qlora_builders/tensor/", "qlora_builders/checkpoint/")
 NF4_TYPE_CHECK_FILES = ("qlora_builders/modules/linear.py",)
+OWN_TEMPLATES = ("qlora_builders/report/page.py",)
 # imported where they are needed: for CUDA tensors, and for tasks of lm_eval
 NEED_EXTRAS = ("nf4_triton.py", "nf4_triton_kernels.py", "harness_model.py")
 OPTIONAL = (
@@ -109,6 +110,17 @@ def wrong_type_checks(path: str, source: str) -> list[str]:
     ]
 
 
+def evaluates_unconfined(path: str, source: str) -> list[str]:
+    """Imports of what evaluates a stranger's code, outside the process with limits."""
+    if path.startswith("qlora_builders/confined/") or path in OWN_TEMPLATES:
+        return []
+    return [
+        f"{path}:{line} imports {name}; ask qlora_builders.confined"
+        for line, name in imported_modules(path, ast.parse(source))
+        if name.partition(".")[0] in ("jinja2", "tokenizers")
+    ]
+
+
 def too_long(path: str, source: str) -> list[str]:
     """Files over 400 lines, functions over 60 (a recipe's main: 100)."""
     found = []
@@ -136,7 +148,9 @@ def test_the_files_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-@pytest.mark.parametrize("check", [wrong_imports, wrong_type_checks, too_long])
+@pytest.mark.parametrize(
+    "check", [wrong_imports, wrong_type_checks, evaluates_unconfined, too_long]
+)
 def test_house_rules(check: Callable[[str, str], list[str]], path: Path) -> None:
     assert check(relative(path), path.read_text(encoding="utf-8")) == []
 
@@ -187,6 +201,12 @@ def test_a_type_check_is_caught_outside_its_places() -> None:
         assert len(wrong_type_checks("qlora_builders/training/bad.py", source)) == 1
         assert wrong_type_checks("qlora_builders/modules/linear.py", source) == []
     assert wrong_type_checks("qlora_builders/training/good.py", "isinstance(w, Tensor)") == []
+
+
+def test_evaluating_is_caught_outside_its_process() -> None:
+    for source in ("import jinja2.sandbox", "from tokenizers import Tokenizer"):
+        assert len(evaluates_unconfined("qlora_builders/data/bad.py", source)) == 1
+        assert evaluates_unconfined("qlora_builders/confined/good.py", source) == []
 
 
 def test_length_is_caught() -> None:

@@ -70,6 +70,6 @@ def check_bounded(file: Path) -> None:
         raise ConfigError(f"{file}: reading it {error}; write out what is needed") from error
     if values > _MOST_VALUES:
         raise ConfigError(
-            f"{file}: its aliases (*name) stand for more than {_MOST_VALUES:,} values, or for "
-            "themselves; write out what is needed"
+            f"{file}: with its aliases (*name) written out it has more than {_MOST_VALUES:,} "
+            "values, or no end; write out what is needed"
         )

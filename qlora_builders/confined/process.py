@@ -119,9 +119,11 @@ class _Worker:
             "MALLOC_ARENA_MAX": "2",  # each reserves address space
         }
         command = [sys.executable, "-P", "-W", "ignore", "-m", "qlora_builders.confined.worker"]
+        lifeline, self._lifeline = os.pipe()  # `limits.end_with`
         try:
             self._process = subprocess.Popen(
-                command,
+                [*command, str(lifeline)],
+                pass_fds=[lifeline],
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -130,14 +132,17 @@ class _Worker:
                 start_new_session=True,  # Ctrl-C is for the parent
             )
         except OSError as error:
+            os.close(self._lifeline)
             raise QLoRAError(f"cannot start a second process of {command[0]}: {error}") from error
+        finally:
+            os.close(lifeline)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests = self._process.stdin.fileno()
         self._answers = self._process.stdout.fileno()
         self._poll = select.poll()
         self._poll.register(self._answers, select.POLLIN)
-        self.stop = weakref.finalize(self, _stop, self._process)
+        self.stop = weakref.finalize(self, _stop, self._process, self._lifeline)
 
     @property
     def alive(self) -> bool:
@@ -147,7 +152,7 @@ class _Worker:
         """Leave it to the process that this one is a fork of."""
         self.stop.detach()
         self._process.returncode = 0
-        _close(self._process)
+        _close(self._process, self._lifeline)
 
     def ask(self, request: Request, limits: Limits) -> Answer:
         """Of the module's `ask`."""
@@ -249,14 +254,15 @@ def _running() -> _Worker:
     return _state.worker
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], lifeline: int) -> None:
     """It has nothing to save."""
     process.kill()
     process.wait()
-    _close(process)
+    _close(process, lifeline)
 
 
-def _close(process: subprocess.Popen[bytes]) -> None:
+def _close(process: subprocess.Popen[bytes], lifeline: int) -> None:
+    os.close(lifeline)
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()
