@@ -124,7 +124,8 @@ def _check_random(state: dict[str, Any]) -> None:
 
 
 def _five(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(values) != 5 or not isinstance(values[1], Tensor) or values[1].dtype != torch.uint32:
+    keys = values[1] if len(values) == 5 else None
+    if not isinstance(keys, Tensor) or keys.dtype != torch.uint32 or keys.shape != (_POSITIONS,):
         raise ValueError("random['numpy'] is no state of a generator")
     return values
 

@@ -128,8 +128,8 @@ def _tensor_like(old: torch.Tensor, rng: random.Random) -> Any:
         lambda: torch.zeros_like(old),
         lambda: (old.double() + 1).to(old.dtype),
         lambda: torch.zeros(1, dtype=old.dtype).expand(old.shape),
-        lambda: old.t().contiguous() if old.dim() == 2 else old[:1],
-        lambda: old.clone().fill_(float("nan")) if old.is_floating_point() else old[:0],
+        lambda: old.t().contiguous() if old.dim() == 2 else old.reshape(-1)[:1],
+        lambda: old.clone().fill_(float("nan")) if old.is_floating_point() else old.reshape(-1)[:0],
         lambda: rng.choice(_hostile()),
     )
     return rng.choice(changed)()
