@@ -17,7 +17,6 @@ from qlora_builders.modules.linear import (
     add_frozen_base,
     describe_linear,
     linear,
-    plain,
     quantize_weight_,
 )
 from qlora_builders.modules.lora_init import (
@@ -28,6 +27,7 @@ from qlora_builders.modules.lora_init import (
     low_rank,
     stored_rank,
 )
+from qlora_builders.tensor import Format, NF4Format, plain
 
 
 class LoRALinear(nn.Module):
@@ -52,7 +52,7 @@ class LoRALinear(nn.Module):
         rank: r >= 1.
         alpha: numerator of the scaling, > 0.
         dropout: probability of dropping an input of the adapter, in [0, 1).
-        quantize_base: store `weight` in NF4.
+        quantize_base: store `weight` in NF4, or in the format given.
         init_lora_weights: `default` is as above; `pissa` or `pissa_niter_N`; `loftq`, only with
             `quantize_base`.
         dtype: dtype of the base weight; None is torch's default dtype.
@@ -80,7 +80,7 @@ class LoRALinear(nn.Module):
         *,
         dropout: float = 0.0,
         bias: bool = False,
-        quantize_base: bool = False,
+        quantize_base: bool | Format = False,
         use_rslora: bool = False,
         lora_bias: bool = False,
         use_dora: bool = False,
@@ -97,7 +97,7 @@ class LoRALinear(nn.Module):
             lora_bias=lora_bias,
             use_dora=use_dora,
             init_lora_weights=init_lora_weights,
-            quantize_base=quantize_base,
+            quantize_base=bool(quantize_base),
         )
         if nf4_options and not quantize_base:
             names = ", ".join(sorted(nf4_options))
@@ -116,7 +116,10 @@ class LoRALinear(nn.Module):
         add_frozen_base(self, bias=bias, device=device, dtype=dtype)
         original = self.weight
         if quantize_base:
-            quantize_weight_(self, **nf4_options)
+            format = (
+                quantize_base if isinstance(quantize_base, Format) else NF4Format(**nf4_options)
+            )
+            quantize_weight_(self, format)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_A = Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = Linear(rank, out_features, bias=lora_bias, device=device, dtype=torch.float32)

@@ -31,7 +31,7 @@ from qlora_builders.checkpoint import (
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import LlamaArch, llama
 from qlora_builders.tensor import NF4Tensor
-from qlora_builders.tensor.nf4_layouts import BNB_JSON, NATIVE_JSON
+from qlora_builders.tensor.layouts import BNB_JSON
 
 ARCH = LlamaArch(
     vocab_size=40,
@@ -135,7 +135,7 @@ def damage_description(data: bytes, rng: random.Random) -> bytes:
     """The JSON that a weight has as a tensor, in the place and length that the header gives it."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    names = sorted(name for name in header if name.endswith((NATIVE_JSON, BNB_JSON)))
+    names = sorted(name for name in header if name.endswith((".nf4", BNB_JSON)))
     first, last = (end + x for x in header[rng.choice(names)]["data_offsets"])
     text = damage_text(data[first:last], rng)[: last - first]
     return data[:first] + text.ljust(last - first) + data[last:]

@@ -56,7 +56,7 @@ def test_frozen_nf4_linear_takes_the_options_of_to_nf4() -> None:
     options = {"block_size": 32, "scale_block_size": 7, "scale_format": "none"}
     layer = FrozenNF4Linear(IN, OUT, **options)
     assert isinstance(layer.weight, NF4Tensor)
-    assert layer.weight.nf4_format == options
+    assert layer.weight.format.stored == options
     assert FrozenNF4Linear(IN, OUT).weight.dtype == torch.bfloat16
 
 
