@@ -1,4 +1,4 @@
-"""The errors a user can cause, and the one way to spell "did you mean" and plurals.
+"""The errors a user can cause, and the one way to spell "did you mean", plurals and home folders.
 
 Everything here is a `ValueError`, so library callers may catch that alone; the command line turns
 each into one readable message and exit code 2. Optional dependencies are the one exception: a
@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 
@@ -33,8 +34,31 @@ class DataError(QLoRAError):
     """A data file, tokenizer or chat template; the message carries the file and the row."""
 
 
+class UnsafeError(DataError):
+    """What a stranger wrote takes more time or memory than it may; no fault of the row."""
+
+
+class UnsafeTemplateError(UnsafeError):
+    """A template that does so, or that tried to leave its sandbox."""
+
+
 class TrainingError(QLoRAError):
     """A run that cannot go on, such as one whose loss is not finite."""
+
+
+def expand_home(path: str | Path, kind: type[QLoRAError]) -> Path:
+    """`~/x` and `~name/x` as the folder of that user.
+
+    Raises:
+        QLoRAError: of this kind, if that user has none here.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        start = Path(path).parts[0]
+        raise kind(
+            f"{path}: there is no home folder for {start!r} here; write the whole path, from '/'"
+        ) from error
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:

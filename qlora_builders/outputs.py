@@ -16,6 +16,27 @@ from typing import Any
 
 from qlora_builders.errors import ConfigError, QLoRAError
 
+# of a run's folder
+CONFIG_FILE = "config.yaml"
+RESULTS = ("adapter", "model")  # folders that a finished run has one of
+
+
+def fault_of_path(path: str) -> str | None:
+    """What the system, or a config file, has against a name that a user gave, whether there is
+    such a file or not; as the end of a message."""
+    try:
+        path.encode()
+        os.stat(path)
+    except UnicodeEncodeError:
+        return "is not UTF-8 text, so no config can name it; rename it"
+    except ValueError:
+        return "holds a NUL character, which no name of a file may"
+    except (FileNotFoundError, NotADirectoryError):
+        return None  # whoever wants a file there says more about it
+    except OSError as error:
+        return f"cannot be used: {error.strerror}; choose another place"
+    return None
+
 
 def check_writable(path: Path, key: str, *, folder: bool = False) -> None:
     """Whether a file (or a folder) of that name could be written, as far as can be seen.
@@ -140,6 +161,22 @@ def step_folders(run_dir: Path) -> list[Path]:
 
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
+
+
+def last_checkpoint(run_dir: Path) -> str:
+    """For a message."""
+    folders = step_folders(run_dir)
+    return f"the last checkpoint is {folders[-1]}" if folders else "no checkpoint was written"
+
+
+def how_to_go_on(run_dir: Path) -> str:
+    """For the last message of a run that ends early."""
+    if step_folders(run_dir):
+        return f"{last_checkpoint(run_dir)}; training.resume=auto goes on from it"
+    return (
+        f"{last_checkpoint(run_dir)}, so there is nothing to go on from; start again with "
+        "overwrite=true or in another output_dir"
+    )
 
 
 def _partial(path: Path) -> Path:

@@ -17,21 +17,21 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from qlora_builders.checkpoint import read_arch
-from qlora_builders.config.checks import memory_in_bytes
-from qlora_builders.config.entry import run_recipe
-from qlora_builders.config.instantiate import instantiate
-from qlora_builders.config.plan import plan_rules, train_patterns
-from qlora_builders.config.schema import EstimateConfig
-from qlora_builders.models import get_arch, llama
-from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
-from qlora_builders.training.loop import trainable_parameters
-from qlora_builders.training.memory import (
+from qlora_builders.analysis.memory import (
     Phase,
     largest_that_fits,
     predict_phases,
     probe_optimizer,
 )
+from qlora_builders.checkpoint import read_arch
+from qlora_builders.config.checks import memory_in_bytes
+from qlora_builders.config.entry import run_recipe
+from qlora_builders.config.plan import plan_rules, train_patterns
+from qlora_builders.config.schema import EstimateConfig
+from qlora_builders.models import get_arch, llama
+from qlora_builders.runs import build_optimizer
+from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
+from qlora_builders.training.step import trainable_parameters
 
 SEQ_STEP = 64  # tokens; the longest sequence is found to this
 
@@ -53,7 +53,7 @@ def main(cfg: EstimateConfig) -> None:
     predict = partial(
         predict_phases,
         model,
-        probe_optimizer(lambda parameters: instantiate(cfg.optimizer, parameters, key="optimizer")),
+        probe_optimizer(partial(build_optimizer, cfg)),
         device_type=device.type,
         accumulate=cfg.training.grad_accumulation > 1,
         compiled=cfg.training.compile == "on",

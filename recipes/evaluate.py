@@ -17,6 +17,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from qlora_builders.analysis.preflight import check_positions
 from qlora_builders.checkpoint import load_with_adapter, read_adapter, read_arch
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import EvaluateConfig
@@ -43,7 +44,6 @@ from qlora_builders.evaluation import (
 from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM
 from qlora_builders.outputs import check_new, write_whole
-from qlora_builders.preflight import check_positions
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 from qlora_builders.training.progress import table_console
 

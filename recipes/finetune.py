@@ -2,10 +2,10 @@
 
     qlora finetune checkpoint.dir=... data.train=... [method=lora] [key=value ...]
 
-Writes a run directory: config.yaml, metrics.jsonl and .csv, environment.jsonl, checkpoints/step_N,
-loss.png, report.html, and the result in adapter/ (PEFT layout) or, when whole weights were trained,
-model/ (Hugging Face layout). A run that was stopped goes on with training.resume=auto, as if
-nothing had happened.
+Writes a run directory: config.yaml, metrics.jsonl, environment.jsonl, checkpoints/step_N,
+report.html, and the result in adapter/ (PEFT layout) or, when whole weights were trained, model/
+(Hugging Face layout). A run that was stopped goes on with training.resume=auto, as if nothing had
+happened.
 """
 
 from __future__ import annotations

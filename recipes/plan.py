@@ -25,6 +25,20 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from qlora_builders.analysis.plan_comparison import HeldOut, Measured, decide
+from qlora_builders.analysis.precision import (
+    PLAIN,
+    SETTINGS,
+    Choice,
+    Options,
+    choose,
+    measure_options,
+    to_rules,
+    total_bytes,
+    total_loss,
+    uniform_plans,
+)
+from qlora_builders.analysis.sensitivity import measure_sensitivity
 from qlora_builders.checkpoint import load_checkpoint, read_arch, stored_plan
 from qlora_builders.config.checks import memory_in_bytes
 from qlora_builders.config.entry import run_recipe
@@ -39,24 +53,10 @@ from qlora_builders.data import (
 )
 from qlora_builders.errors import ConfigError
 from qlora_builders.models import LlamaArch, linear_slots, llama, summarize
-from qlora_builders.models.precision import (
-    PLAIN,
-    SETTINGS,
-    Choice,
-    Options,
-    choose,
-    measure_options,
-    to_rules,
-    total_bytes,
-    total_loss,
-    uniform_plans,
-)
 from qlora_builders.modules import CausalLM
 from qlora_builders.outputs import check_writable, write_whole
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
-from qlora_builders.training.plan_comparison import HeldOut, Measured, decide
 from qlora_builders.training.progress import table_console
-from qlora_builders.training.sensitivity import measure_sensitivity
 
 T = TypeVar("T")
 EVAL_BATCHES = 20  # at least, where there are as many rows: chance is judged by their spread

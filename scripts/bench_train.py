@@ -31,7 +31,7 @@ from qlora_builders.data import Batch
 from qlora_builders.modules import CHECKPOINTING_MODES, CausalLM
 from qlora_builders.training.compile import COMPILE_MODES, compile_layers
 from qlora_builders.training.device import bound_heap, resolve_device, set_seed
-from qlora_builders.training.loop import train_step, trainable_parameters
+from qlora_builders.training.step import train_step, trainable_parameters
 
 RANK = 8
 ADAPTED = {"match": "layers.**", "rank": RANK, "alpha": 2 * RANK}

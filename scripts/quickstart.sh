@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup_env.sh
 echo "== installing into .venv"
-setup_env plot
+setup_env
 
 run=runs/quickstart
 rm -rf "$run" "$run.before.json"

@@ -25,7 +25,7 @@ def main(run: Path) -> int:
     print(f"held-back prompts answered exactly: {before['right']} -> {after['right']} of {rows}")
     print(f"from wrong to right: {flipped} of {rows}")
     print(f"merged model: eval loss {merged['loss']:.4f}, {drift:.1e} from base + adapter")
-    print(f"everything is in {run}: adapter/, merged/, metrics.jsonl, loss.png, report.html")
+    print(f"everything is in {run}: adapter/, merged/, metrics.jsonl, report.html")
     worked = fall >= 0.4 and flipped > rows / 2 and drift < 1e-3
     if not worked:
         print("this is not what the quickstart should give", file=sys.stderr)

@@ -15,6 +15,6 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs warn of a CPU that others use, such as the other tests."""
-    from qlora_builders import preflight
+    from qlora_builders.analysis import preflight
 
     monkeypatch.setattr(preflight, "busy_elsewhere", lambda: 0)

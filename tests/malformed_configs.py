@@ -201,10 +201,14 @@ PLANS: dict[str, Case] = {
     "rules file": ("inspect components=no_rules.yaml", "no list of rules under components:"),
     "odd rules file": ("inspect components=odd_rules.yaml", "'a b' is no option of a rule"),
     "architecture": ("inspect model.arch=llama3_8", "llama3_8", "llama3_8b"),
-    "component": ("finetune optimizer.component=torch.optim.AdmaW", "did you mean 'AdamW'?"),
+    "component": (
+        "finetune optimizer.component=torch.optim.AdmaW",
+        "did you mean 'torch.optim.AdamW'?",
+    ),
     "argument": ("finetune optimizer.lrr=1", "optimizer.lrr is not an argument of torch.optim.Ada"),
     "no component": ("finetune optimizer.component=null", "name the class, such as torch.optim.Ad"),
 }
+ALLOW = "--allow torch.optim"
 OPTIMIZER = f"{TRAIN} --config-dir configs data.train=good.jsonl optimizer="
 PLANS |= {
     "endless rank": (
@@ -223,16 +227,41 @@ PLANS |= {
         f"{TRAIN} data.train=good.jsonl optimizer.foreach=true optimizer.fused=true",
         "optimizer: torch.optim.AdamW refuses its arguments: ",
     ),
-    "closure": (f"{OPTIMIZER}lbfgs", "LBFGS computes the loss several times per step"),
+    "closure": (f"{OPTIMIZER}lbfgs {ALLOW}", "LBFGS computes the loss several times per step"),
     "sparse": (
-        f"{OPTIMIZER}sparse",
+        f"{OPTIMIZER}sparse {ALLOW}",
         "SparseAdam takes sparse gradients, and these are dense; name",
     ),
-    "no optimizer": (f"{OPTIMIZER}no_optimizer", "all_finite gives a bool; name an optimizer"),
-    "schedule": (f"{OPTIMIZER}schedule", "optimizer: torch.optim.lr_scheduler.StepLR refuses its"),
+    "no optimizer": (
+        f"{OPTIMIZER}no_optimizer --allow torch.nn",
+        "torch.nn.ParameterList gives a ParameterList; name an optimizer",
+    ),
+    "schedule": (
+        f"{OPTIMIZER}schedule {ALLOW}",
+        "optimizer: torch.optim.lr_scheduler.StepLR refuses its",
+    ),
+    "no row of the table": (
+        f"{OPTIMIZER}lbfgs",
+        "'torch.optim.LBFGS' is no optimizer that a config may name",
+        "--allow PREFIX",
+    ),
+    "estimated closure": (
+        f"estimate --config-dir configs {ALLOW} optimizer=lbfgs",
+        "LBFGS computes the loss several times per step",
+    ),
+    "own package": (f"{TRAIN} --allow qlora_builders", "allow a package of your own"),
+    "argument of the run": (
+        f"{TRAIN} +optimizer.params=[]",
+        "optimizer.params is given by the run; take it out",
+    ),
+    "no logger": (
+        f"{TRAIN} data.train=good.jsonl --allow collections "
+        "'loggers=[{component: collections.UserDict}]'",
+        "loggers[0].component=collections.UserDict gives a UserDict; name a class with log and clo",
+    ),
     "logger": (
         f"{TRAIN} 'loggers=[{{component: qlora_builders.training.loggers.Nothing}}]'",
         "loggers[0].component",
-        "has no 'Nothing'",
+        "did you mean 'qlora_builders.training.loggers.",
     ),
 }

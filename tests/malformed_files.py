@@ -337,7 +337,7 @@ OPTIMIZERS = {
     "sparse": "component: torch.optim.SparseAdam\n",
     "lbfgs": "component: torch.optim.LBFGS\n",
     "schedule": "component: torch.optim.lr_scheduler.StepLR\nstep_size: 1\n",
-    "no_optimizer": "component: qlora_builders.training.loop.all_finite\n",
+    "no_optimizer": "component: torch.nn.ParameterList\n",
 }
 RULE_FILES = {
     "no_rules.yaml": "rules: []\n",

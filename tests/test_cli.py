@@ -82,7 +82,7 @@ def test_config_mistakes_come_before_the_recipe_loads(
 @pytest.mark.parametrize(
     ("argv", "forbidden"),
     [
-        (["--help"], ["torch", "hydra", "omegaconf", "rich"]),
+        (["--help"], ["torch", "hydra", "omegaconf", "rich", "matplotlib", "jinja2"]),
         (["finetune", "--help"], ["torch", "transformers"]),
         (["configs", "ls"], ["torch"]),
         (["finetune", "bad=1"], ["torch"]),

@@ -222,7 +222,7 @@ def test_quickstart(tmp_path: Path, whole: bool) -> None:
     verdict = "" if whole else "this is not what the quickstart should give\n"
     assert (done.returncode, done.stderr) == (0 if whole else 1, verdict)
     left = {path.name for path in (tmp_path / "runs" / "quickstart").iterdir()}
-    assert {"adapter", "merged", "metrics.jsonl", "loss.png", "report.html"} <= left
+    assert {"adapter", "merged", "metrics.jsonl", "report.html"} <= left
 
 
 # ---- other blocks ------------------------------------------------------------------------------

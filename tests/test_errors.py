@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import pwd
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from qlora_builders import errors
+from qlora_builders.config.compose import compose
+from qlora_builders.data import Tokenizer, load_rows
+from qlora_builders.data.prompts import read_prompts
 from qlora_builders.errors import QLoRAError, did_you_mean, nearest, optional_import
 
 CLASSES = ("ConfigError", "PlanError", "CheckpointError", "DataError", "TrainingError")
@@ -54,3 +61,36 @@ def test_optional_import_names_the_package_and_the_extra() -> None:
     ) as raised:
         optional_import("no_such.module", "data")
     assert isinstance(raised.value.__cause__, ImportError)
+
+
+def test_home_folders_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert errors.expand_home("~/a", errors.DataError) == Path("/somewhere/a")
+    assert errors.expand_home("a/~/b", errors.DataError) == Path("a/~/b")
+
+
+@pytest.mark.parametrize("name", ["~no.such.user/x.jsonl", "~/x.jsonl"])
+@pytest.mark.parametrize(
+    ("read", "kind"),
+    [
+        (load_rows, errors.DataError),
+        (Tokenizer.from_dir, errors.DataError),
+        (lambda path: read_prompts(path, None), errors.DataError),
+        (lambda path: compose("finetune", config_dir=path), errors.ConfigError),
+    ],
+    ids=["rows", "tokenizer", "prompts", "config_dir"],
+)
+def test_a_home_folder_that_is_not_there_is_named(
+    read: Callable[[str], object],
+    kind: type[QLoRAError],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_entry(of: object) -> None:
+        raise KeyError(of)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    start = name.partition("/")[0]
+    with pytest.raises(kind, match=f"^{name}: there is no home folder for '{start}' here; write"):
+        read(name)

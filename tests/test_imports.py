@@ -22,12 +22,14 @@ FILES = sorted(PACKAGE.rglob("*.py")) + RECIPES
 LAYERS = (
     {"errors"},
     {"strict_json", "outputs"},
+    {"files"},
+    {"confined"},
     {"kernels"},
     {"tensor"},
     {"modules"},
     {"models"},
     {"checkpoint", "data", "distributed", "training", "config"},
-    {"report", "preflight", "evaluation"},
+    {"analysis", "evaluation", "report"},
     {"runs", "sweep"},
     {"recipes", "cli"},
 )
@@ -39,7 +41,6 @@ QUANTIZED_TYPES = ("NF4Tensor", "MXFP4Tensor", "QuantizedShard")
 NEED_EXTRAS = ("nf4_triton.py", "nf4_triton_kernels.py", "harness_model.py")
 OPTIONAL = (
     "datasets",
-    "matplotlib",
     "tensorboard",
     "wandb",
     "transformers",
@@ -154,7 +155,7 @@ def test_house_rules(check: Callable[[str, str], list[str]], path: Path) -> None
         ("qlora_builders/models/bad.py", "from qlora_builders import checkpoint"),
         ("qlora_builders/models/bad.py", "from qlora_builders import llama"),
         ("qlora_builders/data/bad.py", "import torch\nfrom qlora_builders.config import schema"),
-        ("qlora_builders/checkpoint/bad.py", "from qlora_builders.training.loop import x"),
+        ("qlora_builders/checkpoint/bad.py", "from qlora_builders.training.step import x"),
         ("qlora_builders/config/bad.py", "import recipes.finetune"),
         ("qlora_builders/training/bad.py", "from qlora_builders.cli import main"),
         ("qlora_builders/errors.py", "from qlora_builders.kernels import NF4"),

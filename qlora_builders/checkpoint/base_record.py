@@ -1,15 +1,16 @@
 """qlora_base.json: which base an adapter was trained on, beside the files that PEFT reads.
 
-An adapter corrects one particular base: other weights, another quantization or another dtype make
-it another function, and PEFT's files name none of the three. The record holds a content hash of
-the checkpoint, the component plan, the NF4 options of every quantized slot and the base's dtype.
+An adapter corrects one particular base: other weights, another config.json, quantization or dtype
+make it another function, and PEFT's files name none of them. The record holds a content hash of the
+checkpoint, what of its config.json decides the function, the component plan, the NF4 options of
+every quantized slot and the base's dtype.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_builders.checkpoint.json_files import read_json_object
+from qlora_builders.checkpoint.hf_config import function_keys
 from qlora_builders.checkpoint.peft_config import CONFIG_FILE
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.errors import CheckpointError, PlanError
+from qlora_builders.files.json_object import read_json_object
 from qlora_builders.models import BaseCheckpoint, ComponentRule
 from qlora_builders.modules import CausalLM
 from qlora_builders.tensor import QuantizedTensor
@@ -30,7 +32,7 @@ BASE_FILE = "qlora_base.json"
 DTYPES = ("float32", "bfloat16", "float16")
 ALLOW = "adapter.allow_base_mismatch=true (allow_base_mismatch=True in Python)"
 # what a base can differ in
-ASPECTS = ("content", "quantization", "dtype")
+ASPECTS = ("content", "config", "quantization", "dtype")
 # sampled bytes: so many windows of so many bytes, evenly spread from the first byte to the last
 _WINDOWS, _WINDOW_BYTES = 16, 256
 
@@ -42,14 +44,16 @@ class BaseRecord:
     Attributes:
         components, train, dtype: of the model it was trained in; see `llama`.
         checkpoint: None where the weights came from no checkpoint.
-        nf4: slot -> NF4 options. Records from before there were any lack both; what is not known
-            is not compared.
+        config: `function_keys` of the model.
+        nf4: slot -> NF4 options. Older records lack one or all of the three; what is not known is
+            not compared.
     """
 
     components: tuple[ComponentRule, ...]
     train: tuple[str, ...]
     dtype: torch.dtype
     checkpoint: BaseCheckpoint | None
+    config: dict[str, Any]
     nf4: dict[str, dict[str, Any]] | None
 
 
@@ -131,6 +135,7 @@ def base_record(model: CausalLM) -> dict[str, Any]:
         groups.setdefault(json.dumps(options), {**options, "slots": []})["slots"].append(slot)
     return {
         "checkpoint": None if spec.base is None else asdict(spec.base),
+        "config": function_keys(spec.arch),
         "dtype": str(spec.dtype).removeprefix("torch."),
         "components": [rule.spelled for rule in spec.components],
         "train": list(spec.train),
@@ -158,6 +163,7 @@ def read_base_record(directory: Path) -> BaseRecord | None:
             train=tuple(_list(content["train"], str)),
             dtype=getattr(torch, dtype),
             checkpoint=None if checkpoint is None else _base_checkpoint(checkpoint),
+            config=_mapping(content.get("config", {})),
             nf4=None if nf4 is None else _slots_of_groups(_list(nf4, dict)),
         )
     except (PlanError, KeyError, TypeError) as error:
@@ -184,6 +190,8 @@ def check_base(
             f"checkpoint: trained on {known.format} {known.content_hash[:12]}, "
             f"here {own.format} {own.content_hash[:12]}"
         )
+    if "config" in aspects:
+        problems += differing_keys(record.config, function_keys(model.spec.arch))
     slots, recorded = _nf4_slots(model), record.nf4
     if "quantization" in aspects and recorded is not None and slots != recorded:
         differing = sorted(
@@ -201,6 +209,19 @@ def check_base(
             f"({'; '.join(problems)}). Load {that_one}, or accept what may be another function "
             f"with {ALLOW}"
         )
+
+
+def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A message for every key that both have, with another value."""
+    return [
+        f"{key} of config.json: trained with {_spell(before[key])}, here {_spell(now[key])}"
+        for key in sorted(before.keys() & now)
+        if before[key] != now[key]
+    ]
+
+
+def _spell(value: Any) -> str:
+    return "not set" if value is None else f"{value}"
 
 
 def _nf4_slots(model: CausalLM) -> dict[str, dict[str, Any]]:
@@ -226,6 +247,12 @@ def _slots_of_groups(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _base_checkpoint(value: Any) -> BaseCheckpoint:
     _list(list(value.values()) if isinstance(value, dict) else value, str)
     return BaseCheckpoint(**value)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r:.80} is not a mapping")
+    return value
 
 
 def _list(value: Any, of: type = object) -> list[Any]:

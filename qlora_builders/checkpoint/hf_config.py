@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.errors import CheckpointError
+from qlora_builders.files.json_object import read_json_object
 from qlora_builders.models import LlamaArch, RopeScaling
 
 # config.json key -> LlamaArch field, where a required number is copied as it is
@@ -112,6 +112,25 @@ def _positive(value: Any, key: str, source: str) -> Any:
     if type(value) not in (int, float) or not 0 < value < 1e30:
         raise CheckpointError(f"{source}: {key} is {value!r}; expected a number > 0")
     return value
+
+
+def function_keys(arch: LlamaArch) -> dict[str, Any]:
+    """What of an arch decides the function of its weights, flat and by the names in config.json.
+
+    Every arch has the same keys. `max_position_embeddings` is none: it bounds rows, and RoPE that
+    depends on a length has `original_max_position_embeddings`.
+    """
+    keys = {key: getattr(arch, field) for key, field in _REQUIRED.items()}
+    keys |= {key: getattr(arch, field) for key, (field, _) in _OPTIONAL.items()}
+    del keys["max_position_embeddings"]
+    keys |= {"num_key_value_heads": arch.num_kv_heads, "head_dim": arch.head_dim}
+    scaling = arch.rope_scaling
+    rope_type = "default" if scaling is None else scaling.rope_type
+    keys |= {"rope_theta": arch.rope_theta, "rope_scaling.rope_type": rope_type}
+    for key in _ROPE_KEYS["llama3"]:  # has those of linear too
+        used = key in _ROPE_KEYS.get(rope_type, ())
+        keys[f"rope_scaling.{key}"] = getattr(scaling, key) if used else None
+    return keys
 
 
 def config_from_arch(arch: LlamaArch, dtype: torch.dtype) -> dict[str, Any]:

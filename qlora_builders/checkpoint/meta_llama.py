@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.errors import CheckpointError, QLoRAError
+from qlora_builders.files.json_object import read_json_object
 from qlora_builders.models import LLAMA_ARCHS, LlamaArch, RopeScaling
 
 PARAMS_FILE = "params.json"

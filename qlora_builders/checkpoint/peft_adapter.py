@@ -112,14 +112,23 @@ def read_adapter(path: str | Path) -> AdapterInfo:
     plain = [name for name in plain if name != TOKEN_ROWS]
     if not parts:
         raise CheckpointError(f"{file}: holds no lora_A and lora_B ({len(header)} tensors)")
-    modules = {name: _adapter_module(file, config, name, p) for name, p in sorted(parts.items())}
+    ranks, alphas = config.ranks(parts), config.alphas(parts)
+    modules = {
+        name: _adapter_module(file, config, name, own, ranks[name], alphas[name])
+        for name, own in sorted(parts.items())
+    }
     saved, copies = _plain_tensors(file, plain, modules, config)
     config.check_entries(modules, {name.rpartition(".")[0] for name in saved})
     return AdapterInfo(path, config, modules, tuple(saved), read_base_record(path), copies, header)
 
 
 def _adapter_module(
-    file: Path, config: PeftConfig, name: str, shapes: dict[str, list[int]]
+    file: Path,
+    config: PeftConfig,
+    name: str,
+    shapes: dict[str, list[int]],
+    rank: int,
+    alpha: float,
 ) -> AdapterModule:
     """lora_A is [rank, in], lora_B [out, rank], the bias of lora_B and the magnitudes [out]."""
     a, b = shapes.get("lora_A.weight", []), shapes.get("lora_B.weight", [])
@@ -135,12 +144,9 @@ def _adapter_module(
                 f"{file}: {name}.{leaf} is {shape or 'missing'}, but {CONFIG_FILE} says "
                 f"{option}={wanted}" + (f", so [{b[0]}]" if wanted else "")
             )
-    rank = config.rank_of(name)
     if a[0] != rank:
         raise CheckpointError(f"{file}: {name} has rank {a[0]}, but {CONFIG_FILE} says {rank}")
-    return AdapterModule(
-        rank, config.alpha_of(name), config.use_rslora, config.lora_bias, config.use_dora
-    )
+    return AdapterModule(rank, alpha, config.use_rslora, config.lora_bias, config.use_dora)
 
 
 def _plain_tensors(
@@ -222,8 +228,7 @@ def load_adapter_info(model: CausalLM, info: AdapterInfo, aspects: Collection[st
 
 def _check_complete(model: CausalLM, info: AdapterInfo) -> None:
     """What the config selects in this model must be in the file, whatever the model's plan is."""
-    slots = map(hf_name, linear_slots(model.spec.arch))
-    targets = {name for name in slots if info.config.targets(name)}
+    targets = info.config.targeted([hf_name(slot) for slot in linear_slots(model.spec.arch)])
     saved = {
         f"{name}.{leaf}"
         for name, module in model.named_modules()

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_builders.checkpoint.json_files import read_json_object
 from qlora_builders.checkpoint.safetensors_io import listed
+from qlora_builders.confined import patterns as confined_patterns
+from qlora_builders.confined.process import Limits, OverrunError, RaisedError, ask
 from qlora_builders.errors import CheckpointError
+from qlora_builders.files.json_object import read_json_object
 from qlora_builders.outputs import step_folders
 
 CONFIG_FILE = "adapter_config.json"
@@ -39,6 +41,8 @@ _INIT_HINT = (
     ": such an adapter needs a base that PEFT changed. Let PEFT make it one for the original base: "
     "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
 )
+LIMITS = Limits()  # of matching the entries of one key
+_PLAIN = re.compile(r"[\w.-]*")  # as a regex it repeats nothing, so it is fast
 # keys whose entries PEFT compiles
 _REGEXES = (
     "target_modules",
@@ -84,25 +88,29 @@ class PeftConfig:
     modules_to_save: list[str]
     tokens: list[int]  # whose rows of the embedding were trained
 
-    def rank_of(self, name: str) -> int:
-        return _pattern_value(self.rank_pattern, name, self.rank)
+    def ranks(self, names: Collection[str]) -> dict[str, int]:
+        return self._values("rank_pattern", names, self.rank)
 
-    def alpha_of(self, name: str) -> float:
-        return _pattern_value(self.alpha_pattern, name, self.alpha)
+    def alphas(self, names: Collection[str]) -> dict[str, float]:
+        return self._values("alpha_pattern", names, self.alpha)
 
-    def targets(self, name: str) -> bool:
-        """Whether PEFT would give the linear module `name` an adapter."""
-        if self.exclude_modules and _selects(self.exclude_modules, name):
-            return False
-        if any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in self.modules_to_save):
-            return False
+    def targeted(self, names: Collection[str]) -> set[str]:
+        """The linear modules to which PEFT would give an adapter."""
+        excluded = self._selected("exclude_modules", names)
+        entries = [rf"(^|.*\.){entry}($|\..*)" for entry in self.modules_to_save]
+        for saved in self._matched("modules_to_save", entries, names):
+            excluded |= saved.keys()
         if self.target_modules == "all-linear":
-            return name != "lm_head"
-        if not _selects(self.target_modules, name):
-            return False
-        if isinstance(self.target_modules, str) or name in self.target_modules:
-            return True  # a regex or a full name has the last word
-        return not self.layers_to_transform or self._layer(name) in self.layers_to_transform
+            return {name for name in names if name != "lm_head"} - excluded
+        selected = self._selected("target_modules", names) - excluded
+        if isinstance(self.target_modules, str) or not self.layers_to_transform:
+            return selected
+        layers = self._layers(selected)
+        return {
+            name
+            for name in selected  # a full name has the last word
+            if name in self.target_modules or layers.get(name) in self.layers_to_transform
+        }
 
     def saves(self, name: str) -> bool:
         """Whether PEFT would train and store the module `name` as a whole."""
@@ -118,27 +126,31 @@ class PeftConfig:
             CheckpointError: for entries that match no module of the file, and modules of the file
                 that no entry selects.
         """
+        layers = self._layers(adapted).values() if self.layers_to_transform else ()
         unused = {
-            "target_modules": [t for t in self._target_list() if not _any(_selects, [t], adapted)],
+            "target_modules": [
+                entry
+                for entry in self._target_list()
+                if not any(_is_suffix(entry, name) for name in adapted)
+            ],
             "layers_to_transform": [
-                str(index)
-                for index in self.layers_to_transform
-                if index not in map(self._layer, adapted)
+                str(index) for index in self.layers_to_transform if index not in layers
             ],
             "modules_to_save": [
                 entry
                 for entry in self.modules_to_save
                 if not any(name.endswith(entry) for name in saved)
             ],
-            "rank_pattern": [k for k in self.rank_pattern if not _any(_fits, k, adapted)],
-            "alpha_pattern": [k for k in self.alpha_pattern if not _any(_fits, k, adapted)],
+        } | {
+            key: [entry for entry, fitting in self._fitting(key, adapted).items() if not fitting]
+            for key in ("rank_pattern", "alpha_pattern")
         }
         problems = [
             f"{key} entries without a module in the file: {listed(sorted(entries))}"
             for key, entries in unused.items()
             if entries
         ]
-        strays = sorted(name for name in adapted if not self.targets(name))
+        strays = sorted(set(adapted) - self.targeted(adapted))
         if strays:
             problems.append(f"adapters in the file that target_modules excludes: {listed(strays)}")
         if problems:
@@ -150,35 +162,76 @@ class PeftConfig:
     def _target_list(self) -> list[str]:
         return self.target_modules if isinstance(self.target_modules, list) else []
 
-    def _layer(self, name: str) -> int | None:
-        """The layer index that PEFT reads from a module name."""
-        patterns = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern]
-        for pattern in patterns or [r".*?\.[^.]*"]:
-            match = re.match(rf"{pattern}\.(?P<index>\d+)\.", name)
-            if match is not None:
-                return int(match["index"])
-        return None
+    def _layers(self, names: Collection[str]) -> dict[str, int]:
+        """The layer indices that PEFT reads from module names."""
+        starts = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern]
+        patterns = [rf"{start}\.(?P<index>\d+)\." for start in starts or [r".*?\.[^.]*"]]
+        found: dict[str, int] = {}
+        for matched in self._matched("layers_pattern", patterns, names):
+            for name, index in matched.items():
+                found.setdefault(name, int(index))
+        return found
+
+    def _selected(self, key: str, names: Collection[str]) -> set[str]:
+        """A string is a regex for the whole name; a list holds names and suffixes of segments."""
+        entries = getattr(self, key)
+        if isinstance(entries, str):
+            (matched,) = self._matched(key, [entries], names, whole=True)
+            return set(matched)
+        return {name for name in names if any(_is_suffix(entry, name) for entry in entries)}
+
+    def _fitting(self, key: str, names: Collection[str]) -> dict[str, set[str]]:
+        """Of each key of a pattern, a regex for a suffix of whole segments, the names it fits."""
+        entries = list(getattr(self, key))
+        found = self._matched(key, [rf"(.*\.)?({entry})$" for entry in entries], names)
+        return {entry: set(matched) for entry, matched in zip(entries, found, strict=True)}
+
+    def _values(self, key: str, names: Collection[str], default: Any) -> dict[str, Any]:
+        """PEFT's rule: the first key that fits."""
+        values = dict.fromkeys(names, default)
+        fitting = self._fitting(key, names)
+        for entry in reversed(fitting):
+            values |= dict.fromkeys(fitting[entry], getattr(self, key)[entry])
+        return values
+
+    def _matched(
+        self, key: str, patterns: Sequence[str], names: Collection[str], *, whole: bool = False
+    ) -> list[dict[str, str]]:
+        """Of each pattern the names that it matches, each with its group `index` or ""."""
+        ordered = list(names)
+        found = _evaluate(self.file, key, getattr(self, key), "matches", patterns, ordered, whole)
+        return [
+            {name: index for name, index in zip(ordered, row, strict=True) if index is not None}
+            for row in found
+        ]
 
 
-def _selects(entries: str | list[str], name: str) -> bool:
-    """A string is a regex for the whole name; a list holds names and suffixes of segments."""
-    if isinstance(entries, str):
-        return re.fullmatch(entries, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+def _is_suffix(entry: str, name: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
 
 
-def _fits(key: str, name: str) -> bool:
-    """A key of a pattern: a regex for a suffix of whole segments."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+def _evaluate(
+    file: Path, key: str, entries: Any, function: str, patterns: Sequence[str], *arguments: Any
+) -> Any:
+    """A function of `confined.patterns`, here if plain names are all there is to evaluate.
 
-
-def _any(fits: Callable[[Any, str], bool], entry: Any, names: Iterable[str]) -> bool:
-    return any(fits(entry, name) for name in names)
-
-
-def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: the first key that fits."""
-    return next((value for key, value in patterns.items() if _fits(key, name)), default)
+    Raises:
+        CheckpointError: if it takes more than the limits, or does not fit into a regex of ours.
+    """
+    if not patterns:
+        return []
+    texts = [entries] if isinstance(entries, str) else entries
+    if all(_PLAIN.fullmatch(text) for text in texts):
+        return getattr(confined_patterns, function)(list(patterns), *arguments)
+    try:
+        return ask(f"patterns.{function}", list(patterns), *arguments, limits=LIMITS).value
+    except OverrunError as error:
+        shown = listed([repr(text)[:200] for text in texts])
+        raise CheckpointError(
+            f"{file}: matching {key} {shown} {error}; write the names of the modules instead"
+        ) from error
+    except RaisedError as error:
+        raise CheckpointError(f"{file}: {key} cannot be matched: {error}") from error
 
 
 # ---- in -----------------------------------------------------------------------------------------
@@ -229,9 +282,12 @@ def read_peft_config(directory: Path) -> PeftConfig:
         tokens=_tokens(file, config.get("trainable_token_indices")),
     )
     for key in _REGEXES:
-        entries = getattr(parsed, key)
-        for entry in [entries] if isinstance(entries, str) else entries:
-            _check_regex(file, key, entry)
+        value = getattr(parsed, key)
+        entries = [value] if isinstance(value, str) else list(value)
+        problems = _evaluate(file, key, entries, "problems", entries)
+        for entry, problem in zip(entries, problems, strict=True):
+            if problem is not None:
+                raise CheckpointError(f"{file}: {key} entry {entry!r} is no regex: {problem}")
     if parsed.use_dora and parsed.lora_bias:
         raise CheckpointError(f"{file}: use_dora and lora_bias exclude each other, as in PEFT")
     return parsed
@@ -313,10 +369,3 @@ def _map_of(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _check_regex(file: Path, key: str, entry: str) -> None:
-    try:
-        re.compile(entry)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{file}: {key} entry {entry!r} is no regex: {error}") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from qlora_builders.config.knobs import Knob, knobs
 from qlora_builders.config.schema import (
@@ -67,8 +67,11 @@ def check_values(cfg: Any) -> list[str]:
     problems = []
     for key, knob in knobs(type(cfg)).items():
         value = value_of(cfg, key)
-        for element in value if isinstance(value, list) else [value]:
-            problems += _check_value(knob, element)
+        problems += _check_shape(knob, value) or [
+            problem
+            for element in (value if isinstance(value, list) else [value])
+            for problem in _check_value(knob, element)
+        ]
     if hasattr(cfg, "device"):
         problems += _check_device(cfg.device)
     return problems
@@ -135,6 +138,20 @@ def _parse_size(size: str, units: dict[str, int]) -> int:
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]+)", size.strip())
     factors = {name.upper(): factor for name, factor in units.items()}
     return int(float(match[1]) * factors.get(match[2].upper(), 0)) if match else 0
+
+
+def _check_shape(knob: Knob, value: Any) -> list[str]:
+    """What the types of lists and mappings leave open: their elements, and keys that are text."""
+    if get_origin(knob.type) is list:
+        (element_type,) = get_args(knob.type)
+        wanted = get_origin(element_type) or element_type
+        name = {str: "text", int: "whole numbers", dict: "mappings of keys and values"}[wanted]
+        wrong = [element for element in value if type(element) is not wanted]
+        if wrong:
+            return [f"{knob.key} takes a list of {name}, and {wrong[0]!r} is none"]
+    nodes = value if isinstance(value, list) else [value]
+    keys = [key for node in nodes if isinstance(node, dict) for key in node]
+    return [f"{knob.key}: the key {key!r} is not text" for key in keys if type(key) is not str]
 
 
 def _check_value(knob: Knob, value: Any) -> list[str]:

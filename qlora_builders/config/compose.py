@@ -25,7 +25,7 @@ from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # a
 
 from qlora_builders.config.checks import check, check_values, required
 from qlora_builders.config.overrides import (
-    GLOBAL,
+    OVERRIDE,
     groups,
     key_of,
     prepare_override,
@@ -34,13 +34,14 @@ from qlora_builders.config.overrides import (
     unknown_key,
     values_of_file,
 )
+from qlora_builders.config.own_files import GLOBAL, check_own_files, texts_of
+from qlora_builders.config.references import RefusedError, Text, check_references, path_of, texts
 from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
 from qlora_builders.config.shipped import demo_path, shipped_dir
-from qlora_builders.config.yaml_file import check_bounded
-from qlora_builders.errors import ConfigError, did_you_mean
-from qlora_builders.outputs import write_whole
+from qlora_builders.errors import ConfigError, did_you_mean, expand_home
+from qlora_builders.outputs import fault_of_path, write_whole
 
-_OMEGACONF_RESOLVERS = (
+_FOREIGN_RESOLVERS = (
     "oc.create",
     "oc.decode",
     "oc.deprecated",
@@ -48,6 +49,8 @@ _OMEGACONF_RESOLVERS = (
     "oc.dict.values",
     "oc.env",
     "oc.select",
+    "hydra",
+    "python_version",
 )
 
 
@@ -130,7 +133,7 @@ class Drafting:
                 self.add_what_is_right(overrides[:half], where)
                 self.add_what_is_right(overrides[half:], where)
             else:
-                self._take_apart(overrides[0], where, str(error))
+                self._take_apart(overrides[0], where, error)
 
     def _add(self, overrides: Sequence[str]) -> None:
         with _translated_errors(self.verb):
@@ -139,10 +142,10 @@ class Drafting:
         self.cfg = to_config(tree)
         self._taken += prepared
 
-    def _take_apart(self, override: str, where: str, message: str) -> None:
+    def _take_apart(self, override: str, where: str, error: ConfigError) -> None:
         """Take what is right in a file that is wrong; note an override that is no file."""
-        before = len(self.problems)
-        if self.is_group(override):
+        before, message = len(self.problems), str(error)
+        if self.is_group(override) and not isinstance(error, RefusedError):
             values = values_of_file(override, self.verb, self.folders)
             self.add_what_is_right(values, where=f"{override.replace('=', '/')}.yaml: ")
         if len(self.problems) == before:
@@ -196,6 +199,8 @@ def _folders_of(verb: str, config_dir: str | Path | None) -> list[Path]:
 
 
 def _compose_prepared(verb: str, prepared: Sequence[str], folders: Sequence[Path]) -> DictConfig:
+    typed = [text for one in prepared for text in _texts_of(one)]
+    check_references([*texts_of(folders, prepared), *typed])
     _register(verb)
     main, *others = (str(folder) for folder in folders)
     search = [f"hydra.searchpath=[{','.join(quote('file://' + o) for o in others)}]"]
@@ -211,13 +216,18 @@ def _compose_prepared(verb: str, prepared: Sequence[str], folders: Sequence[Path
         GlobalHydra.instance().hydra = previous
 
 
+def _texts_of(override: str) -> Iterator[Text]:
+    match = OVERRIDE.fullmatch(override)
+    return texts(match[3], override, path_of(match[2])) if match else iter(())
+
+
 @contextmanager
 def _translated_errors(verb: str) -> Iterator[None]:
     try:
         yield
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise ConfigError(_translate(error, verb)) from error
 
 
@@ -244,19 +254,19 @@ def config_folders(config_dir: str | Path | None = None) -> list[Path]:
     """The shipped folder and the user's own, which may add configs but not replace any.
 
     Raises:
-        ConfigError: if `config_dir` is not a folder, or has a file with a shipped one's name or too
+        ConfigError: if `config_dir` is not a folder, or has a file with a shipped one's name, too
             many aliases.
     """
     shipped = shipped_dir("configs")
     if config_dir is None:
         return [shipped]
-    own = Path(config_dir).expanduser().resolve()
+    fault = fault_of_path(str(config_dir))
+    if fault:
+        raise ConfigError(f"--config-dir={config_dir} {fault}")
+    own = expand_home(config_dir, ConfigError).resolve()
     if not own.is_dir():
         raise ConfigError(f"--config-dir {str(config_dir)!r} is not a folder")
-    for file in sorted(own.rglob("*.yaml")):
-        if (shipped / file.relative_to(own)).exists():
-            raise ConfigError(f"{str(file)!r} has the name of a shipped config; rename it")
-        check_bounded(file)
+    check_own_files(own, shipped)
     return [shipped, own]
 
 
@@ -331,9 +341,9 @@ def _any_of(names: Sequence[str]) -> str:
 
 @contextmanager
 def _no_foreign_resolvers() -> Iterator[None]:
-    """Without OmegaConf's own (`oc.env`, `oc.decode` ...): a config may come from anywhere, and is
-    not to read the environment into a file."""
-    for name in _OMEGACONF_RESOLVERS:
+    """Without those of OmegaConf and hydra (`oc.env`, `oc.decode` ...): a config may come from
+    anywhere, and is not to read the environment into a file."""
+    for name in _FOREIGN_RESOLVERS:
         OmegaConf.clear_resolver(name)
     try:
         yield

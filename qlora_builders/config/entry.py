@@ -22,7 +22,7 @@ from qlora_builders.config.instantiate import allow_prefixes, resolve_component
 from qlora_builders.config.knobs import knobs
 from qlora_builders.config.other_names import FILE_WORDS, OWN_FILE
 from qlora_builders.config.overrides import quote
-from qlora_builders.config.paths import path_problems
+from qlora_builders.config.paths import name_problems, path_problems
 from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
 from qlora_builders.errors import ConfigError, QLoRAError, nearest
 
@@ -131,6 +131,8 @@ def draft_run(
     """
     cfg, problems = draft(verb, overrides, config_dir=config_dir, known=known)
     problems += names_of_code(cfg, overrides)
+    if not problems:
+        problems += name_problems(cfg)
     if not problems and verb not in WITHOUT_FILES:
         problems += path_problems(cfg)
     if not problems or any(word.startswith(("optimizer.", "loggers")) for word in overrides):
@@ -147,7 +149,7 @@ def names_of_code(cfg: Any, overrides: Sequence[str]) -> list[str]:
     problems = []
     for key, knob in knobs(type(cfg)).items():
         value = value_of(cfg, key)
-        typed = any(override.startswith(f"{key}=") for override in overrides)
+        typed = any(one.startswith(f"{key}=") and "${" not in one for one in overrides)
         if knob.names_code and value != knob.default and not typed:
             problems.append(
                 f"{key}={value} is in a config file, but code runs from there: write it on the "
@@ -163,15 +165,17 @@ def component_problems(cfg: Any) -> list[str]:
         ImportError: if a component's package is optional and missing.
     """
     problems = []
-    for key in knobs(type(cfg)):
-        value = getattr(cfg, key, None)
+    for key, knob in knobs(type(cfg)).items():
+        if knob.names is None:
+            continue
+        value = value_of(cfg, key)
         nodes = {key: value}
         if isinstance(value, list):
             nodes = {f"{key}[{index}]": node for index, node in enumerate(value)}
         for node_key, node in nodes.items():
             if isinstance(node, dict) and "component" in node:
                 try:
-                    resolve_component(node, key=node_key)
+                    resolve_component(node, knob.names, key=node_key)
                 except ConfigError as error:
                     problems.append(str(error))
     return problems

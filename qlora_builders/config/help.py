@@ -21,7 +21,7 @@ from qlora_builders.config.schema import ROOTS, SWEPT_VERBS, TRAINING_VERBS
 OPTIONS: dict[str, tuple[str, str, Collection[str]]] = {
     "--help": ("", "this text", ROOTS),
     "--config-dir": ("DIR", "a folder with configs of your own", ROOTS),
-    "--allow": ("PREFIX", "a package whose classes configs may name, like torch.optim", ROOTS),
+    "--allow": ("PREFIX", "a package whose classes configs may name, like my_package", ROOTS),
     "--print-config": ("", "print the resolved config and stop", ROOTS),
     "--dry-run": ("", "load and check everything, train and write nothing", TRAINING_VERBS),
     "--multirun": ("", "a run for each combination of values: KEY=A,B (a sweep)", SWEPT_VERBS),

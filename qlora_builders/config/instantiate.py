@@ -1,71 +1,81 @@
-"""Config nodes with a `component:` key become objects, from an allow-list of packages only.
+"""Config nodes with a `component:` key become objects: a row of the table, or what a user allows.
 
-A config file may come from anywhere, so a dotted path in it is checked against the allow-list
-before anything is imported, and what it leads to must itself be defined inside the allow-list:
-`torch.optim.some_module.os.system` is refused although it starts well. More prefixes can be
-allowed on the command line (`--allow PREFIX`), never by a config.
+A config file may come from anywhere, so a dotted path in it is checked before anything is imported.
+Outside the table it needs a prefix from the command line (`--allow PREFIX`), and what it leads to
+must itself be defined below that prefix: `mine.os.system` is refused although it starts well.
+Nothing in a config adds a prefix, and a node's arguments are one mapping until the component itself
+is called, so that no key of a node is ever an argument of ours.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import keyword
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
+from qlora_builders.config.component_table import GIVEN, TABLE, nearest_row
 from qlora_builders.config.other_names import OTHER_NAMES
 from qlora_builders.errors import ConfigError, did_you_mean, optional_import
 
-ALLOWED_PREFIXES = ("qlora_builders.", "torch.optim.")
-# Allowed by their exact names: optional packages, and the extra that installs each.
-OPTIONAL_COMPONENTS = {
-    "bitsandbytes.optim.AdamW8bit": "bitsandbytes",
-    "bitsandbytes.optim.PagedAdamW": "bitsandbytes",
-    "bitsandbytes.optim.PagedAdamW8bit": "bitsandbytes",
-    "torchao.optim.AdamW8bit": "torchao",
-}
 _REFUSALS = (TypeError, ValueError, RuntimeError)  # whose text says enough
-_RUNTIME = ("params", "optimizer")  # arguments that no config gives
-_extra_prefixes: ContextVar[tuple[str, ...]] = ContextVar("extra_prefixes", default=())
+_OWN = __name__.partition(".")[0]
+_allowed: ContextVar[tuple[str, ...]] = ContextVar("allowed", default=())
 
 
 @contextmanager
 def allow_prefixes(prefixes: Sequence[str]) -> Iterator[None]:
-    """Also allow components below these packages, within the `with` block."""
-    extra = tuple(prefix.rstrip(".") + "." for prefix in prefixes)
-    token = _extra_prefixes.set(_extra_prefixes.get() + extra)
+    """Also allow components below these packages, within the `with` block.
+
+    Raises:
+        ConfigError: for what is no package, and for this one, where the table has the last word.
+    """
+    for prefix in prefixes:
+        parts = prefix.removesuffix(".").split(".")
+        if not all(part.isidentifier() for part in parts):
+            raise ConfigError(f"--allow {prefix!r} is not a package, such as my_package.optimizers")
+        if parts[0] == _OWN:
+            raise ConfigError(
+                f"--allow {prefix!r}: what configs may name of {_OWN} they may name without; allow "
+                "a package of your own"
+            )
+    extra = tuple(prefix.removesuffix(".") + "." for prefix in prefixes)
+    token = _allowed.set(_allowed.get() + extra)
     try:
         yield
     finally:
-        _extra_prefixes.reset(token)
+        _allowed.reset(token)
 
 
 def instantiate(
     node: Mapping[str, Any],
-    *args: Any,
+    kind: str,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
     key: str,
-    allow: Sequence[str] = ALLOWED_PREFIXES,
-    **kwargs: Any,
 ) -> Any:
     """Call the component that `node` names.
 
     Args:
         node: `component` is the dotted path; the other keys are keyword arguments.
-        args, kwargs: runtime arguments, such as the parameters of an optimizer.
+        kind: what it is to be, a key of `component_table.GIVEN`.
+        args, kwargs: what the run gives, such as the parameters of an optimizer.
         key: the node's full config key, for error messages.
-        allow: prefixes a path may have, beside those of `allow_prefixes`.
 
     Raises:
-        ConfigError: for a path outside the allow-list or that leads nowhere, for a keyword the
-            component does not take, and for whatever the call raises.
+        ConfigError: for a path that is neither in the table nor allowed, or that leads nowhere, for
+            an argument that the component does not take or the run gives, and for whatever the call
+            raises.
         ImportError: if the component's package is optional and missing.
     """
-    component, arguments = resolve_component(node, key=key, allow=allow)
+    component, arguments = resolve_component(node, kind, key=key)
     try:
-        return component(*args, **arguments, **kwargs)
+        return component(*args, **{**arguments, **(kwargs or {})})
     except ImportError:
         raise
     except Exception as error:  # a constructor checks its arguments, or stumbles over them
@@ -74,7 +84,7 @@ def instantiate(
 
 
 def resolve_component(
-    node: Mapping[str, Any], *, key: str, allow: Sequence[str] = ALLOWED_PREFIXES
+    node: Mapping[str, Any], kind: str, *, key: str
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The callable a node names and its keyword arguments, both checked, nothing called.
 
@@ -86,22 +96,42 @@ def resolve_component(
         raise ConfigError(
             f"{key}.component={path!r} must be a dotted path, such as torch.optim.AdamW"
         )
-    if path in OPTIONAL_COMPONENTS:
-        module, _, name = path.rpartition(".")
-        component = getattr(optional_import(module, OPTIONAL_COMPONENTS[path]), name)
+    arguments = {name: value for name, value in node.items() if name != "component"}
+    _check_names(arguments, kind, key)
+    row = TABLE.get(path)
+    if row is None:
+        component = _locate(path, f"{key}.component", kind)
+    elif row.kind != kind:
+        raise ConfigError(
+            f"{key}.component={path!r} is a component of kind {row.kind}, and this is a place for "
+            f"kind {kind}{nearest_row(path, kind)}"
+        )
     else:
-        component = _locate(path, f"{key}.component", (*allow, *_extra_prefixes.get()))
-    arguments = {str(name): value for name, value in node.items() if name != "component"}
+        name = path.removesuffix(f".{row.name}")
+        module = optional_import(name, row.extra) if row.extra else importlib.import_module(name)
+        component = getattr(module, row.name)
     _check_keywords(component, path, arguments, key)
     return component, arguments
 
 
-def _locate(path: str, key: str, allow: Sequence[str]) -> Callable[..., Any]:
-    """Import and walk a dotted path, staying inside `allow` at every step."""
+def _check_names(arguments: Mapping[Any, Any], kind: str, key: str) -> None:
+    """What no component takes from a config, whatever its signature says."""
+    for name in arguments:
+        if name in GIVEN[kind]:
+            raise ConfigError(f"{key}.{name} is given by the run; take it out of the config")
+        public = isinstance(name, str) and name.isidentifier() and not name.startswith("_")
+        if not public or keyword.iskeyword(name):
+            raise ConfigError(f"{key}: {name!r} is not the name of an argument")
+
+
+def _locate(path: str, key: str, kind: str) -> Callable[..., Any]:
+    """Import and walk a dotted path, staying inside the allowed prefixes at every step."""
+    allow = _allowed.get()
     if not _inside(path, allow):
+        beside = f" nor inside {', '.join(allow)}" if allow else ""
         raise ConfigError(
-            f"{key}={path!r} is outside the allowed packages: {', '.join(allow)};"
-            " --allow PREFIX on the command line adds one"
+            f"{key}={path!r} is no {kind} that a config may name{beside}{nearest_row(path, kind)}; "
+            "--allow PREFIX on the command line adds a package"
         )
     parts = path.split(".")
     if not all(part.isidentifier() and not part.startswith("_") for part in parts):
@@ -153,10 +183,11 @@ def _check_keywords(
         return  # some builtins have no signature; the call itself will say what is wrong
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
+    given = {name for names in GIVEN.values() for name in names}
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for name in arguments:
         if name not in named:
-            options = [option for option in named if option not in _RUNTIME]
+            options = [option for option in named if option not in given]
             other = OTHER_NAMES.get(name, "").rpartition(".")[2]
             near = did_you_mean(other if other in options else name, options)
             raise ConfigError(f"{key}.{name} is not an argument of {path}{near}")

@@ -18,17 +18,20 @@ def knob(
     below: float | None = None,
     shapes_curve: bool = True,
     names_code: bool = False,
+    names: str | None = None,
 ) -> Any:
     """A config field: default, meaning with unit, allowed values (of each element for a list).
 
     `shapes_curve=False` says that a run may resume with another value: no loss depends on it.
     `names_code=True` says that code will run from there: given on the command line, or not at all.
+    `names` is the kind of component that its `component:` names.
     """
     metadata = {
         "meaning": meaning,
         "choices": choices,
         "shapes_curve": shapes_curve,
         "names_code": names_code,
+        "names": names,
         "bounds": {">=": at_least, ">": above, "<=": at_most, "<": below},
     }
     if isinstance(default, list | dict):
@@ -48,6 +51,7 @@ class Knob:
     bounds: dict[str, float | None]
     shapes_curve: bool
     names_code: bool
+    names: str | None
 
 
 def knobs(root: type, prefix: str = "") -> dict[str, Knob]:

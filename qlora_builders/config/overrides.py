@@ -23,6 +23,7 @@ from qlora_builders.config.other_names import (
     OTHER_OPTIONS,
     OWN_FILE,
 )
+from qlora_builders.config.own_files import GLOBAL
 from qlora_builders.config.resume import flatten
 from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
 from qlora_builders.config.shipped import shipped_dir
@@ -30,7 +31,6 @@ from qlora_builders.config.yaml_file import load_yaml
 from qlora_builders.errors import ConfigError, did_you_mean
 
 OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]+)=(.*)", re.DOTALL)
-GLOBAL = "# @package _global_"  # the first line of an experiment: its keys have full names
 QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1)[^\\])*\1""", re.DOTALL)
 
 
@@ -94,6 +94,10 @@ def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
     if key == "components" and key in leaves and value.endswith(".yaml"):
         return f"components={_spelled(_rules_of(Path(value)))}"
     parent = next((key[:dot] for dot in _dots(key) if key[:dot] in leaves), None)
+    if parent is not None and get_origin(leaves[parent].type) is list:
+        index = key.removeprefix(f"{parent}.").partition(".")[0]
+        if not index.isdecimal():
+            raise ConfigError(f"{key}={value}: {parent} takes a list, such as [a,b]")
     if parent is not None and get_origin(leaves[parent].type) in (dict, list):
         return f"++{key}={value}"  # optimizer.eps: arguments are checked against the component
     if key not in known_keys(verb):
@@ -124,13 +128,15 @@ def values_of_file(override: str, verb: str, folders: Sequence[Path]) -> list[st
     group, _, option = override.partition("=")
     file = next((f for d in folders if (f := d / group / f"{option}.yaml").is_file()), None)
     try:
-        tree = load_yaml(file) if file else None
+        tree = _tree_of(file) if file else None
     except (OSError, ConfigError, OmegaConfBaseException):
         return []
     is_global = file is not None and file.read_text("utf-8").startswith(GLOBAL)
     if not isinstance(tree, dict) or "defaults" in tree or is_global != (group == "experiment"):
         return []
-    values = flatten(tree, "" if is_global else f"{group}.")
+    leaves = knobs(ROOTS[verb])
+    whole = [key for key, knob in leaves.items() if get_origin(knob.type) is not dict]
+    values = flatten(tree, "" if is_global else f"{group}.", whole)
     chosen = _choices(tree, verb) if is_global else {}
     return [f"{key}={chosen.get(key) or _spelled(value)}" for key, value in values.items()]
 
@@ -145,7 +151,7 @@ def _check_choices(group: str, option: str, verb: str, folders: Sequence[Path]) 
         return
     for folder in folders[1:]:
         file = folder / group / f"{option}.yaml"
-        tree = load_yaml(file) if file.is_file() else {}  # a mapping, says _check_option
+        tree = _tree_of(file) if file.is_file() else {}  # a mapping, says _check_option
         chosen = [f"{k}: {v}" for k, v in _choices(tree, verb).items()]
         if chosen:
             defaults = ", ".join(f"{{override /{one}}}" for one in chosen)
@@ -159,7 +165,7 @@ def _rules_of(file: Path) -> list[Any]:
     """The rules of a YAML file: under `components:`, as `qlora plan` writes them, or alone."""
     if not file.is_file():
         raise ConfigError(f"components={file}: no such file")
-    content = load_yaml(file)
+    content = _tree_of(file)
     if isinstance(content, list):
         content = {"components": content}
     rules = content.get("components") if isinstance(content, dict) else None
@@ -190,6 +196,14 @@ def _spelled(value: Any) -> str:
     return "null" if value is None else str(value).lower()
 
 
+def _tree_of(file: Path) -> Any:
+    """`load_yaml`, which OmegaConf lets fail by an OSError for a file that holds one number."""
+    try:
+        return load_yaml(file)
+    except OSError as error:
+        raise ConfigError(f"{file}: holds no keys and values: {error}") from error
+
+
 def _check_option(group: str, option: str, folders: Sequence[Path]) -> None:
     options = group_options(group, folders)
     if option not in options:
@@ -202,7 +216,7 @@ def _check_option(group: str, option: str, folders: Sequence[Path]) -> None:
         raise ConfigError(f"{group}={option}: no such config{hint}")
     for folder in folders[1:]:  # hydra says less about what is no config at all
         file = folder / group / f"{option}.yaml"
-        if file.is_file() and not isinstance(load_yaml(file), dict):
+        if file.is_file() and not isinstance(_tree_of(file), dict):
             raise ConfigError(f"{group}/{file.name}: holds a list; keys and values are needed")
 
 

@@ -12,11 +12,30 @@ from typing import Any
 
 from qlora_builders.config.checks import value_of
 from qlora_builders.config.knobs import knobs
-from qlora_builders.outputs import step_folders
+from qlora_builders.outputs import fault_of_path, step_folders
 
 _FOLDERS = ("checkpoint.dir", "tokenizer.path", "adapter.path")
 _ROWS = ("data.train", "data.eval", "prompts_file")
+_OTHERS = ("output_dir", "output", "report", "base", "lm_eval.tasks_dir", "training.resume", "runs")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def name_problems(cfg: Any) -> list[str]:
+    """A message for each path that the system does not take, for one reason or another."""
+    problems = []
+    for key in knobs(type(cfg)):
+        value = value_of(cfg, key) if key in (*_FOLDERS, *_ROWS, *_OTHERS) else None
+        for path in value if isinstance(value, list) else [value]:
+            listed = key in _ROWS and path is not None and path.startswith("[")
+            fault = None if path is None or listed else fault_of_path(path)
+            if fault is None and key in ("adapter.path", "prompts_file") and _is_below_file(path):
+                fault = "cannot be used: Not a directory; choose another place"
+            problems += [f"{key}={path} {fault}"] if fault else []
+    return problems
+
+
+def _is_below_file(path: str | None) -> bool:
+    return path is not None and any(parent.is_file() for parent in Path(path).parents)
 
 
 def path_problems(cfg: Any) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -38,19 +38,25 @@ def check_same_curve(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
         for key in keys
     ]
     if differing:
-        head = (
-            f"cannot resume from {checkpoint} with another config; set these back, or start anew "
-            "in another output_dir:"
-        )
-        raise ConfigError("\n".join([head, *differing]))
+        raise refuse_to_resume(checkpoint, "with another config", differing)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"training": {"seed": 0}}` -> `{"training.seed": 0}`"""
+def refuse_to_resume(checkpoint: str, why: str, differing: Sequence[str]) -> ConfigError:
+    head = (
+        f"cannot resume from {checkpoint} {why}; set these back, or start anew "
+        "in another output_dir:"
+    )
+    return ConfigError("\n".join([head, *differing]))
+
+
+def flatten(
+    tree: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()
+) -> dict[str, Any]:
+    """`{"training": {"seed": 0}}` -> `{"training.seed": 0}`; not below the keys of `whole`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and value and f"{prefix}{key}" not in whole:
+            flat |= flatten(value, f"{prefix}{key}.", whole)
         else:
             flat[f"{prefix}{key}"] = value
     return flat

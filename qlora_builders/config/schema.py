@@ -53,7 +53,9 @@ class FinetuneConfig:
     )
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optimizer: dict[str, Any] = knob({}, "`component`: its class; all other keys: its arguments")
+    optimizer: dict[str, Any] = knob(
+        {}, "`component`: its class; all other keys: its arguments", names="optimizer"
+    )
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -62,6 +64,7 @@ class FinetuneConfig:
         "where metrics go beside metrics.jsonl: `component`: a class of training.loggers or your "
         "own; all other keys: its arguments",
         shapes_curve=False,
+        names="logger",
     )
     device: str = device_knob()
     output_dir: str = knob(

@@ -1,7 +1,6 @@
 """Reading a YAML file of the user's: what is wrong with it is one message, and its size is bounded.
 
-YAML names a part once and repeats it by aliases, so that ten lines can stand for a billion values,
-and OmegaConf writes all of them out.
+Files that come with the package are taken as they are.
 """
 
 from __future__ import annotations
@@ -12,9 +11,13 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # a dependency of omegaconf
 from omegaconf import OmegaConf
 
+from qlora_builders.config.shipped import shipped_dir
+from qlora_builders.confined.process import Limits, OverrunError, RaisedError, ask
 from qlora_builders.errors import ConfigError
 
 _MOST_VALUES = 100_000  # a rule for every slot of the largest Llama takes some 5,000
+_MOST_BYTES = 5 * 10**6
+LIMITS = Limits(seconds=20.0)  # 100,000 values take 5
 
 
 def load_yaml(file: Path) -> Any:
@@ -41,27 +44,28 @@ def check_bounded(file: Path) -> None:
     """What else is wrong with the file is for those who read it.
 
     Raises:
-        ConfigError: if its aliases stand for too many values, or for themselves.
+        ConfigError: if it is too large, nested too deeply, takes too long to read, or if its
+            aliases stand for too many values, or for themselves.
     """
-    try:
-        node = yaml.compose(file.read_text("utf-8"), yaml.SafeLoader)
-        values = 0 if node is None else _count(node, {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+    if file.resolve().is_relative_to(shipped_dir("configs").resolve()):
         return
+    try:
+        size = file.stat().st_size
+        text = file.read_text("utf-8") if size <= _MOST_BYTES else ""
+    except (OSError, UnicodeDecodeError):
+        return
+    if size > _MOST_BYTES:
+        raise ConfigError(f"{file}: has {size:,} bytes; at most {_MOST_BYTES:,} are read")
+    try:
+        values = ask("yaml_values.count", text, _MOST_VALUES, limits=LIMITS).value
+    except RaisedError as error:
+        if error.kind == "RecursionError":
+            raise ConfigError(f"{file}: nested too deeply") from None
+        return
+    except OverrunError as error:
+        raise ConfigError(f"{file}: reading it {error}; write out what is needed") from error
     if values > _MOST_VALUES:
         raise ConfigError(
             f"{file}: its aliases (*name) stand for more than {_MOST_VALUES:,} values, or for "
             "themselves; write out what is needed"
         )
-
-
-def _count(node: yaml.Node, counts: dict[int, int]) -> int:
-    """Values below a node with every alias written out; too many for one that holds itself."""
-    if isinstance(node, yaml.ScalarNode):
-        return 1
-    if id(node) not in counts:
-        counts[id(node)] = _MOST_VALUES + 1  # until it is known
-        pairs = isinstance(node, yaml.MappingNode)
-        parts = [part for pair in node.value for part in pair] if pairs else node.value
-        counts[id(node)] = 1 + sum(_count(part, counts) for part in parts)
-    return counts[id(node)]

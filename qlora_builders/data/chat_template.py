@@ -1,56 +1,18 @@
-"""Chat templates: jinja2 in a sandbox, with what templates of Hugging Face expect.
-
-A template comes with a checkpoint, so it is untrusted code. The environment (`template_sandbox.py`)
-offers the extras that published templates use: `raise_exception`, `strftime_now`, a plain `tojson`,
-loop controls and the `{% generation %}` tag, which marks the text that an assistant wrote.
-"""
+"""A checkpoint's chat template, which `confined.chat` compiles and renders in another process."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import SecurityError
+from qlora_builders.confined.process import Kept, Limits, OverrunError, RaisedError
+from qlora_builders.confined.rendered import Message, RenderedChat, Span
+from qlora_builders.errors import DataError, UnsafeTemplateError
 
-from qlora_builders.data.template_sandbox import BoundedEnvironment
-from qlora_builders.errors import DataError
-
-Message = Mapping[str, Any]
-Span = tuple[int, int]  # characters [start, end)
-
-# Unicode noncharacters: reserved for use inside one program, so no interchanged text has them.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-NONCHARACTERS = ("\ufdd0", "\ufdd1", "\ufdd2")
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-
-class UnsafeTemplateError(DataError):
-    """A template that tried to leave the sandbox."""
-
-
-class _GenerationTag(Extension):
-    """`{% generation %} ... {% endgeneration %}`: its text, marked when that is asked for."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance attribute)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_wrap", [nodes.ContextReference()])
-        return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _wrap(self, context: Context, caller: Callable[[], str]) -> str:
-        if not context.get("_mark_generation"):
-            return caller()
-        return f"{_OPEN}{caller()}{_CLOSE}"
+LIMITS = Limits()  # of one conversation
+_RENDERINGS_PER_TURN = 3  # to find where it begins and ends
+_SECONDS_PER_MESSAGE = 2e-4  # of each rendering; some take a tenth of that
 
 
 class ChatTemplate:
@@ -61,19 +23,18 @@ class ChatTemplate:
     construction, so all renderings of one run agree even across midnight.
 
     Raises:
-        DataError: if the template does not compile, or breaks out of the sandbox when rendered.
+        DataError: if the template does not compile, breaks out of the sandbox when rendered, or
+            takes more than `LIMITS`.
     """
 
     def __init__(self, source: str, *, special_tokens: Mapping[str, str], origin: str) -> None:
         self.source = source
         self.origin = origin
-        self.marks_generation = _GENERATION_TAG.search(source) is not None
-        self._variables = dict(special_tokens)
+        arguments = (source, dict(special_tokens), origin, datetime.now())
         try:
-            self._environment = _environment(datetime.now())
-            self._template = self._environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise DataError(f"{origin}: the chat template does not compile: {error}") from error
+            self._compiled = Kept("chat.compiled", *arguments, limits=LIMITS)
+        except (RaisedError, OverrunError) as error:
+            raise self._translated(error, "to compile") from error
 
     def render(
         self,
@@ -87,74 +48,61 @@ class ChatTemplate:
         Raises:
             DataError: if the template refuses the messages.
         """
-        return self._render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        text: str = self._ask("chat.render", messages, add_generation_prompt, tools)
+        return text
 
     def render_marked(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> tuple[str, list[Span]]:
         """The conversation and the non-empty spans inside `{% generation %}` blocks, in order."""
-        marked = self._render(messages, tools=tools, _mark_generation=True)
-        parts = re.split(f"([{_OPEN}{_CLOSE}])", marked)
-        text, spans, open_at = "", [], None
-        for part in parts:
-            if part == _OPEN:
-                open_at = len(text)
-            elif part == _CLOSE:
-                if open_at is not None and len(text) > open_at:
-                    spans.append((open_at, len(text)))
-                open_at = None
-            else:
-                text += part
-        return text, spans
+        text, spans = self._ask("chat.render_marked", messages, tools)
+        return text, [(start, end) for start, end in spans]
 
-    def _render(self, messages: Sequence[Message], **variables: Any) -> str:
-        # A key holding None means "not there" (parquet fills absent keys so); templates that test
-        # `is defined` would otherwise write the word None.
-        present = [{k: v for k, v in m.items() if v is not None} for m in messages]
-        variables.setdefault("add_generation_prompt", False)
-        self._environment.start()
+    def render_with_spans(
+        self,
+        messages: Sequence[Message],
+        *,
+        stop_strings: Sequence[str],
+        last_only: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> RenderedChat:
+        """Render and find the assistant turns (`last_only`: just the last one).
+
+        Raises:
+            DataError: if the template fails, or rewrites a turn so that its place cannot be found.
+        """
+        text, spans, needs_eos = self._ask(
+            "assistant_mask.spans_answer", messages, stop_strings, last_only, tools
+        )
+        return RenderedChat(text, [(start, end) for start, end in spans], needs_eos)
+
+    def end_of_turn_text(self) -> str:
+        """What the template writes after an assistant's content at the end of a conversation.
+
+        Empty when the template cannot render a question and an answer, or rewrites the answer.
+        """
+        text: str = self._ask("assistant_mask.end_of_turn_text")
+        return text
+
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        messages = arguments[0] if arguments else ()
+        turns = sum(message.get("role") == "assistant" for message in messages)
+        renderings = 1 + _RENDERINGS_PER_TURN * turns
+        more = len(messages) * renderings * _SECONDS_PER_MESSAGE
+        limits = Limits(LIMITS.seconds + more, LIMITS.memory, LIMITS.answer)
         try:
-            return self._template.render(
-                messages=present, documents=None, **{**self._variables, **variables}
+            return self._compiled.ask(function, *arguments, limits=limits).value
+        except (RaisedError, OverrunError) as error:
+            raise self._translated(error, "for one conversation") from error
+
+    def _translated(self, error: RaisedError | OverrunError, purpose: str) -> DataError:
+        if isinstance(error, OverrunError):
+            return UnsafeTemplateError(
+                f"{self.origin}: the chat template {error} {purpose}; do not use this "
+                "checkpoint's template"
             )
-        except SecurityError as error:
-            raise UnsafeTemplateError(
-                f"{self.origin}: the chat template tries to leave its sandbox ({error}); "
-                "do not use this checkpoint's template"
-            ) from error
-        except Exception as error:  # a template can raise anything: filters run Python code
-            raise DataError(
-                f"{self.origin}: the chat template fails on these messages: "
-                f"{error or type(error).__name__} (roles: {_roles(messages)})"
-            ) from error
-
-
-def _environment(now: datetime) -> BoundedEnvironment:
-    environment = BoundedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.add_filter("tojson", _tojson)
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = now.strftime
-    return environment
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own filter escapes <, > and & for HTML, which no model was trained on.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _roles(messages: Sequence[Message]) -> str:
-    return ", ".join(str(m.get("role")) for m in messages) or "none"
+        if error.kind == "UnsafeTemplateError":
+            return UnsafeTemplateError(str(error))
+        if error.kind == "DataError":
+            return DataError(str(error))
+        return DataError(f"{self.origin}: the chat template fails on these messages: {error}")

@@ -10,14 +10,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import Encoding
 
-from qlora_builders.data.chat_template import UnsafeTemplateError
 from qlora_builders.data.collate import IGNORE_INDEX, Example
 from qlora_builders.data.files import Row, describe_row, load_rows
 from qlora_builders.data.formats import (
@@ -28,16 +27,16 @@ from qlora_builders.data.formats import (
     prompt_and_answer,
     to_documents,
 )
+from qlora_builders.data.token_backend import Encoding, Ids, Mask
 from qlora_builders.data.tokenizer import Tokenizer
-from qlora_builders.errors import DataError, counted, did_you_mean
+from qlora_builders.errors import DataError, UnsafeError, counted, did_you_mean
 
 ON_ERROR = ("raise", "skip")
 _SAME = "both answers are the same"
 _SHOWN = 5  # skipped rows of which the reason is told
 _CHUNK = 512  # rows per call of the Rust tokenizer: enough to keep all cores busy
 
-Ids = npt.NDArray[np.int32]
-Mask = npt.NDArray[np.bool_]
+Rows = list[tuple[int, list[Document]]]  # numbered
 
 
 @dataclass
@@ -200,7 +199,7 @@ def build_dataset(
         tokenizer.render_chat([])  # raises, and says what to do
     rows = load_rows(source, split=split)
     builder = _Builder(tokenizer, max_seq_len, str(source), rows, on_error)
-    pending: list[tuple[int, list[Document]]] = []
+    pending: Rows = []
     unread = iter(rows)
     for number in range(len(rows) if max_rows is None else min(len(rows), max_rows)):
         try:
@@ -214,7 +213,7 @@ def build_dataset(
             )
         except DataError as error:
             located = DataError(f"{describe_row(rows, source, number)}: {error}")
-            if isinstance(error, UnsafeTemplateError):
+            if isinstance(error, UnsafeError):
                 raise located from error  # no fault of the row
             builder.refuse(number, located)
             continue
@@ -280,13 +279,11 @@ class _Builder:
         self.report.rows += 1
         self.report.skip(str(error))
 
-    def add(self, rows: list[tuple[int, list[Document]]]) -> None:
+    def add(self, rows: Rows) -> None:
         """Encode the documents of numbered rows and keep what is left after truncation."""
         kept: list[tuple[Ids, Mask]] = []
-        texts = [document.text for _, documents in rows for document in documents]
-        encodings = iter(self.tokenizer.encode_batch(texts))
-        for number, documents in rows:
-            parts = [self._encode(document, next(encodings)) for document in documents]
+        for number, documents, encodings in self._encoded(rows):
+            parts = [self._encode(*both) for both in zip(documents, encodings, strict=True)]
             if not all(trained.any() for _, trained in parts):
                 where = describe_row(self.rows, self.report.source, number)
                 advice = "remove the row, or set data.train_on=all"
@@ -303,6 +300,25 @@ class _Builder:
         if kept:
             self.ids.append(np.concatenate([ids for ids, _ in kept]))
             self.trained.append(np.concatenate([trained for _, trained in kept]))
+
+    def _encoded(self, rows: Rows) -> Iterator[tuple[int, list[Document], list[Encoding]]]:
+        """Rows with their encodings; one that the tokenizer fails on is refused."""
+        texts = [document.text for _, documents in rows for document in documents]
+        offsets = any(d.spans is not None for _, documents in rows for d in documents)
+        where = describe_row(self.rows, self.report.source, rows[0][0]) if rows else ""
+        try:
+            found = iter(self.tokenizer.encode_batch(texts, offsets=offsets))
+        except UnsafeError as error:
+            raise UnsafeError(f"{where}, and {len(rows) - 1:,} after it: {error}") from error
+        except DataError as error:
+            if len(rows) > 1:
+                for row in rows:
+                    yield from self._encoded([row])
+            else:
+                self.refuse(rows[0][0], DataError(f"{where}: {error}"))
+            return
+        for number, own in rows:
+            yield number, own, list(islice(found, len(own)))
 
     def _truncate(self, parts: list[tuple[Ids, Mask]]) -> str | None:
         """Cut what comes from one row, in place; why it is not to be kept, if so."""
@@ -357,15 +373,15 @@ class _Builder:
         )
 
     def _encode(self, document: Document, encoding: Encoding) -> tuple[Ids, Mask]:
-        ids = np.array(encoding.ids, dtype=np.int32)
+        ids = encoding.ids
         if document.spans is None:
             trained = np.ones(len(ids), dtype=np.bool_)
         else:
-            trained = _trained_tokens(encoding, document.spans)
+            trained = encoding.inside(document.spans)
         before: list[int] = []
         after: list[int] = []
         if document.add_special_tokens:
-            before, after = self.tokenizer.special_tokens_around(encoding.ids)
+            before, after = self.tokenizer.special_tokens_around(encoding.ids[:1].tolist())
         if document.append_eos:
             eos = self.tokenizer.eos_token_id
             if eos is None:
@@ -373,7 +389,7 @@ class _Builder:
                     "the tokenizer names no EOS token, so the model could not learn to stop; add "
                     "eos_token to its tokenizer_config.json"
                 )
-            if [*encoding.ids[-1:], *after][-1:] != [eos]:
+            if [*encoding.ids[-1:].tolist(), *after][-1:] != [eos]:
                 after = [*after, eos]
         ids = np.concatenate([np.array(x, dtype=np.int32) for x in (before, ids, after)])
         trained = np.pad(trained, (len(before), len(after)))
@@ -381,15 +397,3 @@ class _Builder:
             trained[-1] = True
         trained[:1] = False  # nothing comes before it to predict it from
         return ids, trained
-
-
-def _trained_tokens(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> Mask:
-    """True for each token that has a character inside a span."""
-    bounds = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-    starts, ends = bounds[:, 0], bounds[:, 1]
-    trained = np.zeros(len(bounds), dtype=np.bool_)
-    for start, end in spans:
-        # A token can stand for no character (a prefix space that the tokenizer adds); it goes
-        # with the character after it.
-        trained |= (starts < end) & ((ends > start) | ((starts == ends) & (starts >= start)))
-    return trained

@@ -11,7 +11,7 @@ from typing import Any, cast, overload
 
 import numpy as np
 
-from qlora_builders.errors import DataError, nearest, optional_import
+from qlora_builders.errors import DataError, expand_home, nearest, optional_import
 from qlora_builders.strict_json import parse_json
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ def load_rows(source: str | Path, *, split: str = "train") -> Sequence[Row]:
         ImportError: if Parquet or the hub is asked for and `datasets` is not installed.
     """
     name = str(source)
-    path = Path(name).expanduser()
+    path = expand_home(name, DataError)
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix == ".jsonl":

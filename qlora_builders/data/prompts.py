@@ -19,7 +19,7 @@ from qlora_builders.data.messages import (
     tools_of,
 )
 from qlora_builders.data.tokenizer import Tokenizer, check_text
-from qlora_builders.errors import DataError
+from qlora_builders.errors import DataError, expand_home
 
 TEXT_SUFFIXES = ("", ".txt")
 
@@ -39,7 +39,7 @@ def read_prompts(
     Raises:
         DataError: naming file and line, for what cannot be read or asked.
     """
-    path = Path(path).expanduser()
+    path = expand_home(path, DataError)
     prompts = []
     for where, row, names in _read(path, columns):
         try:

@@ -14,17 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-from tokenizers import Encoding
-from tokenizers.processors import TemplateProcessing
-
-from qlora_builders.data.assistant_mask import (
-    RenderedChat,
-    end_of_turn_text,
-    render_with_spans,
-)
-from qlora_builders.data.chat_template import ChatTemplate, Message
-from qlora_builders.errors import DataError
+from qlora_builders.confined.rendered import Message, RenderedChat
+from qlora_builders.data.chat_template import ChatTemplate
+from qlora_builders.data.token_backend import Encoding, TokenBackend
+from qlora_builders.errors import DataError, expand_home
 from qlora_builders.strict_json import parse_json
 
 
@@ -50,6 +43,7 @@ class Tokenizer:
         vocab_size: one more than the largest token id.
         bos_token_id, eos_token_id: None where the files name no such token.
         stop_token_ids: every id that ends a text or a turn, EOS first.
+        stop_strings: the same, spelled out.
         pad_token_id: the named padding token, else a special token that ends nothing, else EOS.
             Padding is masked by position and never by id, so any id will do.
         chat_template: the template's source, or None.
@@ -59,7 +53,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: TokenBackend,
         *,
         special_tokens: Mapping[str, str],
         extra_stop_ids: Iterable[int] = (),
@@ -68,13 +62,9 @@ class Tokenizer:
         max_pad_id: int | None = None,
     ) -> None:
         self._backend = backend
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._prefix_ids, self._suffix_ids = _take_post_processor(backend)
-        self._added = backend.get_added_tokens_decoder()
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.bos_token_id = self._token_id(special_tokens.get("bos_token"))
-        self.eos_token_id = self._token_id(special_tokens.get("eos_token"))
+        self.vocab_size = backend.vocab_size
+        self.bos_token_id = backend.token_id(special_tokens.get("bos_token"))
+        self.eos_token_id = backend.token_id(special_tokens.get("eos_token"))
         self.chat_template = chat_template
         self._template: ChatTemplate | None = None
         if chat_template is not None:
@@ -82,11 +72,13 @@ class Tokenizer:
                 chat_template, special_tokens=special_tokens, origin=template_origin
             )
         stops = [self.eos_token_id, *extra_stop_ids, self._end_of_turn_id()]
-        known = [i for i in stops if i is not None and backend.id_to_token(i) is not None]
-        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(known))
+        ids = [i for i in dict.fromkeys(stops) if i is not None]
+        known = {i: s for i, s in zip(ids, backend.tokens(ids), strict=True) if s is not None}
+        self.stop_token_ids: tuple[int, ...] = tuple(known)
+        self.stop_strings: tuple[str, ...] = tuple(known.values())
         if self.eos_token_id is None and self.stop_token_ids:
             self.eos_token_id = self.stop_token_ids[0]
-        pad = self._token_id(special_tokens.get("pad_token"))
+        pad = backend.token_id(special_tokens.get("pad_token"))
         self.pad_token_id = self._choose_pad(pad, max_pad_id)
 
     @classmethod
@@ -97,25 +89,17 @@ class Tokenizer:
             DataError: if a file is missing or broken, a named token is not in the vocabulary, or
                 the chat template is broken or unsafe.
         """
-        folder = Path(path).expanduser()
+        folder = expand_home(path, DataError)
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise DataError(_missing_tokenizer(folder))
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-            backend.encode("a")  # its parts may name tokens that are not there
-        except BaseException as error:  # the Rust library raises bare Exception, and panics
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise DataError(f"{file}: not a tokenizer.json this can read: {error}") from error
-        if not backend.get_vocab_size():
-            raise DataError(f"{file}: holds no tokens; take the file of the model's own tokenizer")
+        backend = TokenBackend(file)
         config = _read_json(folder / "tokenizer_config.json")
         named = {**_named_tokens(_read_json(folder / "special_tokens_map.json"))}
         named.update(_named_tokens(config))
         for key in ("bos_token", "eos_token"):
             token = named.get(key)
-            if token is not None and backend.token_to_id(token) is None:
+            if token is not None and backend.token_id(token) is None:
                 raise DataError(
                     f"{folder / 'tokenizer_config.json'}: {key} is {token!r}, which {file.name} "
                     "does not hold; the two files do not belong together"
@@ -125,7 +109,7 @@ class Tokenizer:
         template, origin = _read_template(folder, config)
         for key in ("bos_token", "eos_token"):
             ids = _as_ids(generation.get(f"{key}_id")) or _as_ids(model_config.get(f"{key}_id"))
-            token = backend.id_to_token(ids[0]) if ids else None
+            token = backend.tokens(ids[:1])[0] if ids else None
             if token is not None and key not in config:  # null there means: none
                 named.setdefault(key, token)
         stop_ids = [
@@ -149,8 +133,11 @@ class Tokenizer:
             DataError: for half of a surrogate pair.
         """
         check_text(text)
-        ids = list(self._backend.encode(text, add_special_tokens=False).ids)
-        return [*self._prefix_ids, *ids, *self._suffix_ids] if add_special_tokens else ids
+        (encoding,) = self._backend.encode([text], offsets=False)
+        ids: list[int] = encoding.ids.tolist()
+        if not add_special_tokens:
+            return ids
+        return [*self._backend.prefix_ids, *ids, *self._backend.suffix_ids]
 
     def encode_prefix(self, text: str) -> list[int]:
         """Token ids of a text that is to go on: what begins a text before it, nothing behind it.
@@ -161,22 +148,26 @@ class Tokenizer:
         ids = self.encode(text, add_special_tokens=False)
         return [*self.special_tokens_around(ids)[0], *ids]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+    def encode_batch(self, texts: Sequence[str], *, offsets: bool = True) -> list[Encoding]:
         """Encodings without added special tokens, on all cores.
 
-        `.ids` are the ids and `.offsets` the exact characters [start, end) behind each of them.
+        `.ids` are the ids and `.offsets`, if asked for, the exact characters [start, end) behind
+        each of them.
+
+        Raises:
+            DataError: if the tokenizer fails on one of them.
         """
-        return self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return self._backend.encode(texts, offsets=offsets)
 
     def special_tokens_around(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and after a text with these ids: usually BOS and nothing.
 
         Unlike in `encode`, a BOS that the text itself spells out is not doubled.
         """
-        before = self._prefix_ids
+        before = self._backend.prefix_ids
         if before == [self.bos_token_id] and list(ids[:1]) == before:
             before = []
-        return list(before), list(self._suffix_ids)
+        return list(before), list(self._backend.suffix_ids)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids."""
@@ -184,12 +175,7 @@ class Tokenizer:
 
     def token(self, token_id: int) -> str | None:
         """How the vocabulary spells an id, or None if it does not hold it."""
-        return self._backend.id_to_token(token_id)
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """The tokens of `stop_token_ids`, spelled out."""
-        return tuple(token for i in self.stop_token_ids if (token := self.token(i)))
+        return self._backend.tokens([token_id])[0]
 
     def render_chat(
         self,
@@ -219,12 +205,8 @@ class Tokenizer:
         Raises:
             DataError: if there is no chat template, or the assistant's turns cannot be placed.
         """
-        return render_with_spans(
-            self._required_template(),
-            messages,
-            stop_strings=self.stop_strings,
-            last_only=last_only,
-            tools=tools,
+        return self._required_template().render_with_spans(
+            messages, stop_strings=self.stop_strings, last_only=last_only, tools=tools
         )
 
     def _required_template(self) -> ChatTemplate:
@@ -235,17 +217,14 @@ class Tokenizer:
             )
         return self._template
 
-    def _token_id(self, token: str | None) -> int | None:
-        return None if token is None else self._backend.token_to_id(token)
-
     def _end_of_turn_id(self) -> int | None:
         """The added token with which the template ends an assistant turn, if it does."""
         if self._template is None:
             return None
-        tail = end_of_turn_text(self._template).lstrip()
+        tail = self._template.end_of_turn_text().lstrip()
         found = [
             (len(token.content), token_id)
-            for token_id, token in self._added.items()
+            for token_id, token in self._backend.added.items()
             if token.content.strip() and tail.startswith(token.content)
         ]
         token_id = max(found)[1] if found else None
@@ -257,28 +236,13 @@ class Tokenizer:
             return token_id is not None and (max_id is None or token_id <= max_id)
 
         spared = {self.bos_token_id, *self.stop_token_ids}
-        special = [i for i, token in sorted(self._added.items()) if token.special]
+        special = [i for i, token in sorted(self._backend.added.items()) if token.special]
         others = [i for i in special if i not in spared]
-        others.sort(key=lambda i: "pad" not in self._added[i].content.lower())
+        others.sort(key=lambda i: "pad" not in self._backend.added[i].content.lower())
         for candidate in (named, *others, self.eos_token_id):
             if candidate is not None and usable(candidate):
                 return candidate
         return 0
-
-
-def _take_post_processor(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids that the post-processor puts before and after a text; it is then switched off.
-
-    Byte-level post-processors trim white space off the offsets, also where no token is added, and
-    the assistant mask needs exact ones.
-    """
-    full = list(backend.encode("a", add_special_tokens=True).ids)
-    plain = list(backend.encode("a", add_special_tokens=False).ids)
-    backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
-    extra = len(full) - len(plain)
-    starts = [i for i in range(extra + 1) if full[i : i + len(plain)] == plain]
-    first = starts[0] if starts else 0
-    return full[:first], full[first + len(plain) :]
 
 
 def _missing_tokenizer(folder: Path) -> str:

@@ -12,9 +12,11 @@ import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from qlora_builders.distributed.ranks import LOST_PEER, USER_ERROR
+from qlora_builders.outputs import how_to_go_on
 
 
 def launch(arguments: Sequence[str], *, nproc_per_node: int, max_restarts: int = 0) -> int:
@@ -44,7 +46,9 @@ def launch(arguments: Sequence[str], *, nproc_per_node: int, max_restarts: int =
     try:
         elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
-        return _report(error.failures, max_restarts)
+        named = [word for word in arguments if word.startswith("output_dir=")]
+        run_dir = Path(named[-1].partition("=")[2]) if named else None
+        return _report(error.failures, max_restarts, run_dir)
     except SignalException as error:
         return 128 + signal.SIGINT if error.sigval == signal.SIGINT else 0
     finally:
@@ -52,7 +56,7 @@ def launch(arguments: Sequence[str], *, nproc_per_node: int, max_restarts: int =
     return 0
 
 
-def _report(failures: dict[int, Any], max_restarts: int) -> int:
+def _report(failures: dict[int, Any], max_restarts: int, run_dir: Path | None = None) -> int:
     """One line about the rank that failed by itself; those that only lost a peer do not count."""
     aside = (LOST_PEER, -signal.SIGTERM)
     own = {rank: f for rank, f in failures.items() if f.exitcode not in aside} or failures
@@ -65,9 +69,6 @@ def _report(failures: dict[int, Any], max_restarts: int) -> int:
             what += " (out of memory?)"
     else:
         what = f"failed with exit code {failure.exitcode}"
-    print(
-        f"error: rank {rank} {what} after {max_restarts} restarts; "
-        "training.resume=auto with the same output_dir goes on from the last checkpoint",
-        file=sys.stderr,
-    )
+    how = f"; {how_to_go_on(run_dir)}" if run_dir else ""
+    print(f"error: rank {rank} {what} after {max_restarts} restarts{how}", file=sys.stderr)
     return 1

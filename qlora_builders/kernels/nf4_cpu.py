@@ -1,24 +1,16 @@
-"""Compiles and calls the CPU kernels, `nf4_cpu_*.c`.
+"""Calls the CPU kernels, `nf4_cpu_*.c`, which `build` compiles and keeps.
 
-The C compiler runs once per machine and source version, about two seconds; the library is kept in
-the user's cache folder. It shares torch's OpenMP threads and honours `torch.get_num_threads()`.
-Without a working compiler the PyTorch reference is used, with one warning: the results are the
-same, quantizing is then about a hundred times slower.
-
-Environment: CC names the compiler (default cc), QLORA_BUILDERS_CACHE the cache folder.
+The C compiler runs once per machine and source version, about two seconds. The library shares
+torch's OpenMP threads and honours `torch.get_num_threads()`. Without a working compiler the PyTorch
+reference is used, with one warning: the results are the same, quantizing is then about a hundred
+times slower.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
-import shlex
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,13 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_builders.kernels.build import Sources, load_library
+from qlora_builders.kernels.compiler import CompilerError
 from qlora_builders.kernels.formats import NOT_FINITE
 from qlora_builders.kernels.nf4_format import NF4Format, dynamic_codebook, encode_scales
 from qlora_builders.kernels.tiles import tiled_matmul
 
-_SOURCES = sorted(Path(__file__).parent.glob("nf4_cpu_*.c"))
-_HEADER = Path(__file__).with_name("nf4_cpu.h")
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std=gnu11")
+_SOURCES = Sources(
+    "nf4_cpu",
+    files=sorted(Path(__file__).parent.glob("nf4_cpu_*.c")),
+    headers=[Path(__file__).with_name("nf4_cpu.h")],
+    flags=("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std=gnu11"),
+    functions=("qlora_quantize_nf4", "qlora_dequantize_nf4", "qlora_matmul_nf4_rows"),
+)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS = {"geometric": 0, "none": 1, "bnb": 2}
 _NOT_FINITE = 1
@@ -207,19 +205,14 @@ def _matmul_rows(
     return None if failed else output
 
 
-# ---- building -----------------------------------------------------------------------------------
-
-
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     try:
-        path = _build()
-        library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        details = getattr(error, "stderr", None) or error
+        library = load_library(_SOURCES)
+    except CompilerError as error:
         warnings.warn(
             "the NF4 CPU kernels could not be compiled, so the slow PyTorch reference is used; "
-            f"install a C compiler or set CC. {details}",
+            f"install a C compiler or set CC. {error}",
             stacklevel=2,
         )
         return None
@@ -229,69 +222,3 @@ def _library() -> ctypes.CDLL | None:
     library.qlora_dequantize_nf4.restype = None
     library.qlora_matmul_nf4_rows.argtypes = [pointer] * 6 + [integer] + [size] * 4 + [integer] * 4
     return library
-
-
-def _build() -> Path:
-    """Path of the compiled library, made now if this machine has not made it before."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
-    texts = [file.read_text() for file in (*_SOURCES, _HEADER)]
-    key = "\n".join([*texts, *_FLAGS, *compiler, _cpu_identity(), torch.__version__])
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    target = _cache_dir() / f"nf4_cpu_{digest}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            _compile(compiler, Path(folder))
-            os.replace(Path(folder) / "nf4.so", target)  # another process may do the same
-    return target
-
-
-def _compile(compiler: list[str], folder: Path) -> None:
-    """To an object with OpenMP, then linked without it, so that torch's OpenMP serves it.
-
-    A second OpenMP library in the process would bring its own, competing threads. Compilers
-    without OpenMP give a library that works in one thread.
-    """
-    library = folder / "nf4.so"
-    objects = [folder / f"{source.stem}.o" for source in _SOURCES]
-    to_object: list[str | Path] = [
-        *compiler,
-        *(flag for flag in _FLAGS if flag != "-shared"),
-        "-fopenmp",
-        "-c",
-    ]
-    commands = [
-        [*to_object, source, "-o", made] for source, made in zip(_SOURCES, objects, strict=True)
-    ]
-    if all(
-        subprocess.run(one, capture_output=True, check=False).returncode == 0 for one in commands
-    ):
-        _run([*compiler, "-shared", *objects, "-o", library])
-        try:
-            ctypes.CDLL(str(library), mode=os.RTLD_NOW)
-            return
-        except OSError:
-            pass  # torch brings no OpenMP whose symbols can be used
-    _run([*compiler, *_FLAGS, "-Wno-unknown-pragmas", *_SOURCES, "-o", library])
-
-
-def _run(command: list[str | Path]) -> None:
-    subprocess.run(command, capture_output=True, check=True, text=True, timeout=120)
-
-
-def _cache_dir() -> Path:
-    chosen = os.environ.get("QLORA_BUILDERS_CACHE")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "qlora_builders"
-
-
-def _cpu_identity() -> str:
-    """-march=native code must not run on another CPU that shares the home folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    kept = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return "\n".join(sorted(set(kept)))

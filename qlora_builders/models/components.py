@@ -41,6 +41,7 @@ ADAPTERS: dict[str, dict[str, type]] = {
         "init_lora_weights": str,
     },
 }
+_MOST_RULES = 10_000  # the largest Llama has 883 slots
 BASES: dict[str, type[Format] | None] = {
     "none": None,
     **{name: cls.kernels.format_type for name, cls in QUANTIZED_TYPES.items()},
@@ -254,7 +255,10 @@ def resolve(
             in some adapters only.
     """
     plan = {slot: ComponentRule(match=slot, kind="linear") for slot in slots}
-    for rule in map(ComponentRule.parse, rules):
+    parsed = [ComponentRule.parse(rule) for rule in rules]
+    if len(parsed) > _MOST_RULES:
+        raise PlanError(f"{len(parsed):,} rules; at most {_MOST_RULES:,}, so write patterns")
+    for rule in parsed:
         try:
             matched = match_names(rule.match, slots)
         except PlanError as error:

@@ -4,16 +4,23 @@ A pattern is compared with dot-separated names: `*` stays inside one segment, `*
 number of segments, `[28-31]` is a range of numbers, `{q,k,v}` a choice. Every alternative that a
 choice or a range spells out must match something: `{q,v,typo}_proj` is an error, not a rule that
 quietly adapts two projections of three.
+
+A pattern may be a stranger's, so what it spells out is counted before it is spelled out, and each
+`*` takes the shortest text that the rest of its segment allows: nothing is tried twice.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 
 from qlora_builders.errors import PlanError, did_you_mean
 
+_LONGEST = 1000  # characters
+_MOST_ALTERNATIVES = 2000  # Llama 3.1 405B, the largest, has 883 slots
+_MOST_TOKENS = 1_000_000  # the largest vocabularies have some 260,000
 _GROUP = re.compile(r"\{([^{}]*)\}|\[([^\[\]]*)\]")
 
 
@@ -24,9 +31,9 @@ def match_names(pattern: str, names: Sequence[str]) -> list[str]:
         PlanError: if the pattern is malformed, or one of its alternatives matches no name.
     """
     matched: set[str] = set()
-    for alternative in expand(pattern):
-        regex = _regex(alternative)
-        hits = [name for name in names if regex.fullmatch(name)]
+    for alternative in dict.fromkeys(expand(pattern)):
+        segments = alternative.split(".")
+        hits = [name for name in names if _matches(segments, name.split("."))]
         if not hits:
             raise PlanError(_explain_no_match(pattern, alternative, names))
         matched.update(hits)
@@ -35,6 +42,10 @@ def match_names(pattern: str, names: Sequence[str]) -> list[str]:
 
 def expand(pattern: str) -> list[str]:
     """Every alternative of the choices and ranges: `{q,k}_proj` -> q_proj, k_proj."""
+    if len(pattern) > _LONGEST:
+        raise PlanError(
+            f"match {pattern[:40]!r}... has {len(pattern):,} characters; at most {_LONGEST:,}"
+        )
     parts: list[list[str]] = []
     end = 0
     for group in _GROUP.finditer(pattern):
@@ -42,6 +53,8 @@ def expand(pattern: str) -> list[str]:
         parts.append(_choices(group, pattern))
         end = group.end()
     parts.append([pattern[end:]])
+    if math.prod(map(len, parts)) > _MOST_ALTERNATIVES:
+        raise PlanError(_too_many(pattern))
     alternatives = ["".join(combination) for combination in itertools.product(*parts)]
     for alternative in alternatives:
         if not alternative or set(alternative) & set("{}[]"):
@@ -67,7 +80,12 @@ def token_ids(pattern: str) -> list[int] | None:
             raise PlanError(
                 f"train {pattern!r}: {part!r} is no token id or range; write embed_tokens[5,8-11]"
             )
-        tokens += range(int(span[1]), int(span[2] or span[1]) + 1)
+        first, last = int(span[1]), int(span[2] or span[1])
+        if last - first + len(tokens) >= _MOST_TOKENS:
+            raise PlanError(
+                f"train {part!r}: more than {_MOST_TOKENS:,} tokens; no model has so many"
+            )
+        tokens += range(first, last + 1)
     return tokens
 
 
@@ -79,24 +97,48 @@ def _choices(group: re.Match[str], pattern: str) -> list[str]:
         raise PlanError(
             f"match {pattern!r}: [{group[2]}] is not a range of numbers such as [0-3] or [7]"
         )
-    return [str(n) for n in range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1)]
+    first, last = int(numbers[1]), int(numbers[2] or numbers[1])
+    if last - first >= _MOST_ALTERNATIVES:
+        raise PlanError(_too_many(pattern))
+    return [str(n) for n in range(first, last + 1)]
 
 
-def _regex(alternative: str) -> re.Pattern[str]:
+def _too_many(pattern: str) -> str:
+    return (
+        f"match {pattern!r} spells out more than {_MOST_ALTERNATIVES:,} alternatives; write * for "
+        "all, or several rules"
+    )
+
+
+def _matches(segments: Sequence[str], parts: Sequence[str]) -> bool:
     """`a.**.b` also matches `a.b`, as in `.gitattributes`."""
-    regex = ""
-    segments = alternative.split(".")
+    taken = {0}  # how many parts of the name the segments so far may stand for
     for index, segment in enumerate(segments):
-        last = index == len(segments) - 1
         if segment == "**":
-            regex += r".+" if last else r"(?:[^.]+\.)*"
+            last = index == len(segments) - 1
+            taken = set(range(min(taken) + last, len(parts) + 1))
         else:
-            regex += _segment_regex(segment).pattern + ("" if last else r"\.")
-    return re.compile(regex)
+            ends = (n for n in taken if n < len(parts) and _segment_matches(segment, parts[n]))
+            taken = {n + 1 for n in ends}
+        if not taken:
+            return False
+    return len(parts) in taken
 
 
-def _segment_regex(segment: str) -> re.Pattern[str]:
-    return re.compile(re.escape(segment).replace(r"\*", r"[^.]*"))
+def _segment_matches(segment: str, part: str) -> bool:
+    first, *others = segment.split("*")
+    if not others:
+        return segment == part
+    *middle, last = others
+    start, end = len(first), len(part) - len(last)
+    if start > end or not (part.startswith(first) and part.endswith(last)):
+        return False
+    for text in middle:
+        found = part.find(text, start, end)
+        if found < 0:
+            return False
+        start = found + len(text)
+    return True
 
 
 def _explain_no_match(pattern: str, alternative: str, names: Sequence[str]) -> str:
@@ -105,7 +147,7 @@ def _explain_no_match(pattern: str, alternative: str, names: Sequence[str]) -> s
         which += f" includes {alternative!r}, which"
     known = sorted({segment for name in names for segment in name.split(".")})
     for segment in alternative.split("."):
-        if segment == "**" or any(_segment_regex(segment).fullmatch(other) for other in known):
+        if segment == "**" or any(_segment_matches(segment, other) for other in known):
             continue
         numbers = [int(other) for other in known if other.isdigit()]
         if segment.isdigit() and numbers:
@@ -117,6 +159,6 @@ def _explain_no_match(pattern: str, alternative: str, names: Sequence[str]) -> s
         )
     shapes = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names}
     # the last segment is what was meant; those before it are what was forgotten
-    leaf = _segment_regex(alternative.split(".")[-1])
-    same_leaf = {shape for shape in shapes if leaf.fullmatch(shape.split(".")[-1])}
+    leaf = alternative.split(".")[-1]
+    same_leaf = {shape for shape in shapes if _segment_matches(leaf, shape.split(".")[-1])}
     return f"{which} matches nothing{did_you_mean(alternative, same_leaf or shapes)}"

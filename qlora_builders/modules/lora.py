@@ -116,9 +116,7 @@ class LoRALinear(nn.Module):
         add_frozen_base(self, bias=bias, device=device, dtype=dtype)
         original = self.weight
         if quantize_base:
-            format = (
-                quantize_base if isinstance(quantize_base, Format) else NF4Format(**nf4_options)
-            )
+            format = NF4Format(**nf4_options) if quantize_base is True else quantize_base
             quantize_weight_(self, format)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_A = Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)

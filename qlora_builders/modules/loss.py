@@ -5,12 +5,14 @@ Shapes: b = batch, s = sequence, n = positions that predict a trained token, c =
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlora_builders.errors import TrainingError
 from qlora_builders.modules.checkpointing import run_checkpointed
 
 IGNORE_INDEX = -100  # label of a token that is not trained on
@@ -162,3 +164,21 @@ def _cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
         p /= sums
         p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
     return loss
+
+
+@torch.no_grad()
+def log_probabilities(head: nn.Module, rows: Tensor) -> Iterator[Tensor]:
+    """Of the next token, float32 [c, vocab] for a few rows [c, hidden] at a time.
+
+    Raises:
+        TrainingError: if one is not a number.
+    """
+    count = max(1, _CHUNK_ELEMENTS // cast(int, head.out_features))
+    for chunk in rows.split(count) if len(rows) else ():
+        log_probs = head(chunk).float().log_softmax(-1)
+        if log_probs.isnan().any():
+            raise TrainingError(
+                "the model's predictions are not numbers: its weights are damaged, or compute_dtype"
+                " is too narrow for it; try float32"
+            )
+        yield log_probs

@@ -1,24 +1,44 @@
-"""The page: which part comes where."""
+"""The page: what stands in it; `page.html.j2` says where and how.
+
+A run directory may be a stranger's. Every text comes into the page through `_shown` and is escaped
+by the template; only drawings, which hold no word of a run, and what the template's own macros
+made go in as they are. Should something slip through all the same, the page's content security
+policy runs no script and fetches nothing.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from qlora_builders import __version__
+from qlora_builders.config.compose import compose_tree, to_config
+from qlora_builders.config.knobs import knobs
+from qlora_builders.config.resume import flatten
+from qlora_builders.config.schema import ROOTS, TRAINING_VERBS
+from qlora_builders.data import spell_asked
 from qlora_builders.outputs import check_writable, write_whole
-from qlora_builders.report.curves import layer_section, step_section
-from qlora_builders.report.html import document, element
-from qlora_builders.report.layers import layer_figures
-from qlora_builders.report.run import Run
-from qlora_builders.report.tables import (
-    config_section,
-    environment_section,
-    result_section,
-    sample_section,
+from qlora_builders.report.charts import NUM_COLORS, layer_charts, spell, step_charts
+from qlora_builders.report.run import AVERAGED, Run, final_figures, layer_figures
+
+Table = tuple[list[str], list[list[str]]]  # head and rows
+
+LONGEST_TEXT = 4000  # characters of one value
+_MOST_SAMPLES = 12
+_MOST_NOTES = 20  # of a run
+_NOTHING = "–"
+# where and how, not what; and what the other keys of `method` say already
+_NO_SETTING = ("output_dir", "overwrite", "training.resume", "method.components")
+_NOT_SHOWN = ("directory", "first_step", "total_steps", "skipped_rows")
+# what HTML allows in no form, even escaped: control characters, halves of pairs, no characters
+_NOT_IN_HTML = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
 )
 
 
@@ -29,37 +49,67 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
         QLoRAError: if it cannot be written there.
     """
     check_writable(output, "output")
-    write_whole(output, report_page(runs).encode("utf-8", "replace"))
+    write_whole(output, report_page(runs).encode())
     return output
 
 
 def report_page(runs: Sequence[Run]) -> str:
     """The whole page; text of a stranger's run in it is text, whatever it says."""
-    runs = _with_distinct_names(runs)
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    notes = [_named(run, note, runs) for run in runs for note in _notes(run)]
-    layers = [layer_figures(run) for run in runs]
-    states = [
-        element("li", _named(run, run.status, runs), class_=run.status.replace(",", " ").split()[0])
-        for run in runs
-    ]
-    now = datetime.now().astimezone()
-    return document(
-        f"{title} · qlora report",
-        element(
-            "header",
-            element("h1", title),
-            element("ul", *states, class_="states"),
-            *(element("p", note, class_="note") for note in notes),
-        ),
-        result_section(runs),
-        step_section(runs),
-        layer_section(runs, layers),
-        sample_section(runs),
-        config_section(runs),
-        environment_section(runs),
-        element("footer", f"qlora-builders {__version__}, {now:%Y-%m-%d %H:%M %Z}"),
+    import jinja2  # where pages are made only, like matplotlib
+    from markupsafe import Markup
+
+    def shown(value: object) -> object:
+        return value if isinstance(value, Markup) else _shown(str(value))
+
+    page = jinja2.Environment(
+        autoescape=True,
+        finalize=shown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    page.filters["drawing"] = Markup
+    source = Path(__file__).with_name("page.html.j2").read_text("utf-8")
+    return page.from_string(source).render(_content(_with_distinct_names(runs)))
+
+
+def _shown(text: str) -> str:
+    """Any text as a page can hold it."""
+    if len(text) > LONGEST_TEXT:
+        text = f"{text[:LONGEST_TEXT]} ... ({len(text) - LONGEST_TEXT:,} more characters)"
+    return _NOT_IN_HTML.sub("\ufffd", text)
+
+
+def _content(runs: Sequence[Run]) -> dict[str, Any]:
+    """By the names that the template has for it."""
+
+    def named(run: Run, text: str) -> str:
+        return text if len(runs) == 1 else f"{run.name}: {text}"
+
+    layers = [layer_figures(run) for run in runs]
+    charts, other_charts = step_charts(runs)
+    keys = list(dict.fromkeys(key for run in runs for key in run.config))
+    return {
+        "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        "states": [(re.split(r"\W", run.status)[0], named(run, run.status)) for run in runs],
+        "notes": [named(run, note) for run in runs for note in _notes(run)],
+        "results": _results(runs),
+        "charts": charts,
+        "other_charts": other_charts,
+        "resumed": [f"{run.name} resumed {_resumed(run)}" for run in runs if run.resumed_at()],
+        "layer_charts": list(layer_charts(runs, layers)),
+        "layer_notes": [
+            named(run, note)
+            for run, figures in zip(runs, layers, strict=True)
+            for note in figures.notes
+        ],
+        "num_colors": NUM_COLORS,
+        "samples": _samples(runs),
+        "chosen": _chosen(runs, keys),
+        "config": _beside(keys, [run.config for run in runs], ["key", *_names(runs)]),
+        "environment": _environments(runs),
+        "made": f"qlora-builders {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+    }
 
 
 def _with_distinct_names(runs: Sequence[Run]) -> list[Run]:
@@ -71,12 +121,16 @@ def _with_distinct_names(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, name="/".join(p[-depth:])) for run, p in zip(runs, parts, strict=True)]
 
 
-def _named(run: Run, text: str, runs: Sequence[Run]) -> str:
-    return text if len(runs) == 1 else f"{run.name}: {text}"
+def _names(runs: Sequence[Run]) -> list[str]:
+    return [run.name for run in runs]
+
+
+def _resumed(run: Run) -> str:
+    return f"after {', '.join(f'step {step:,}' for step in run.resumed_at())}"
 
 
 def _notes(run: Run) -> list[str]:
-    return [*run.notes, *run.skipped_rows, *_not_finite(run)]
+    return [*run.notes, *run.skipped_rows, *_not_finite(run)][:_MOST_NOTES]
 
 
 def _not_finite(run: Run) -> Iterator[str]:
@@ -87,3 +141,93 @@ def _not_finite(run: Run) -> Iterator[str]:
                 f"{key} is not finite at {len(bad):,} of {len(steps):,} steps, the first of them "
                 f"{bad[0]:,}"
             )
+
+
+# ---- tables: one column per run --------------------------------------------------------------
+
+
+def _beside(keys: Sequence[str], columns: Sequence[Mapping[str, Any]], head: list[str]) -> Table:
+    return head, [
+        [key, *(_spelled(column[key]) if key in column else _NOTHING for column in columns)]
+        for key in keys
+    ]
+
+
+def _spelled(value: Any) -> str:
+    """A config value as its YAML would have it."""
+    if value is None or isinstance(value, bool | list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
+
+
+def _results(runs: Sequence[Run]) -> Table:
+    columns = [_final_figures(run) for run in runs]
+    return _beside(list(columns[0]), columns, ["figure", *_names(runs)])
+
+
+def _final_figures(run: Run) -> dict[str, str]:
+    final = final_figures(run)
+
+    def shown(key: str, more: str = "") -> str:
+        return spell(final[key]) + more if key in final else _NOTHING
+
+    loss = None if run.compares_pairs else final.get("eval_loss")
+    return {
+        "state": run.status,
+        f"loss, mean of the last {AVERAGED}": shown("loss"),
+        "evaluation loss, last": shown("eval_loss"),
+        "evaluation loss, lowest": shown(
+            "best_eval_loss", f" at step {final.get('best_eval_step', 0):,}"
+        ),
+        "perplexity, last": _NOTHING if loss is None else spell(math.exp(min(loss, 600))),
+        "tokens/s, median": shown("tokens_per_s"),
+        "seconds per step, median": shown("step_s"),
+        "peak memory, MiB": shown("peak_memory_mib"),
+    }
+
+
+def _samples(runs: Sequence[Run]) -> Table:
+    """Answers of the first and the last time that a run wrote some."""
+    head = ["prompt", "reference"]
+    columns: list[dict[tuple[str, str], str]] = []
+    for run in runs:
+        by_step: dict[int, dict[tuple[str, str], str]] = {}
+        for row in run.samples:
+            if isinstance(row.get("step"), int):
+                key = spell_asked(row), str(row.get("reference", ""))
+                by_step.setdefault(row["step"], {})[key] = str(row.get("answer", ""))
+        for step in sorted({min(by_step), max(by_step)}) if by_step else ():
+            if step == 0 and by_step[step] in columns:
+                continue  # another run has the same base
+            columns.append(by_step[step])
+            of = "" if len(runs) == 1 else f"{run.name}, "
+            head.append(f"{of}{f'after step {step:,}' if step else 'before'}")
+    keys = list(dict.fromkeys(key for column in columns for key in column))[:_MOST_SAMPLES]
+    return head, [[*key, *(column.get(key, _NOTHING) for column in columns)] for key in keys]
+
+
+def _chosen(runs: Sequence[Run], keys: Sequence[str]) -> Table:
+    """What was chosen, beside the default of the verb whose keys these are."""
+    verb = min(TRAINING_VERBS, key=lambda verb: len(set(keys) - knobs(ROOTS[verb]).keys()))
+    defaults = flatten(asdict(to_config(compose_tree(verb))))
+    configs = [run.config for run in runs if run.config]
+    chosen = [
+        key
+        for key in keys
+        if key not in _NO_SETTING
+        and any(config.get(key) != defaults.get(key) for config in configs)
+    ]
+    head = ["key", *_names(runs), "default"]
+    return _beside(chosen, [*(run.config for run in runs), defaults], head)
+
+
+def _environments(runs: Sequence[Run]) -> Table:
+    """Of the last process of each run; how many there were."""
+    columns = []
+    for run in runs:
+        about = {key: value for key, value in run.last_process.items() if value is not None}
+        if run.resumed_at():
+            about["resumed"] = _resumed(run)
+        columns.append({key: value for key, value in about.items() if key not in _NOT_SHOWN})
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    return _beside(keys, columns, ["", *_names(runs)])

@@ -1,4 +1,5 @@
-"""What a run directory says, however little of it is there: a run that goes on, one that stopped.
+"""What a run directory says, however little of it is there: a run that goes on, one that stopped;
+what it came to, and what each layer's adapter has learned.
 
 Nothing in it is trusted. Files are read as data only, config.yaml without its interpolations, and
 what is not as expected is left out.
@@ -7,24 +8,31 @@ what is not as expected is left out.
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
+import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml  # type: ignore[import-untyped]  # a dependency of omegaconf
 
-from qlora_builders.checkpoint.run_dir import CONFIG_FILE, RESULTS
+from qlora_builders.checkpoint import adapter_plan, read_adapter, read_arch
+from qlora_builders.checkpoint.peft_adapter import AdapterInfo
+from qlora_builders.checkpoint.peft_export import PREFIX
+from qlora_builders.checkpoint.weight_figures import WeightFigures, weight_figures
 from qlora_builders.config.resume import flatten
-from qlora_builders.errors import ConfigError
-from qlora_builders.outputs import step_folders
+from qlora_builders.errors import ConfigError, QLoRAError
+from qlora_builders.models import llama
+from qlora_builders.outputs import CONFIG_FILE, RESULTS, step_folders
 from qlora_builders.training.environment import ENVIRONMENT_FILE
 from qlora_builders.training.progress import METRICS_FILE, read_rows
 from qlora_builders.training.samples import SAMPLES_FILE
 
+AVERAGED = 10  # values of the final loss: those of the last steps that were logged
 _LARGEST = 1e300  # beyond it a value is shown as not finite, so that no sum of values overflows
 _MOST_CONFIG_BYTES = 2**20
 
@@ -48,8 +56,12 @@ class Run:
         return max((steps[-1] for steps, _ in self.metrics.values() if steps), default=0)
 
     @property
+    def last_process(self) -> Mapping[str, Any]:
+        return self.processes[-1] if self.processes else {}
+
+    @property
     def total_steps(self) -> int | None:
-        total = self.processes[-1].get("total_steps") if self.processes else None
+        total = self.last_process.get("total_steps")
         return total if isinstance(total, int) else None
 
     @property
@@ -69,8 +81,8 @@ class Run:
 
     @property
     def compares_pairs(self) -> bool:
-        """Whether it is a run of `dpo`, whose loss is one of pairs of answers."""
-        return "dpo.beta" in self.config
+        """Whether its loss is one of pairs of answers: rewards are logged beside it."""
+        return any("rewards/margins" in key for key in self.metrics)
 
     def resumed_at(self) -> list[int]:
         steps = [process.get("first_step") for process in self.processes]
@@ -79,7 +91,7 @@ class Run:
     @property
     def skipped_rows(self) -> list[str]:
         """A line for each file with rows that the run left out."""
-        lines = self.processes[-1].get("skipped_rows") if self.processes else None
+        lines = self.last_process.get("skipped_rows")
         return [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
 
     def adapter(self) -> Path | None:
@@ -92,7 +104,7 @@ class Run:
         folder = self.config.get("checkpoint.dir")
         if not isinstance(folder, str):
             return None
-        started_in = self.processes[-1].get("directory") if self.processes else None
+        started_in = self.last_process.get("directory")
         path = Path(started_in if isinstance(started_in, str) else "", folder)
         return path if path.is_dir() else None
 
@@ -204,12 +216,90 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def spell_value(value: Any) -> str:
-    """A config value as its YAML would have it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)
+# ---- what the run came to --------------------------------------------------------------------
+
+
+def final_figures(run: Run) -> dict[str, float]:
+    """For the page of a run and the table of a sweep; without those of which no value is finite.
+
+    `loss` is the mean of the last AVERAGED, `eval_loss` the last one, `best_eval_loss` the lowest,
+    at `best_eval_step`; `tokens_per_s` and `step_s` are medians, `peak_memory_mib` the highest, and
+    `exact_match` the share of right answers among the last samples.
+    """
+
+    def finite(key: str) -> list[tuple[int, float]]:
+        steps, values = run.metrics.get(key, ([], []))
+        return [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+
+    found: dict[str, float] = {}
+    if losses := [value for _, value in finite("loss")]:
+        found["loss"] = statistics.fmean(losses[-AVERAGED:])
+    if evals := finite("eval_loss"):
+        found["eval_loss"] = evals[-1][1]
+        best = min(evals, key=lambda point: point[1])
+        found["best_eval_step"], found["best_eval_loss"] = best
+    for key in ("tokens_per_s", "step_s"):
+        if values := [value for _, value in finite(key)]:
+            found[key] = statistics.median(values)
+    if peaks := [value for _, value in finite("peak_memory_mib")]:
+        found["peak_memory_mib"] = max(peaks)
+    if rows := [row for row in run.samples if isinstance(row.get("step"), int)]:
+        last = max(row["step"] for row in rows)
+        right = [row.get("right") is True for row in rows if row["step"] == last]
+        found["exact_match"] = sum(right) / len(right)
+    return found
+
+
+# ---- what its layers have learned, and what quantization costs there -------------------------
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """By linear slot: `layers.0.self_attn.q_proj`."""
+
+    updates: dict[str, float] = field(default_factory=dict)  # |scaling B A|, Frobenius norm
+    weights: dict[str, WeightFigures] = field(default_factory=dict)  # of the base, if it is there
+    notes: tuple[str, ...] = ()  # what could not be measured, and why
+
+
+def layer_figures(run: Run) -> LayerFigures:
+    """Read from the run's adapter and its base checkpoint, one tensor at a time; never raises for
+    what is missing or damaged there."""
+    folder = run.adapter()
+    if folder is None:
+        return LayerFigures()
+    try:
+        info = read_adapter(folder)
+        updates = {
+            name.removeprefix("model."): update_norm(info, name)
+            for name in sorted(info.modules, key=_in_order)
+        }
+    except (QLoRAError, OSError) as error:
+        return LayerFigures(notes=(f"the adapter cannot be read: {error}",))
+    base = run.base()
+    if base is None:
+        note = "the base checkpoint is not where the run found it, so weights are not compared"
+        return LayerFigures(updates, notes=(note,))
+    try:
+        format = str(run.config.get("checkpoint.format", "auto"))
+        arch = read_arch(base, format=format)
+        components, train = adapter_plan(info)
+        dtype = info.base.dtype if info.base else torch.bfloat16
+        model = llama(arch, components, train=train, device="meta", dtype=dtype)
+        return LayerFigures(updates, dict(weight_figures(model, base, format=format)))
+    except (QLoRAError, OSError) as error:
+        return LayerFigures(updates, notes=(f"the base checkpoint cannot be read: {error}",))
+
+
+def update_norm(info: AdapterInfo, name: str) -> float:
+    """|scaling B A| of a module, without the product: |B A|^2 = trace((B^T B) (A A^T)), rank by
+    rank."""
+    a = info.tensors[f"{PREFIX}{name}.lora_A.weight"].load().double()  # [rank, in]
+    b = info.tensors[f"{PREFIX}{name}.lora_B.weight"].load().double()  # [out, rank]
+    square = torch.sum((b.T @ b) * (a @ a.T)).clamp(min=0)  # symmetric, so no transpose
+    return info.modules[name].scaling * square.sqrt().item()
+
+
+def _in_order(name: str) -> list[int | str]:
+    """`layers.10` after `layers.9`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

@@ -9,24 +9,24 @@ from typing import NoReturn
 
 import torch
 
-from qlora_builders.checkpoint.run_dir import last_checkpoint, step_folder
 from qlora_builders.errors import TrainingError
 from qlora_builders.modules import CausalLM
-from qlora_builders.outputs import step_folders
+from qlora_builders.outputs import how_to_go_on, last_checkpoint, step_folders
+from qlora_builders.runs.folder import step_folder
 from qlora_builders.runs.log import Log
 from qlora_builders.runs.saving import Checkpoints
 from qlora_builders.runs.setup import Data, Run
 from qlora_builders.training.device import peak_memory_mib
-from qlora_builders.training.loop import (
+from qlora_builders.training.objective import Objective
+from qlora_builders.training.progress import pair_figures, step_row
+from qlora_builders.training.samples import add_samples
+from qlora_builders.training.step import (
     all_finite,
     evaluate_objective,
     train_step,
     trainable_parameters,
     until_stopped,
 )
-from qlora_builders.training.objective import Objective
-from qlora_builders.training.progress import pair_figures, step_row, write_csv
-from qlora_builders.training.samples import add_samples
 
 
 def train(
@@ -82,7 +82,6 @@ def train(
             checkpoints.finish()
             if step and not ranks.on_main(step_folder(run.folder, step).exists):
                 checkpoints.save(step)
-    ranks.on_main(lambda: write_csv(run.folder))
     if stopped:
         _leave(run, log, step)
 
@@ -108,8 +107,7 @@ def _leave(run: Run, log: Log, step: int) -> NoReturn:
     assert log.stop.signal_number is not None
     name = signal.Signals(log.stop.signal_number).name
     log.progress.say(f"stopped by {name} after step {step}")
-    last = last_checkpoint(run.folder)
-    log.progress.say(f"{last}; training.resume=auto takes the run up again")
+    log.progress.say(how_to_go_on(run.folder))
     sys.exit(log.stop.exit_code)
 
 

@@ -1,11 +1,10 @@
-"""What a run leaves: the adapter or the weights, a table, a plot and a page."""
+"""What a run leaves: the adapter or the weights, and a page."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from qlora_builders.checkpoint import save_adapter, save_checkpoint
-from qlora_builders.checkpoint.train_state import has_adapters
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.distributed import whole_parameters
 from qlora_builders.errors import QLoRAError
@@ -13,9 +12,9 @@ from qlora_builders.modules import CausalLM
 from qlora_builders.report import read_run, write_report
 from qlora_builders.runs.log import Log
 from qlora_builders.runs.setup import Run
+from qlora_builders.runs.state import has_adapters
 from qlora_builders.training.device import resolve_dtype
-from qlora_builders.training.loop import check_adapters_learned
-from qlora_builders.training.progress import plot_losses
+from qlora_builders.training.step import check_adapters_learned
 
 
 def save_result(run: Run, model: CausalLM, log: Log) -> None:
@@ -31,9 +30,9 @@ def save_result(run: Run, model: CausalLM, log: Log) -> None:
 
 
 def show_result(run: Run, log: Log) -> None:
-    """loss.png and report.html."""
-    for draw in (_plot, _report) if run.ranks.is_main else ():
-        log.progress.say(draw(run.folder))
+    """report.html; where it cannot be written, a line that says so: the result is there."""
+    if run.ranks.is_main:
+        log.progress.say(_report(run.folder))
 
 
 def _save_trained(model: CausalLM, folder: Path, cfg: FinetuneConfig) -> Path:
@@ -50,10 +49,3 @@ def _report(folder: Path) -> str:
         return f"wrote {write_report([read_run(folder)], folder / 'report.html')}"
     except QLoRAError as error:
         return f"no report: {error}"
-
-
-def _plot(folder: Path) -> str:
-    try:
-        return f"wrote {plot_losses(folder)}"
-    except (ImportError, QLoRAError) as error:
-        return f"no plot: {error}"

@@ -8,12 +8,12 @@ from types import TracebackType
 
 import torch
 
-from qlora_builders.checkpoint.run_dir import add_step, remove_old_steps
-from qlora_builders.checkpoint.train_state import StepState, capture_step, has_adapters
 from qlora_builders.distributed import whole_parameters
 from qlora_builders.modules import CausalLM
+from qlora_builders.runs.folder import add_step, remove_old_steps
 from qlora_builders.runs.log import Log
 from qlora_builders.runs.setup import Data, Run
+from qlora_builders.runs.state import StepState, capture_step, has_adapters
 
 
 class Checkpoints:

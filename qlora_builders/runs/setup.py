@@ -6,16 +6,14 @@ from dataclasses import asdict, dataclass
 from inspect import Parameter, signature
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from qlora_builders.analysis.preflight import check_run
 from qlora_builders.checkpoint import load_checkpoint
-from qlora_builders.checkpoint.run_dir import AUTO, Start, find_start
-from qlora_builders.checkpoint.train_state import load_step
 from qlora_builders.config.instantiate import instantiate
 from qlora_builders.config.plan import plan_rules, train_patterns
-from qlora_builders.config.resume import check_same_curve, curve_config
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.data import Batches, Tokenizer, build_dataset
 from qlora_builders.distributed import Ranks, sharding
@@ -23,7 +21,15 @@ from qlora_builders.errors import ConfigError, counted
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
 from qlora_builders.outputs import step_folders
-from qlora_builders.preflight import check_run
+from qlora_builders.runs.about import (
+    check_about,
+    check_resume,
+    check_resumed_base,
+    describe,
+    describe_base,
+)
+from qlora_builders.runs.folder import AUTO, Start, find_start
+from qlora_builders.runs.state import load_step
 from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
     bound_heap,
@@ -33,9 +39,9 @@ from qlora_builders.training.device import (
     set_seed,
 )
 from qlora_builders.training.loggers import Loggers
-from qlora_builders.training.loop import trainable_parameters
-from qlora_builders.training.lr_schedule import check_same_past, lr_factor
+from qlora_builders.training.lr_schedule import lr_factor
 from qlora_builders.training.param_groups import lora_plus_groups
+from qlora_builders.training.step import trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -93,13 +99,24 @@ def load_data(run: Run) -> Data:
     if cfg.data.eval is not None:
         evaluated = _load_batches(cfg.data.eval, run, tokenizer, shuffle=False)
     total_steps = _count_steps(cfg, train)
-    about = _describe(run, train, total_steps)
-    _check_resume(run.start, about, cfg)
+    resolved = {
+        "data.train": train.dataset.fingerprint(),
+        "device": run.device.type,
+        "training.compute_dtype": str(run.compute_dtype).removeprefix("torch."),
+    }
+    about = describe(cfg, resolved, total_steps)
+    check_resume(run.start, about, cfg)
     return Data(train, evaluated, total_steps, about)
 
 
 def load_model(run: Run, data: Data) -> CausalLM:
-    """The base under the plan, over the ranks; whether it is compiled goes to `data.about`."""
+    """The base under the plan, over the ranks; which it is, and whether it is compiled, goes to
+    `data.about`.
+
+    Raises:
+        CheckpointError: for a base that cannot be loaded.
+        ConfigError: if the run goes on from a checkpoint on another base.
+    """
     cfg, ranks, device = run.cfg, run.ranks, run.device
     model = load_checkpoint(
         cfg.checkpoint.dir,
@@ -112,6 +129,8 @@ def load_model(run: Run, data: Data) -> CausalLM:
         compute_dtype=run.compute_dtype,
         shard=sharding(ranks, device.type, **asdict(cfg.distributed)),
     )
+    data.about["base"] = describe_base(model)
+    check_resumed_base(run.start, data.about["base"], cfg)
     data.about["compile"] = _prepare_layers(model, run, data.total_steps)
     return model
 
@@ -122,13 +141,25 @@ def make_optimizer(
     """The optimizer and the schedule of its learning rate; with the model as the checkpoint left
     them, where the run goes on from one."""
     cfg, start = run.cfg, run.start
-    optimizer = instantiate(cfg.optimizer, _optimizer_groups(model, cfg), key="optimizer")
-    _check_steps(optimizer, cfg.optimizer["component"])
+    optimizer = build_optimizer(cfg, _optimizer_groups(model, cfg))
     if start.folder is not None:
+        rates = [group["lr"] for group in optimizer.param_groups]
         load_step(start.folder, model, optimizer)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["initial_lr"] = rate  # of which the schedule takes fractions
     factor = lr_factor(total_steps=data.total_steps, **asdict(cfg.lr_schedule))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=start.step - 1)
     return optimizer, schedule
+
+
+def build_optimizer(cfg: FinetuneConfig, parameters: list[Any]) -> torch.optim.Optimizer:
+    """
+    Raises:
+        ConfigError: for arguments that it refuses, and for one that a run cannot step.
+    """
+    optimizer = instantiate(cfg.optimizer, "optimizer", [parameters], key="optimizer")
+    _check_steps(optimizer, cfg.optimizer["component"])
+    return cast(torch.optim.Optimizer, optimizer)
 
 
 def look_ahead(
@@ -158,19 +189,28 @@ def look_ahead(
 def _first_step(cfg: FinetuneConfig, folder: Path, ranks: Ranks) -> Start:
     """As the config says; a run that was restarted after a failure goes on where it was."""
     if ranks.restarts and step_folders(folder):
-        return find_start(folder, resume=AUTO, overwrite=False)
-    overwrite = cfg.overwrite or ranks.restarts > 0
-    return find_start(folder, resume=cfg.training.resume, overwrite=overwrite)
+        return find_start(folder, resume=AUTO, overwrite=False, check_about=check_about)
+    return find_start(
+        folder,
+        resume=cfg.training.resume,
+        overwrite=cfg.overwrite or ranks.restarts > 0,
+        check_about=check_about,
+    )
 
 
 def _make_loggers(cfg: FinetuneConfig, ranks: Ranks, folder: Path, start: Start) -> Loggers:
-    about: dict[str, Any] = {"run_dir": folder, "first_step": start.step}
-    return Loggers(
-        [
-            instantiate(node, key=f"loggers[{index}]", config=asdict(cfg), **about)
-            for index, node in enumerate(cfg.loggers if ranks.is_main and not cfg.dry_run else [])
-        ]
-    )
+    about = {"run_dir": folder, "first_step": start.step, "config": asdict(cfg)}
+    nodes = cfg.loggers if ranks.is_main and not cfg.dry_run else []
+    loggers = []
+    for index, node in enumerate(nodes):
+        logger = instantiate(node, "logger", kwargs=about, key=f"loggers[{index}]")
+        if not all(callable(getattr(logger, method, None)) for method in ("log", "close")):
+            raise ConfigError(
+                f"loggers[{index}].component={node['component']} gives a {type(logger).__name__}; "
+                "name a class with log and close"
+            )
+        loggers.append(logger)
+    return Loggers(loggers)
 
 
 def _load_batches(source: str, run: Run, tokenizer: Tokenizer, *, shuffle: bool) -> Batches:
@@ -201,27 +241,6 @@ def _count_steps(cfg: FinetuneConfig, data: Batches) -> int:
     if cfg.training.max_steps is not None:
         return cfg.training.max_steps
     return ceil(data.per_epoch * cfg.training.epochs / cfg.training.grad_accumulation)
-
-
-def _describe(run: Run, data: Batches, total_steps: int) -> dict[str, Any]:
-    resolved = {
-        "data.train": data.dataset.fingerprint(),
-        "device": run.device.type,
-        "training.compute_dtype": str(run.compute_dtype).removeprefix("torch."),
-    }
-    return {"total_steps": total_steps, "config": curve_config(run.cfg) | resolved}
-
-
-def _check_resume(start: Start, about: dict[str, Any], cfg: FinetuneConfig) -> None:
-    """The run that goes on has to be the run that was stopped."""
-    if start.folder is not None:
-        check_same_curve(start.about["config"], about["config"], str(start.folder))
-        check_same_past(
-            asdict(cfg.lr_schedule),
-            total_steps=about["total_steps"],
-            before=start.about["total_steps"],
-            steps_done=start.step,
-        )
 
 
 def _prepare_layers(model: CausalLM, run: Run, total_steps: int) -> str:

@@ -26,8 +26,8 @@ from qlora_builders.sweep.results import (
     results_table,
     write_results,
 )
-from qlora_builders.training.loop import StopRequest
 from qlora_builders.training.progress import table_console
+from qlora_builders.training.step import StopRequest
 
 
 def sweep(verb: str, words: Sequence[str], launch: Sequence[str] = ()) -> int:

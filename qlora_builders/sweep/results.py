@@ -17,8 +17,7 @@ from qlora_builders.config.schema import TRAINING_VERBS
 from qlora_builders.config.sweep import short_names
 from qlora_builders.errors import ConfigError
 from qlora_builders.outputs import write_whole
-from qlora_builders.report import read_run
-from qlora_builders.report.figures import AVERAGED, final_figures
+from qlora_builders.report import AVERAGED, final_figures, read_run
 from qlora_builders.strict_json import parse_json
 
 RESULTS_FILE = "sweep.json"
@@ -64,7 +63,7 @@ def figures_of(verb: str, path: Path) -> dict[str, float]:
     """What can be read of a job, however far it came."""
     try:
         if verb in TRAINING_VERBS:
-            return _known(asdict(final_figures(read_run(path))))
+            return _known(final_figures(read_run(path)))
         content = parse_json(path.with_suffix(".json").read_bytes())
     except (ConfigError, OSError, ValueError):
         return {}

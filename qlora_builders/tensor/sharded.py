@@ -57,10 +57,9 @@ def compute_device(model: nn.Module) -> torch.device:
 
 def held_rows(parameter: DTensor) -> tuple[int, int]:
     """(start, stop): the rows of a plain parameter that FSDP2 gives this rank."""
-    axis = next(i for i, placement in enumerate(parameter.placements) if placement.is_shard())
-    mesh, rows = parameter.device_mesh, parameter.shape[0]
-    size = -(-rows // mesh.size(axis))  # as torch.chunk cuts
-    start = min(mesh.get_local_rank(axis) * size, rows)
+    rows = parameter.shape[0]
+    size = -(-rows // parameter.device_mesh.size(_shard_axis(parameter)))  # as torch.chunk cuts
+    start = min(_shard_rank(parameter) * size, rows)
     return start, min(start + size, rows)
 
 
@@ -92,18 +91,6 @@ def copy_whole_(parameter: Tensor, whole: Tensor) -> None:
         return
     start, stop = held_rows(parameter)
     local_part(parameter).copy_(whole[start:stop])
-
-
-def shard_optimizer_state_(optimizer: torch.optim.Optimizer) -> None:
-    """After `load_state_dict` of a state that was saved whole: keep what this rank holds."""
-    for parameter, state in optimizer.state.items():
-        if not is_sharded(parameter):
-            continue
-        start, stop = held_rows(parameter)
-        for key, value in state.items():
-            whole = isinstance(value, Tensor) and not is_sharded(value)
-            if whole and value.shape == parameter.shape:
-                state[key] = with_local(parameter, value[start:stop].clone())
 
 
 # ---- shards of quantized weights ----------------------------------------------------------------

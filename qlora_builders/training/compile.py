@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qlora_builders.modules import CausalLM
 from qlora_builders.tensor.sharded import compute_device
-from qlora_builders.training.loop import Gather, alone
+from qlora_builders.training.step import Gather, alone
 
 COMPILE_MODES = ("auto", "on", "off")
 

@@ -1,9 +1,7 @@
-"""Where a run reports: metrics.jsonl, a progress bar or plain lines, a plot of the losses."""
+"""Where a run reports: metrics.jsonl, a progress bar or plain lines."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import time
@@ -15,13 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qlora_builders.errors import optional_import
 from qlora_builders.outputs import append_rows, write_whole
 from qlora_builders.training.loggers import Loggers
-from qlora_builders.training.loop import StepResult
+from qlora_builders.training.step import StepResult
 
 METRICS_FILE = "metrics.jsonl"
-CSV_FILE = "metrics.csv"
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -112,23 +108,6 @@ def read_rows(file: Path) -> list[Any]:
     return rows
 
 
-def write_csv(directory: Path) -> None:
-    """metrics.csv from metrics.jsonl: a row for each step, a column for each metric.
-
-    Raises:
-        QLoRAError: if it cannot be written.
-    """
-    steps: dict[int, dict[str, Any]] = {}
-    for row in read_rows(directory / METRICS_FILE):
-        steps.setdefault(row["step"], {}).update(row)
-    columns = dict.fromkeys(key for row in steps.values() for key in row)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ["step", *(key for key in columns if key != "step")])
-    writer.writeheader()
-    writer.writerows(steps.values())
-    write_whole(directory / CSV_FILE, text.getvalue().encode())
-
-
 def table_console() -> Console:
     """Where it is no terminal, and COLUMNS is not set, 140 columns wide: rich would take 80."""
     console = Console(highlight=False, soft_wrap=True)
@@ -208,28 +187,3 @@ class ProgressReport:
     def say(self, text: str) -> None:
         """A line above the bar."""
         self.console.print(text)
-
-
-def plot_losses(directory: Path) -> Path:
-    """Draw loss.png from metrics.jsonl; returns its path.
-
-    Raises:
-        ImportError: without matplotlib; the message names the extra `plot`.
-    """
-    optional_import("matplotlib", "plot")
-    figure_module = optional_import("matplotlib.figure", "plot")
-    rows = read_rows(directory / METRICS_FILE)
-    figure = figure_module.Figure(figsize=(7, 4), layout="constrained")
-    per = "pair" if any("rewards/margins" in row for row in rows) else "token"
-    axes = figure.add_subplot(xlabel="step", ylabel=f"loss per {per} (nats)")
-    for key, style in (("loss", "-"), ("eval_loss", "o-")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=key, linewidth=1, markersize=4)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path, image = directory / "loss.png", io.BytesIO()
-    figure.savefig(image, dpi=130)
-    write_whole(path, image.getvalue())
-    return path

@@ -197,6 +197,7 @@ def test_saving_reads_no_weight(
         ({"train": [1]}, r"not a record of a base: \[1\] is not a list of str"),
         ({"nf4": "x"}, "not a record of a base: 'x' is not a list of dict"),
         ({"nf4": [{}]}, "not a record of a base: no key 'slots'"),
+        ({"config": 3}, "not a record of a base: 3 is not a mapping"),
         ({"checkpoint": "x"}, "not a record of a base: "),
         ({"checkpoint": {"format": "hf"}}, "not a record of a base: .*content_hash"),
     ],
@@ -259,6 +260,65 @@ def test_other_dtype(build: Callable[..., CausalLM], adapter: Path) -> None:
     message = rf"{OTHER} \(dtype: trained on torch\.float32, here torch\.bfloat16\)"
     with pytest.raises(CheckpointError, match=message):
         load_adapter(build(dtype=torch.bfloat16), adapter)
+
+
+OLD = {"rope_parameters": None}  # the spelling before it
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "rope_theta": (
+        {"rope_theta": 5e5, **OLD},
+        "rope_theta of config.json: trained with 10000.0, here 5",
+    ),
+    "new spelling": ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta of config.json"),
+    "scaled": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, **OLD},
+        "rope_scaling.factor of config.json: trained with not set, here 2.0; "
+        "rope_scaling.rope_type of config.json: trained with default, here linear",
+    ),
+    "rms_norm_eps": ({"rms_norm_eps": 1e-3}, "rms_norm_eps of config.json: trained with 1e-05"),
+    "hidden_act": ({"hidden_act": "relu"}, "hidden_act of config.json: trained with silu, here re"),
+    "attention_dropout": ({"attention_dropout": 0.5}, "attention_dropout of config.json: "),
+}
+SAME = [
+    {"max_position_embeddings": 4096},
+    {"rope_parameters": {"rope_theta": 10000, "rope_type": "default"}, "rope_theta": 7.0},
+    {"rope_theta": 10_000, "rope_scaling": {"type": "default"}, **OLD},
+    {"use_cache": False, "initializer_range": 1.0, "torch_dtype": "float16"},
+]
+
+
+def with_config(path: Path, changes: dict[str, Any]) -> Path:
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return path
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_another_config_is_another_function(
+    adapter: Path, own_copy: Callable[..., Path], name: str
+) -> None:
+    changes, message = CONFIGS[name]
+    path = with_config(own_copy(), changes)
+    with pytest.raises(CheckpointError, match=OTHER) as caught:
+        load_with_adapter(path, adapter)
+    assert message in str(caught.value)
+    load_with_adapter(path, adapter, allow_base_mismatch=True)
+
+
+@pytest.mark.parametrize("changes", SAME)
+def test_another_spelling_is_the_same_function(
+    adapter: Path, own_copy: Callable[..., Path], changes: dict[str, Any]
+) -> None:
+    load_with_adapter(with_config(own_copy(), changes), adapter)
+
+
+def test_a_record_without_the_config_is_readable(
+    adapter: Path, own_copy: Callable[..., Path]
+) -> None:
+    file = adapter / "qlora_base.json"
+    record = json.loads(file.read_text())
+    del record["config"]
+    file.write_text(json.dumps(record))
+    load_with_adapter(with_config(own_copy(), {"rope_theta": 5e5}), adapter)
 
 
 def test_what_the_caller_names_is_not_compared(

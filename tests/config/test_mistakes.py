@@ -163,6 +163,9 @@ def test_all_mistakes_of_a_file_are_in_one_error(tmp_path: Path) -> None:
 def test_config_dir_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'nowhere' is not a folder"):
         compose("finetune", config_dir="nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ConfigError, match="loop' is not a folder"):
+        compose("finetune", config_dir=tmp_path / "loop")
     own = write(tmp_path, "method/qlora", "name: mine\n")
     with pytest.raises(ConfigError, match="has the name of a shipped config; rename it"):
         compose("finetune", config_dir=own)

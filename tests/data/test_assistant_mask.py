@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_builders.data import Tokenizer, build_dataset
-from qlora_builders.data.assistant_mask import end_of_turn_text, render_with_spans
 from qlora_builders.data.chat_template import ChatTemplate
 from qlora_builders.errors import DataError
 
@@ -35,7 +34,7 @@ def spans_of(
     template = ChatTemplate(
         source, special_tokens={"bos_token": "<s>", "eos_token": "</s>"}, origin="file.jinja"
     )
-    chat = render_with_spans(template, messages, stop_strings=stops, **options)
+    chat = template.render_with_spans(messages, stop_strings=stops, **options)
     return [chat.text[start:end] for start, end in chat.spans]
 
 
@@ -124,12 +123,12 @@ def test_a_template_without_end_of_turn_asks_for_eos() -> None:
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     template = ChatTemplate(source, special_tokens={}, origin="o")
-    chat = render_with_spans(template, CHAT, stop_strings=["</s>"])
+    chat = template.render_with_spans(CHAT, stop_strings=["</s>"])
     assert chat.needs_eos
     assert chat.text.endswith("Yes 😀")
     assert [chat.text[a:b] for a, b in chat.spans][1] == "4.\n\nYes 😀"
-    assert not render_with_spans(template, CHAT[:4], stop_strings=["</s>"]).needs_eos
-    assert end_of_turn_text(template) == "\n"
+    assert not template.render_with_spans(CHAT[:4], stop_strings=["</s>"]).needs_eos
+    assert template.end_of_turn_text() == "\n"
 
 
 def test_a_marked_span_takes_the_stop_token_behind_it(templates: dict[str, str]) -> None:
@@ -185,7 +184,7 @@ def test_noncharacters_in_marked_text_are_refused(templates: dict[str, str]) -> 
 
 def test_an_unrenderable_probe_gives_no_end_of_turn() -> None:
     template = ChatTemplate("{{ raise_exception('no') }}", special_tokens={}, origin="o")
-    assert end_of_turn_text(template) == ""
+    assert template.end_of_turn_text() == ""
 
 
 def test_mask_equals_transformers_where_it_has_one(

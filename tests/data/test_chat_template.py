@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qlora_builders.data.chat_template import ChatTemplate, UnsafeTemplateError
-from qlora_builders.errors import DataError
+from qlora_builders.data.chat_template import ChatTemplate
+from qlora_builders.errors import DataError, UnsafeTemplateError
 
 USER = {"role": "user", "content": " What is 2 < 3? "}
 ASSISTANT = {"role": "assistant", "content": "True,\n\nas ever 😀 "}

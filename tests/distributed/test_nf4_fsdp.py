@@ -107,7 +107,7 @@ def reassemble(ranks: Ranks) -> None:
         assert_same_weight(gather(layers[0].weight), whole)
         if options["scale_format"] != "bnb":  # its offset is the mean over the whole weight
             start, stop = held_elements(meta)
-            part = to_nf4(weight.flatten()[start:stop], **whole.format)
+            part = to_nf4(weight.flatten()[start:stop], **whole.nf4_options)
             assert_same_weight(gather(shard_quantized(meta, part)), whole)
         other = to_nf4(weight.half(), block_size=128, scale_block_size=5)
         assert_same_weight(gather(shard_quantized(meta, other)), other)
@@ -180,7 +180,7 @@ def gather_alone(ranks: Ranks, offloaded: bool) -> tuple[bool, int]:
         layer.unshard()
         codes = layer.weight.codes
         layer.reshard()
-    shared = codes.data_ptr() == layer.weight._local_tensor.codes.data_ptr()
+    shared = codes.data_ptr() == layer.weight._local_tensor.fields[0].data_ptr()
     return shared, codes.untyped_storage().nbytes()
 
 

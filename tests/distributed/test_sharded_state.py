@@ -10,8 +10,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_builders.checkpoint.sharded_state import read_parts, stored_parts, write_parts
 from qlora_builders.distributed import Ranks
+from qlora_builders.distributed.sharded_state import read_parts, stored_parts, write_parts
 from qlora_builders.errors import CheckpointError
 
 ROWS = (1, 2, 5, 7)  # fewer than ranks, and not a multiple of them

@@ -143,7 +143,7 @@ def test_the_largest_element_of_a_block_decodes_to_the_rounded_scale(dtype: torc
 
 @pytest.mark.parametrize("scale_format", FORMATS)
 def test_chunking_does_not_show(monkeypatch: pytest.MonkeyPatch, scale_format: str) -> None:
-    options = {"format": NF4Format(block_size=32, scale_block_size=3, scale_format=scale_format)}
+    options = {"block_size": 32, "scale_block_size": 3, "scale_format": scale_format}
     weight = torch.randn(32 * 3 * 9 + 17, generator=torch.Generator().manual_seed(7))
     whole, _ = quantize(weight, **options)
     decoded = round_trip(weight, **options)

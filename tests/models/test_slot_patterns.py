@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from random import Random
+
 import pytest
 
 from qlora_builders.errors import PlanError
-from qlora_builders.models.slot_patterns import expand, match_names
+from qlora_builders.models.slot_patterns import expand, match_names, token_ids
 
 NAMES = [
     f"layers.{layer}.{slot}"
@@ -127,3 +130,55 @@ def test_a_miss_explains_itself(pattern: str, message: str) -> None:
         match_names(pattern, NAMES)
     assert message in str(caught.value)
     assert repr(pattern) in str(caught.value)
+
+
+def as_regex(pattern: str) -> re.Pattern[str]:
+    """The language again, as a regular expression; these may backtrack without end."""
+    *others, last = pattern.split(".")
+    text = "".join(
+        r"(?:[^.]+\.)*" if part == "**" else re.escape(part).replace(r"\*", "[^.]*") + r"\."
+        for part in others
+    )
+    return re.compile(text + (".+" if last == "**" else re.escape(last).replace(r"\*", "[^.]*")))
+
+
+def test_matching_is_that_of_a_regular_expression() -> None:
+    random = Random(0)
+    words = ["a", "b", "ab", "aab", "ba"]
+    names = list({".".join(random.choices(words, k=n % 4 + 1)): n for n in range(60)})
+    hits = 0
+    for _ in range(3000):
+        parts = ["**", "*", "a*", "*b", "a*b", "*a*", "a**b", "a", "ab"]
+        pattern = ".".join(random.choices(parts, k=random.randint(1, 4)))
+        wanted = [name for name in names if as_regex(pattern).fullmatch(name)]
+        hits += len(wanted)
+        if wanted:
+            assert match_names(pattern, names) == wanted, pattern
+        else:
+            with pytest.raises(PlanError):
+                match_names(pattern, names)
+    assert hits > 3000
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{a,b}" * 40, "spells out more than 2,000 alternatives"),
+        ("[0-999999999]", "spells out more than 2,000 alternatives"),
+        ("[0-99].[0-99]", "spells out more than 2,000 alternatives"),
+        ("[0-" + "9" * 900 + "]", "spells out more than 2,000 alternatives"),
+        ("*a" * 200 + "*b", "matches nothing"),
+        ("**." * 300 + "b", "matches nothing"),
+        ("*" * 1001, "has 1,001 characters; at most 1,000"),
+    ],
+)
+def test_what_a_pattern_costs_is_bounded(pattern: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        match_names(pattern, ["a" * 60, ".".join("a" * 60)])
+
+
+def test_so_are_the_tokens_of_one() -> None:
+    assert len(token_ids("embed_tokens[0-299999]") or []) == 300_000
+    for pattern in ("embed_tokens[0-99999999999]", "embed_tokens[0-600000,0-600000]"):
+        with pytest.raises(PlanError, match="more than 1,000,000 tokens"):
+            token_ids(pattern)

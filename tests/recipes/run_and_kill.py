@@ -85,9 +85,10 @@ def run(argv: list[str], folder: str, signals: dict[str, int], log: Path) -> Non
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name in ("qlora_builders.config.entry", "qlora_builders.checkpoint"):
-        importlib.import_module(name)  # once for all runs
-    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # a plot costs as much as ten steps
+    for name in ("config.entry", "checkpoint", "report.charts"):
+        importlib.import_module(f"qlora_builders.{name}")  # once for all runs
+    for name in ("jinja2", "matplotlib.figure", "matplotlib.backends.backend_svg"):
+        importlib.import_module(name)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
         task = json.loads(line)

@@ -76,7 +76,7 @@ def test_a_run_learns_and_is_complete(finished: Path, checkpoint: Path) -> None:
     for key in (*(f"rewards/{name}" for name in names), "logps/chosen", "logps/rejected"):
         assert len(metrics(finished, key)) == 6
     files = {path.name for path in finished.iterdir()}
-    assert {"adapter", "checkpoints", "config.yaml", "loss.png", "report.html"} <= files
+    assert {"adapter", "checkpoints", "config.yaml", "report.html"} <= files
     rows = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == [0, 1, 2] * 2
     assert [row["reference"] for row in rows[:3]] == ["two", "three", "four"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_builders import cli
-from qlora_builders.training.memory import CPU_COMPILE_BYTES
+from qlora_builders.analysis.memory import CPU_COMPILE_BYTES
 
 TERMS = (
     "embedding",

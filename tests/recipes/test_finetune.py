@@ -65,7 +65,7 @@ def test_every_method_learns_and_leaves_a_complete_run(
     for key in ("lr", "grad_norm", "tokens_per_s", "peak_memory_mib", "target_tokens"):
         assert all(value > 0 for value in metrics(run, key))
     names = {path.name for path in run.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "loss.png"} <= names
+    assert {"config.yaml", "metrics.jsonl", "report.html"} <= names
     if method == "full":
         model = load_with_adapter(run / "model", None)
         assert (run / "model" / "tokenizer.json").is_file()
@@ -144,7 +144,9 @@ def test_a_run_is_not_overwritten_unasked(
     run = tmp_path / "run"
     assert finetune(checkpoint, rows, run, "training.max_steps=1") == 0
     assert finetune(checkpoint, rows, run, "training.max_steps=1") == 2
-    assert "is not empty; choose another, go on with its run by" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "is not empty; choose another, or set overwrite=true" in error
+    assert "training.resume" not in error  # there is no checkpoint
     assert finetune(checkpoint, rows, run, "training.max_steps=1", "overwrite=true") == 0
 
 

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from qlora_builders import cli, save_checkpoint
+from qlora_builders.analysis.precision import SETTINGS
 from qlora_builders.checkpoint import load_checkpoint, stored_plan
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.models import LlamaArch, llama, summarize
-from qlora_builders.models.precision import SETTINGS
 
 F32 = "compute_dtype=float32"
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_builders.checkpoint.run_dir import find_start
+from qlora_builders.runs.folder import find_start
 
 SAVE_EVERY = 3
 STEPS = 11

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from typing import Any
@@ -22,7 +24,6 @@ class Page(HTMLParser):
         self.source = source
         self.elements: list[tuple[str, dict[str, str]]] = []
         self.text = ""
-        self.scripts: list[str] = []
         self._open: list[str] = []
         self.feed(source)
         self.close()
@@ -33,13 +34,14 @@ class Page(HTMLParser):
         if tag not in VOID:
             self._open.append(tag)
 
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))  # in SVG
+
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] == "script":
-            self.scripts.append(data)
-        elif self._open and self._open[-1] != "style":
+        if self._open and self._open[-1] != "style":
             self.text += data + "\n"
 
     def all(self, tag: str, **wanted: str) -> list[dict[str, str]]:
@@ -49,8 +51,16 @@ class Page(HTMLParser):
             if name == tag and wanted.items() <= attributes.items()
         ]
 
-    def curves(self) -> list[dict[str, str]]:
-        return [path for path in self.all("path") if "data-x" in path]
+    def tables(self) -> dict[str, list[list[str]]]:
+        """Rows by caption."""
+        found = {}
+        for table in re.findall(r"<table.*?</table>", self.source, re.DOTALL):
+            caption = re.search("<caption>(.*?)</caption>", table)
+            assert caption
+            rows = re.findall("<tr>(.*?)</tr>", table, re.DOTALL)
+            cells = [re.findall("<t[hd].*?>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+            found[caption[1]] = [[html.unescape(cell) for cell in row] for row in cells]
+        return found
 
 
 def training_rows(steps: int) -> Iterable[dict[str, Any]]:

@@ -25,7 +25,7 @@ from qlora_builders.errors import CheckpointError
 from qlora_builders.kernels.nf4_reference import NF4_CODEBOOK
 from qlora_builders.modules import LoRALinear
 from qlora_builders.report import read_run, report_page
-from qlora_builders.report.layers import layer_figures
+from qlora_builders.report.run import layer_figures
 
 ARCH = LlamaArch(
     vocab_size=40,
@@ -107,10 +107,16 @@ def test_together_is_the_error_of_both() -> None:
     assert WeightFigures(0.0, 0.0).relative_error is None
 
 
+TITLES = ("Adapter update", "Quantization error")
+
+
 def test_the_page_shows_each_layer(run: Path) -> None:
     page = Page(report_page([read_run(run)]))
-    curves = {(c["data-name"], c["data-x"]) for c in page.curves()}
-    assert curves >= {("q_proj", "0 1 2"), ("up_proj", "2"), ("down_proj", "0 1 2")}
+    tables = page.tables()
+    updates, errors = (tables[f"{name}: 3 of 3 points"] for name in TITLES)
+    assert updates[0] == ["layer", "q_proj", "up_proj"]
+    assert [bool(cell) for row in updates[1:] for cell in row[1:]] == [True, False] * 2 + [True] * 2
+    assert errors[0][-1] == "down_proj"
     assert "|scaling·B·A| / |W|" in page.text
     assert "lm_head: " in page.text  # it lies in no layer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qlora_builders.errors import ConfigError
-from qlora_builders.report import read_run
+from qlora_builders.report import final_figures, read_run
 
 MakeRun = Callable[..., Path]
 
@@ -145,3 +145,20 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ConfigError, match=r"is no run directory: it has neither metrics.jsonl"):
             read_run(path)
+
+
+def test_figures_are_of_what_is_finite(make_run: MakeRun) -> None:
+    rows = [{"step": i, "loss": float(i), "tokens_per_s": float(i % 3)} for i in range(1, 13)]
+    evals = [{"step": i, "eval_loss": loss} for i, loss in ((4, 2.0), (8, 1.0), (12, 1.5))]
+    path = make_run("run", [*rows, *evals, {"step": 13, "loss": math.nan, "step_s": math.inf}])
+    answers = [{"step": 0, "right": True}, {"step": 12, "right": True}, {"step": 12}]
+    (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    assert final_figures(read_run(path)) == {
+        "loss": 7.5,  # of the last ten: 3 to 12
+        "eval_loss": 1.5,
+        "best_eval_loss": 1.0,
+        "best_eval_step": 8,
+        "tokens_per_s": 1.0,
+        "exact_match": 0.5,
+    }
+    assert final_figures(read_run(make_run("new", []))) == {}

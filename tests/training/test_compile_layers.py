@@ -13,7 +13,7 @@ from qlora_builders.data import Batch
 from qlora_builders.modules import CausalLM
 from qlora_builders.training import compile as compile_module
 from qlora_builders.training.compile import compile_layers, matmul_seconds
-from qlora_builders.training.loop import train_step, trainable_parameters
+from qlora_builders.training.step import train_step, trainable_parameters
 
 ARCH = LlamaArch(
     vocab_size=61,

@@ -12,7 +12,7 @@ import pytest
 
 from qlora_builders.config.instantiate import instantiate
 from qlora_builders.training.loggers import Loggers
-from qlora_builders.training.progress import MetricsLog, write_csv
+from qlora_builders.training.progress import MetricsLog
 
 PREFIX = "qlora_builders.training.loggers."
 
@@ -21,7 +21,7 @@ def make(name: str, run: Path, *, first_step: int = 0, **options: Any) -> Any:
     run.mkdir(exist_ok=True)
     node = {"component": PREFIX + name, **options}
     about = {"run_dir": run, "first_step": first_step, "config": {"training": {"seed": 3}}}
-    return instantiate(node, key="loggers[0]", **about)
+    return instantiate(node, "logger", kwargs=about, key="loggers[0]")
 
 
 class Recorder:
@@ -99,17 +99,3 @@ def test_wandb_writes_a_run_offline_and_keeps_its_id(
     assert ids[0] == ids[1] != ids[2]  # resumed, then a new run
     names = [path.name for path in (run / "wandb").glob("offline-run-*")]
     assert all(any(name.endswith(id) for name in names) for id in ids)
-
-
-def test_csv_has_a_row_per_step_and_a_column_per_metric(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path)
-    log.write(step=1, loss=2.0, lr=0.5)
-    log.write(step=2, loss=1.0, lr=0.25)
-    log.write(step=2, eval_loss=1.5)
-    write_csv(tmp_path)
-    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
-        "step,loss,lr,eval_loss",
-        "1,2.0,0.5,",
-        "2,1.0,0.25,1.5",
-    ]
-    assert not list(tmp_path.glob("*.partial"))

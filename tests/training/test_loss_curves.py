@@ -15,7 +15,7 @@ from qlora_builders.config.sections import PROJECTIONS
 from qlora_builders.data import Batch
 from qlora_builders.models import llama
 from qlora_builders.modules import CHECKPOINTING_MODES, CausalLM
-from qlora_builders.training.loop import train_step, trainable_parameters
+from qlora_builders.training.step import train_step, trainable_parameters
 
 VOCAB = 61
 CONFIG = LlamaConfig(

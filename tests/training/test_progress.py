@@ -11,8 +11,8 @@ from rich.console import Console
 
 from qlora_builders.errors import QLoRAError
 from qlora_builders.training import progress
-from qlora_builders.training.loop import StepResult
-from qlora_builders.training.progress import MetricsLog, ProgressReport, plot_losses, step_row
+from qlora_builders.training.progress import MetricsLog, ProgressReport, step_row
+from qlora_builders.training.step import StepResult
 
 RESULT = StepResult(loss=1.25, grad_norm=0.5, target_tokens=100, tokens=1234)
 
@@ -121,20 +121,3 @@ def test_a_bar_on_a_terminal_that_gets_its_cursor_back(error: type[BaseException
     assert "2/2" in out.getvalue()
     hidden, shown = out.getvalue().rfind("\x1b[?25l"), out.getvalue().rfind("\x1b[?25h")
     assert 0 <= hidden < shown
-
-
-def test_plot_shows_both_losses(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path)
-    for step in range(1, 5):
-        log.write(step=step, loss=1 / step)
-    log.write(step=4, eval_loss=0.5)
-    path = plot_losses(tmp_path)
-    assert path.read_bytes()[:4] == b"\x89PNG"
-
-
-def test_plot_without_matplotlib_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'qlora-builders\[plot\]'"):
-        plot_losses(tmp_path)

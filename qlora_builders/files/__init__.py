@@ -1,0 +1,1 @@
+"""Files in general: written whole, read strictly; nothing about models."""

@@ -1,0 +1,206 @@
+"""A resumed run has the base of the one that was stopped, and its folder for itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_builders import cli
+from qlora_builders.files.manifest import write_manifest
+from qlora_builders.runs import loop, setup
+
+Finetune = Callable[..., int]
+
+
+@pytest.fixture
+def base(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "base"))
+
+
+@pytest.fixture
+def finetune(base: Path, rows: Path, tmp_path: Path) -> Finetune:
+    def run(*overrides: str) -> int:
+        words = [f"checkpoint.dir={base}", f"data.train={rows}", f"output_dir={tmp_path / 'run'}"]
+        words += ["training.max_steps=3", "training.save_every=1", "training.keep_last=9"]
+        return cli.main(["finetune", *words, "training.compute_dtype=float32", *overrides])
+
+    return run
+
+
+@pytest.fixture
+def run(finetune: Finetune, tmp_path: Path) -> Path:
+    """Stopped after step 2."""
+    folder = tmp_path / "run"
+    assert finetune() == 0
+    shutil.rmtree(folder / "adapter")
+    shutil.rmtree(folder / "checkpoints" / "step_3")
+    return folder
+
+
+def losses(run: Path) -> list[Any]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row.get("loss"), row.get("eval_loss")) for row in rows]
+
+
+def reconfigure(base: Path, **changes: Any) -> None:
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def scale_weights(base: Path) -> None:
+    file = base / "model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(file).items()}, file)
+
+
+CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "rope_theta": (lambda b: reconfigure(b, rope_theta=2e4), "rope_theta of config.json: trained"),
+    "eps": (lambda b: reconfigure(b, rms_norm_eps=1e-3), "rms_norm_eps of config.json: trained"),
+    "dropout": (
+        lambda b: reconfigure(b, attention_dropout=0.25),
+        "attention_dropout of config.json: trained with 0.0, here 0.25",
+    ),
+    "weights": (scale_weights, "content of its weights: trained with "),
+}
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_base_is_refused_before_anything_is_touched(
+    finetune: Finetune,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    method: str,
+) -> None:
+    assert finetune(f"method={method}", "training.max_steps=2") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    change, message = CHANGES[name]
+    change(base)
+    capsys.readouterr()
+    assert finetune(f"method={method}", "training.max_steps=2", "training.resume=auto") == 2
+    error = capsys.readouterr().err
+    assert f"error: checkpoint.dir={base}: {message}" in error
+    assert error.splitlines()[0].endswith("start anew in another output_dir:")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_a_base_that_moved_goes_on_with_the_same_losses(
+    finetune: Finetune, run: Path, base: Path, tmp_path: Path
+) -> None:
+    expected = losses(run)
+    moved = base.rename(tmp_path / "moved")
+    reconfigure(moved, max_position_embeddings=256, use_cache=False)
+    assert finetune("training.resume=auto", f"checkpoint.dir={moved}", "checkpoint.format=hf") == 0
+    assert losses(run) == expected
+
+
+def test_a_checkpoint_that_does_not_know_its_base_is_compared_by_its_config(
+    finetune: Finetune, run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (run / "checkpoints").iterdir():
+        about = json.loads((folder / "train_state.json").read_text())
+        del about["base"]
+        (folder / "train_state.json").write_text(json.dumps(about))
+        (folder / "manifest.json").unlink()
+        write_manifest(folder)
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    assert finetune("training.resume=auto", f"checkpoint.dir={other}") == 2
+    assert f"checkpoint.dir={other}, but the checkpoint was trained with" in capsys.readouterr().err
+    expected = losses(run)
+    assert finetune("training.resume=auto") == 0
+    assert losses(run) == expected
+
+
+ABOUT: dict[str, dict[str, Any]] = {
+    "no config": {"config": None},
+    "total_steps": {"total_steps": "3"},
+    "past its end": {"total_steps": 1},
+    "compile": {"compile": "maybe"},
+    "base": {"base": {"content": 3}},
+}
+
+
+@pytest.mark.parametrize("name", ABOUT)
+def test_what_a_checkpoint_says_is_checked(
+    finetune: Finetune, run: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    file = run / "checkpoints" / "step_2" / "train_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | ABOUT[name]))
+    (file.parent / "manifest.json").unlink()
+    write_manifest(file.parent)
+    assert finetune("training.resume=auto") == 0
+    output = capsys.readouterr().out
+    assert f"a damaged checkpoint is skipped: {file}: " in output
+    assert "resumed after step 1" in output
+
+
+def test_rates_are_those_of_the_config_whatever_the_state_says(
+    finetune: Finetune, run: Path
+) -> None:
+    expected, folder = losses(run), run / "checkpoints" / "step_2"
+    state = torch.load(folder / "train_state.pt", weights_only=True)
+    del state["optimizer"]["param_groups"][0]["initial_lr"]
+    torch.save(state, folder / "train_state.pt")
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    assert finetune("training.resume=auto") == 0
+    assert losses(run) == expected
+
+
+def test_a_run_that_finished_while_another_was_loading_is_kept(
+    finetune: Finetune,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    load = setup.load_checkpoint
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(setup, "load_checkpoint", load)
+        assert finetune("training.seed=5") == 0
+        return load(*args, **options)
+
+    monkeypatch.setattr(setup, "load_checkpoint", slowly)
+    assert finetune() == 2
+    assert "was used by another process while this one was loading" in capsys.readouterr().err
+    assert "seed: 5" in (tmp_path / "run" / "config.yaml").read_text()
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_a_run_without_a_checkpoint_is_not_told_to_resume(
+    finetune: Finetune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A signal before the first step, and a disk that is full at the first checkpoint."""
+    evaluate = loop.evaluate_objective
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "evaluate_objective", stopped)
+        with pytest.raises(SystemExit):
+            finetune("data.eval=${data.train}")
+    said = capsys.readouterr()
+    nothing = "no checkpoint was written, so there is nothing to go on from; start again with"
+    assert nothing in said.out
+    assert "training.resume=auto" not in said.out + said.err
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qlora_builders.runs.state.write_manifest", full)
+    assert finetune("overwrite=true") == 2
+    error = capsys.readouterr().err
+    assert f"step_1: cannot be written: No space left on device. {nothing}" in error
+    assert "training.resume=auto" not in error

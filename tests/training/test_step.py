@@ -1,0 +1,182 @@
+"""One step, one evaluation, and what stops a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_builders import LlamaArch, llama
+from qlora_builders.config.compose import compose
+from qlora_builders.errors import PlanError, TrainingError
+from qlora_builders.modules import CausalLM
+from qlora_builders.training.step import (
+    StopRequest,
+    evaluate_loss,
+    stop_on_signal,
+    train_step,
+    trainable_parameters,
+    until_stopped,
+)
+
+ARCH = LlamaArch(
+    vocab_size=31,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_position_embeddings=32,
+)
+LORA = [{"match": "layers.**", "kind": "lora", "rank": 2, "alpha": 4}]
+
+
+@dataclass
+class Batch:
+    input_ids: Tensor
+    labels: Tensor
+    rows: list[int]
+    document_ids: Tensor | None = None
+
+
+def make_batch(rows: int, length: int, seed: int, trained_from: int = 1) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(ARCH.vocab_size, (rows, length), generator=generator)
+    labels = ids.clone()
+    labels[:, :trained_from] = -100
+    return Batch(ids, labels, list(range(seed * 10, seed * 10 + rows)))
+
+
+def make_model() -> CausalLM:
+    torch.manual_seed(0)
+    return llama(ARCH, LORA, dtype=torch.float32)
+
+
+def test_every_target_token_weighs_the_same() -> None:
+    short, long = make_batch(1, 4, seed=1), make_batch(2, 12, seed=2, trained_from=3)
+    model = make_model()
+    optimizer = torch.optim.SGD(trainable_parameters(model), lr=0.0)
+    expected, tokens = evaluate_loss(model, [short, long])
+    result = train_step(model, [short, long], optimizer, clip_grad_norm=None)
+    assert tokens == result.target_tokens == 3 + 18
+    assert result.loss == pytest.approx(expected, rel=1e-6)
+    assert result.tokens == 4 + 24
+
+
+def test_clipping_bounds_the_update_but_not_the_norm_reported() -> None:
+    batch = make_batch(2, 8, seed=0)
+    steps = {}
+    for clip in (None, 1e-3):
+        model = make_model()
+        before = [p.detach().clone() for p in trainable_parameters(model)]
+        optimizer = torch.optim.SGD(trainable_parameters(model), lr=1.0)
+        norm = train_step(model, [batch], optimizer, clip_grad_norm=clip).grad_norm
+        moved = [p - b for p, b in zip(trainable_parameters(model), before, strict=True)]
+        steps[clip] = (norm, torch.cat([m.flatten() for m in moved]).norm().item())
+    assert steps[None][0] == steps[1e-3][0] > 1e-3
+    assert steps[None][1] == pytest.approx(steps[None][0], rel=1e-4)
+    assert steps[1e-3][1] == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_its_rows_and_changes_nothing(value: float) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(trainable_parameters(model), lr=1.0)
+    before = [p.detach().clone() for p in trainable_parameters(model)]
+    good, bad = make_batch(2, 8, seed=0), make_batch(3, 8, seed=4)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[bad.input_ids[0, 0]] = value
+    good.input_ids[good.input_ids == bad.input_ids[0, 0]] = 0
+    if bad.input_ids[0, 0] == 0:
+        pytest.fail("pick another seed: token 0 stands in for the poisoned one")
+    with pytest.raises(TrainingError, match=r"the loss is nan on rows \[40, 41, 42\]"):
+        train_step(model, [good, bad], optimizer, clip_grad_norm=1.0)
+    after = trainable_parameters(model)
+    assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+
+
+def test_evaluation_turns_dropout_off_and_the_mode_back() -> None:
+    torch.manual_seed(0)
+    model = llama(ARCH, [LORA[0] | {"dropout": 0.5}], dtype=torch.float32)
+    for module in model.modules():
+        if hasattr(module, "lora_B"):
+            torch.nn.init.normal_(module.lora_B.weight)
+    batch = make_batch(2, 8, seed=0)
+    model.train()
+    losses = {evaluate_loss(model, [batch])[0] for _ in range(3)}
+    assert len(losses) == 1
+    assert model.training
+
+
+def test_nothing_to_evaluate_is_an_error() -> None:
+    with pytest.raises(TrainingError, match="no token to evaluate on"):
+        evaluate_loss(make_model(), [])
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    with pytest.raises(PlanError, match="the plan trains nothing; add a rule of kind 'lora'"):
+        trainable_parameters(llama(ARCH))
+
+
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+@pytest.mark.parametrize(
+    ("first", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)], ids=["int", "term"]
+)
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_asks_and_the_second_leaves(
+    before: Any,
+    first: signal.Signals,
+    exit_code: int,
+    second: signal.Signals,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A background job starts with SIGINT ignored; it can be stopped all the same."""
+    outside = signal.signal(signal.SIGINT, before)
+    try:
+        with stop_on_signal() as stop:
+            assert not stop
+            os.kill(os.getpid(), first)
+            assert stop
+            assert "finishing this step, then saving" in capfd.readouterr().err
+            assert stop.exit_code == exit_code
+            at_once = KeyboardInterrupt if second == signal.SIGINT else SystemExit
+            with pytest.raises(at_once) as caught:
+                os.kill(os.getpid(), second)
+            if second == signal.SIGTERM:
+                assert caught.value.code == 143
+            # while files and terminal are put in order, a third one ends it all
+            assert signal.getsignal(first) == signal.getsignal(second) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is before
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, outside)
+
+
+def test_batches_end_when_a_stop_is_asked_for_but_there_is_one() -> None:
+    batches = [make_batch(1, 4, seed=seed) for seed in range(3)]
+    stop = StopRequest()
+    assert list(until_stopped(batches, stop)) == batches
+    stop.signal_number = signal.SIGTERM
+    assert list(until_stopped(batches, stop)) == batches[:1]
+
+
+def test_the_default_optimizer_is_adamw_to_float32_rounding() -> None:
+    """`fused` updates all parameters in one pass; its roundings differ from the plain loop's."""
+
+    def losses(**options: Any) -> list[float]:
+        model, batch = make_model(), make_batch(4, 16, seed=3)
+        optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-2, **options)
+        return [train_step(model, [batch], optimizer, clip_grad_norm=1.0).loss for _ in range(30)]
+
+    node = compose("finetune").optimizer
+    assert node["component"] == "torch.optim.AdamW"
+    assert node["fused"] is True
+    plain = losses(foreach=False)
+    assert plain[-1] < 0.99 * plain[0]
+    torch.testing.assert_close(losses(fused=True), plain, rtol=1e-6, atol=0)
