@@ -15,7 +15,16 @@ from types import ModuleType
 
 
 class QLoRAError(ValueError):
-    """Base of every error that a config, a file or an argument can cause."""
+    """Base of every error that a config, a file or an argument can cause.
+
+    Attributes:
+        problems: a message for each; what files say is quoted there, so a line break in one is a
+            character like any other.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 class ConfigError(QLoRAError):

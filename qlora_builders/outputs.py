@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_builders.errors import ConfigError, QLoRAError
+from qlora_builders.visible import say
 
 # of a run's folder
 CONFIG_FILE = "config.yaml"
@@ -117,7 +118,7 @@ def growing(path: Path) -> Iterator[Callable[[bytes], None]]:
     except BaseException:
         if size:
             os.truncate(partial, size)
-            print(f"what was finished is in {partial}", file=sys.stderr)
+            say(f"what was finished is in {partial}", file=sys.stderr)
         else:
             partial.unlink()
         raise

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
+
+from qlora_builders.plain_files import read_plain
+
+_DEEPEST = 200  # objects and lists in each other: whoever walks them must not exhaust the stack
+_TOO_DEEP = "not JSON that can be read: nested too deeply"
+
+
+def read_json(file: Path) -> Any:
+    """`parse_json` of a file.
+
+    Raises:
+        ValueError: that says what is wrong, for the caller to add the file.
+    """
+    return parse_json(read_plain(file))
 
 
 def parse_json(text: bytes) -> Any:
@@ -14,14 +29,14 @@ def parse_json(text: bytes) -> Any:
         ValueError: that says what is wrong, for the caller to add the file.
     """
     try:
-        return json.loads(
+        value = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=_object,
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
     except RecursionError:
-        raise ValueError("not JSON that can be read: nested too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
@@ -29,6 +44,19 @@ def parse_json(text: bytes) -> Any:
         raise ValueError(f"not JSON: {error.msg}, {line}column {error.colno}") from error
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
+    _check_depth(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if type(value) in (dict, list) else []
+    for _ in range(_DEEPEST):
+        if not level:
+            return
+        inside = (node.values() if type(node) is dict else node for node in level)
+        level = [v for values in inside for v in values if type(v) in (dict, list)]
+    if level:
+        raise ValueError(_TOO_DEEP)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

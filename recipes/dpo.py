@@ -31,6 +31,7 @@ from qlora_builders.runs import (
     train,
 )
 from qlora_builders.training.dpo import DPO, check_reference
+from qlora_builders.visible import say
 
 
 @with_ranks
@@ -42,7 +43,7 @@ def main(cfg: DPOConfig, ranks: Ranks) -> None:
     optimizer, schedule = make_optimizer(run, data, model)
     lines = look_ahead(run, data, model, optimizer)
     if cfg.dry_run:
-        ranks.on_main(lambda: print(*lines, sep="\n"))
+        ranks.on_main(lambda: say(*lines))
         return
     with open_log(run, data, lines) as log:  # metrics, progress, signals
         train(run, data, model, optimizer, schedule, log, DPO(**asdict(cfg.dpo)))

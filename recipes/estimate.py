@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from qlora_builders.analysis.memory import (
@@ -28,6 +27,7 @@ from qlora_builders.config.checks import memory_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.schema import EstimateConfig
+from qlora_builders.console import PlainConsole
 from qlora_builders.models import get_arch, llama
 from qlora_builders.runs import build_optimizer
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
@@ -61,7 +61,7 @@ def main(cfg: EstimateConfig) -> None:
         cpu_offload=cfg.distributed.cpu_offload,
     )
     batch_size, seq_len = -(-cfg.training.batch_size // cfg.ranks), cfg.data.max_seq_len
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     phases = predict(batch_size=batch_size, seq_len=seq_len)
     console.print(phase_table(phases))
     peak = max(phases, key=lambda phase: phase.peak)

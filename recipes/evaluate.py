@@ -7,14 +7,12 @@ qlora evaluate lm_eval.tasks=[my_task] lm_eval.tasks_dir=... data.eval=null
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from qlora_builders.analysis.preflight import check_positions
@@ -46,6 +44,7 @@ from qlora_builders.modules import CausalLM
 from qlora_builders.outputs import check_new, write_whole
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 from qlora_builders.training.progress import table_console
+from qlora_builders.visible import visible_json
 
 
 def main(cfg: EvaluateConfig) -> None:
@@ -97,8 +96,7 @@ def main(cfg: EvaluateConfig) -> None:
     else:
         console.print(figure_table(figures[last]))
     if cfg.output is not None:
-        text = json.dumps(results, indent=2, ensure_ascii=False, default=str)
-        write_whole(Path(cfg.output), f"{text}\n".encode())
+        write_whole(Path(cfg.output), f"{visible_json(results, indent=2)}\n".encode())
 
 
 def read_rows(cfg: EvaluateConfig, tokenizer: Tokenizer, arch: LlamaArch) -> Batches:
@@ -160,7 +158,7 @@ def answer_table(answers: list[dict[str, Any]], model: str, shown: int = 3) -> T
     for answer in answers[:shown]:
         right = "yes" if answer["right"] else "no"
         texts = (spell_asked(answer), answer["reference"], answer["answer"], right)
-        table.add_row(*map(escape, texts))
+        table.add_row(*texts)
     return table
 
 

@@ -27,6 +27,7 @@ from qlora_builders.runs import (
     train,
 )
 from qlora_builders.training.objective import NextToken
+from qlora_builders.visible import say
 
 
 @with_ranks
@@ -37,7 +38,7 @@ def main(cfg: FinetuneConfig, ranks: Ranks) -> None:
     optimizer, schedule = make_optimizer(run, data, model)
     lines = look_ahead(run, data, model, optimizer)
     if cfg.dry_run:
-        ranks.on_main(lambda: print(*lines, sep="\n"))
+        ranks.on_main(lambda: say(*lines))
         return
     with open_log(run, data, lines) as log:  # metrics, progress, signals
         train(run, data, model, optimizer, schedule, log, NextToken())

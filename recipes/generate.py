@@ -7,7 +7,6 @@ qlora generate interactive=true
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from qlora_builders.errors import ConfigError, DataError, QLoRAError, counted
 from qlora_builders.models import LlamaArch, check_prompt, generate_batch, max_steps
 from qlora_builders.outputs import check_new, growing
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
+from qlora_builders.visible import say, visible, visible_json
 
 Answer = Callable[..., Iterator[list[int | None]]]
 RESULTS = ("answer", "reference", "num_tokens", "finish_reason")
@@ -88,7 +88,7 @@ def print_answers(
             continue
         for prompt, tokens in zip(batch, columns(steps, len(batch)), strict=True):
             show_prompt(prompt, prompts)
-            print(tokenizer.decode(tokens))
+            print(visible(tokenizer.decode(tokens)))
 
 
 def write_answers(
@@ -107,11 +107,10 @@ def write_answers(
             limit = max_steps(arch, ids, cfg.max_new_tokens)
             for prompt, tokens in zip(batch, columns(answer(ids), len(batch)), strict=True):
                 row = to_result(prompt, tokens, limit, tokenizer)
-                line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
-                write(line.encode("utf-8", "replace"))
+                write(f"{visible_json(row)}\n".encode())
             done += len(batch)
             show(f"{done:,} of {len(prompts):,} answered")
-    print(f"wrote {cfg.output} ({counted(len(prompts), 'answer')})")
+    say(f"wrote {cfg.output} ({counted(len(prompts), 'answer')})")
 
 
 @contextmanager
@@ -157,7 +156,7 @@ def check_prompts(prompts: Sequence[Prompt], arch: LlamaArch) -> None:
 def show_prompt(prompt: Prompt, prompts: Sequence[Prompt]) -> None:
     """Before its answer, where there are several."""
     if len(prompts) > 1:
-        print(f">>> {prompt.last_message}")
+        print(f">>> {visible(prompt.last_message)}")
 
 
 def print_answer(
@@ -171,9 +170,9 @@ def print_answer(
         ids.append(token)
         text = tokenizer.decode(ids) if stream else ""
         if not text.endswith("\ufffd"):
-            print(text.removeprefix(shown), end="", flush=True)
+            print(visible(text.removeprefix(shown)), end="", flush=True)
             shown = text
-    print(tokenizer.decode(ids).removeprefix(shown))
+    print(visible(tokenizer.decode(ids).removeprefix(shown)))
     return ids
 
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -24,6 +23,7 @@ from qlora_builders.checkpoint.weight_figures import WeightFigures, together, we
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.schema import FinetuneConfig
+from qlora_builders.console import PlainConsole
 from qlora_builders.models import SummaryRow, get_arch, linear_slots, llama, summarize
 from qlora_builders.modules import CausalLM
 from qlora_builders.training.device import resolve_dtype
@@ -58,7 +58,9 @@ def main(cfg: FinetuneConfig) -> None:
         console.print("this plan trains nothing: `finetune` would refuse it")
 
 
-def measure(model: CausalLM, cfg: FinetuneConfig, console: Console) -> dict[str, WeightFigures]:
+def measure(
+    model: CausalLM, cfg: FinetuneConfig, console: PlainConsole
+) -> dict[str, WeightFigures]:
     """By slot. Nothing where the plan quantizes nothing, or there is no checkpoint of this arch."""
     stored, arch = cfg.checkpoint, model.spec.arch
     if not any(rule.base != "none" for rule in model.spec.components):

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from qlora_builders.checkpoint import MergeError, MergeReport, load_with_adapter, save_merged
 from qlora_builders.config.checks import size_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import MergeConfig
+from qlora_builders.console import PlainConsole
 from qlora_builders.errors import ConfigError
 from qlora_builders.outputs import check_new, check_writable, write_whole
 from qlora_builders.training.device import resolve_dtype
+from qlora_builders.visible import say
 
 SHOWN_LAYERS = 8
 LEGEND = """W: the weight that is added to; delta: the update; all are norms
@@ -61,16 +62,16 @@ def main(cfg: MergeConfig) -> None:
         show(error.report, cfg)
         raise
     show(report, cfg)
-    print(f"wrote {output_dir}")
+    say(f"wrote {output_dir}")
 
 
 def show(report: MergeReport, cfg: MergeConfig) -> None:
-    console = Console(highlight=False)
+    console = PlainConsole()
     if not console.is_terminal:
         console.width = 100  # rich would fold a piped table to 80 columns
     console.print(error_table(report))
     logits = report.logits
-    print(
+    say(
         f"against base + adapter, on random tokens: logits differ by {logits.relative:.2%} of "
         f"their spread, which is {logits.error:.2%} of what the adapter changes; the likeliest "
         f"token agrees on {logits.top1:.0%}"

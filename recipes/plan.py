@@ -20,7 +20,6 @@ from textwrap import wrap
 from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
@@ -43,6 +42,7 @@ from qlora_builders.checkpoint import load_checkpoint, read_arch, stored_plan
 from qlora_builders.config.checks import memory_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import PlanConfig
+from qlora_builders.console import PlainConsole
 from qlora_builders.data import (
     Batch,
     Batches,
@@ -57,6 +57,7 @@ from qlora_builders.modules import CausalLM
 from qlora_builders.outputs import check_writable, write_whole
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 from qlora_builders.training.progress import table_console
+from qlora_builders.visible import visible, visible_json
 
 T = TypeVar("T")
 EVAL_BATCHES = 20  # at least, where there are as many rows: chance is judged by their spread
@@ -117,7 +118,7 @@ def main(cfg: PlanConfig) -> None:
     console.print(f"wrote {output} and {output.with_suffix('.json')}")
 
 
-def tracked(items: Iterable[T], what: str, console: Console, total: int) -> Iterable[T]:
+def tracked(items: Iterable[T], what: str, console: PlainConsole, total: int) -> Iterable[T]:
     return track(
         items,
         what,
@@ -195,7 +196,9 @@ def load(cfg: PlanConfig, rules: list[dict[str, Any]]) -> CausalLM:
     )
 
 
-def measure(model: CausalLM, data: TokenizedDataset, cfg: PlanConfig, console: Console) -> Options:
+def measure(
+    model: CausalLM, data: TokenizedDataset, cfg: PlanConfig, console: PlainConsole
+) -> Options:
     """What every slot can be, with its bytes and the predicted KL divergence."""
     slots = quantizable(model)
     found = measure_sensitivity(model, slots, calibration_batches(data, cfg), seed=cfg.seed)
@@ -307,11 +310,11 @@ def write(output: Path, rules: list[dict[str, Any]], figures: dict[str, Any]) ->
         f"Verdict: {figures['verdict']}. Use it with components={output}"
     )
     lines = [
-        *wrap(about, width=100, initial_indent="# ", subsequent_indent="# "),
+        *wrap(visible(about), width=100, initial_indent="# ", subsequent_indent="# "),
         "components:",
         *(f"  - {{{', '.join(f'{key}: {json.dumps(v)}' for key, v in r.items())}}}" for r in rules),
     ]
-    text = json.dumps(figures, indent=2, ensure_ascii=False)
+    text = visible_json(figures, indent=2)
     for path, content in ((output.with_suffix(".json"), text), (output, "\n".join(lines))):
         write_whole(path, f"{content}\n".encode())
 

@@ -20,6 +20,7 @@ from qlora_builders.errors import ConfigError
 from qlora_builders.models import ComponentRule, summarize
 from qlora_builders.outputs import check_writable
 from qlora_builders.training.device import resolve_dtype
+from qlora_builders.visible import say
 
 
 def main(cfg: QuantizeConfig) -> None:
@@ -39,7 +40,7 @@ def main(cfg: QuantizeConfig) -> None:
     )
     parameters = sum(row.parameters for row in summarize(model))
     written = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
-    print(
+    say(
         f"wrote {output_dir}: {parameters:,} parameters in {written / 2**20:,.1f} MiB, "
         f"{8 * written / parameters:.2f} bits each"
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import ReportConfig
 from qlora_builders.report import find_runs, read_run, write_report
+from qlora_builders.visible import say
 
 
 def main(cfg: ReportConfig) -> None:
@@ -23,7 +24,7 @@ def main(cfg: ReportConfig) -> None:
     runs = [read_run(path) for path in dict.fromkeys(paths)]
     folder = runs[0].path if len(runs) == 1 else Path()
     output = Path(cfg.output) if cfg.output else folder / "report.html"
-    print(f"wrote {write_report(runs, output)}")
+    say(f"wrote {write_report(runs, output)}")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_builders import llama
 from qlora_builders.checkpoint import arch_from_config
-from qlora_builders.config.sections import PROJECTIONS
 from qlora_builders.data import Batch
+from qlora_builders.names import PROJECTIONS
 from qlora_builders.training.step import train_step, trainable_parameters
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -81,6 +81,12 @@ CONFIGS: dict[str, Case] = {
     "yaml text": (f"{OWN}text", "text.yaml: training: null is not allowed here"),
     "yaml deep": (f"{OWN}deep", "deep.yaml", "nested too deeply"),
     "yaml key": (f"{OWN}unknown_key", "unknown_key.yaml: ", "did you mean 'training.max_steps'?"),
+    "yaml no option": (f"{OWN}no_such_group", "experiment/no_such_group.yaml: optimizer=adamv: no"),
+    "yaml number": (
+        f"{OWN}number_of_a_group",
+        "experiment/number_of_a_group.yaml: Unsupported item",
+    ),
+    "yaml long name": (f"{OWN}long_name_of_a_group", "experiment/long_name_of_a_group.yaml: "),
     "yaml group": (f"{OWN}unknown_group", "unknown group 'metod'; did you mean 'method'?"),
     "yaml defaults": (f"{OWN}bad_defaults", "bad_defaults", "defaults must be a list"),
     "yaml type": (f"{OWN}wrong_type", "wrong_type.yaml: training.max_steps: Value 'many'"),
@@ -199,6 +205,19 @@ PLANS: dict[str, Case] = {
         "quantize takes frozen_nf4 and linear",
     ),
     "rules file": ("inspect components=no_rules.yaml", "no list of rules under components:"),
+    "rules with other letters": ("inspect components=foreign_rules.yaml", "'é' is no option of a"),
+    "rules with a list": (
+        "inspect components=listed_rules.yaml",
+        "rule 2 of 2 is [1]; write {match",
+    ),
+    "rules with bytes": (
+        "inspect components=dated_rules.yaml",
+        "kind of a rule is b'hi', which none",
+    ),
+    "rules with a tag": (
+        "inspect components=tagged_rules.yaml",
+        "tagged_rules.yaml: not valid YAML: inv",
+    ),
     "odd rules file": ("inspect components=odd_rules.yaml", "'a b' is no option of a rule"),
     "architecture": ("inspect model.arch=llama3_8", "llama3_8", "llama3_8b"),
     "component": (

@@ -190,7 +190,7 @@ CHECKPOINTS: dict[str, Edit] = {
     "list_config": write(CONFIG, "[]"),
     "mistral": edit_json(CONFIG, model_type="mistral"),
     "no_layers": edit_json(CONFIG, num_hidden_layers=None),
-    "many_layers": edit_json(CONFIG, num_hidden_layers=10**9),
+    "many_layers": edit_json(CONFIG, num_hidden_layers=1000),
     "negative": edit_json(CONFIG, hidden_size=-32),
     "heads": edit_json(CONFIG, num_key_value_heads=3),
     "text_size": edit_json(CONFIG, vocab_size="many"),
@@ -331,6 +331,9 @@ EXPERIMENTS: dict[str, str | bytes] = {
     "circle": GLOBAL + "output_dir: ${checkpoint.dir}\ncheckpoint: {dir: '${output_dir}'}\n",
     "choices": GLOBAL + "data: chat\nmethod: lora\ntraining: {max_steps: 3}\n",
     "choices_and_more": GLOBAL + "method: lroa\ntraining: {max_stps: 3}\n",
+    "no_such_group": GLOBAL + "defaults: [{override /optimizer: adamv}]\n",
+    "number_of_a_group": GLOBAL + "defaults: [{override /optimizer: 3.5}]\n",
+    "long_name_of_a_group": GLOBAL + f"defaults: [{{override /optimizer: {'x' * 999}}}]\n",
     "rules": GLOBAL + "components: {match: lm_head, kind: lora}\n",
 }
 OPTIMIZERS = {
@@ -342,6 +345,10 @@ OPTIMIZERS = {
 RULE_FILES = {
     "no_rules.yaml": "rules: []\n",
     "odd_rules.yaml": "components: [{'a b': 1}]\n",
+    "foreign_rules.yaml": "components: [{'é': 1}]\n",
+    "listed_rules.yaml": "components: [{match: lm_head, kind: linear}, [1]]\n",
+    "dated_rules.yaml": "components: [{match: lm_head, kind: !!binary aGk=}]\n",
+    "tagged_rules.yaml": "components: [{match: lm_head, rank: !!int x}]\n",
     "bare_rules.yaml": "- {match: layers.9.mlp.up_proj, kind: linear}\n",
     "qlora_rules.yaml": "components: [{match: lm_head, kind: qlora, rank: 2, alpha: 4}]\n",
 }

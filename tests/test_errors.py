@@ -14,7 +14,15 @@ from qlora_builders.data import Tokenizer, load_rows
 from qlora_builders.data.prompts import read_prompts
 from qlora_builders.errors import QLoRAError, did_you_mean, nearest, optional_import
 
-CLASSES = ("ConfigError", "PlanError", "CheckpointError", "DataError", "TrainingError")
+CLASSES = (
+    "ConfigError",
+    "PlanError",
+    "CheckpointError",
+    "DataError",
+    "UnsafeError",
+    "UnsafeTemplateError",
+    "TrainingError",
+)
 
 
 @pytest.mark.parametrize("name", CLASSES)

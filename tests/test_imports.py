@@ -20,8 +20,9 @@ FILES = sorted(PACKAGE.rglob("*.py")) + RECIPES
 
 # A part may import the parts of earlier layers; the parts of one layer do not import each other.
 LAYERS = (
-    {"errors"},
-    {"strict_json", "outputs"},
+    {"errors", "names"},
+    {"plain_files", "visible"},
+    {"strict_json", "outputs", "console"},
     {"files"},
     {"confined"},
     {"kernels"},
@@ -37,6 +38,7 @@ RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 # Everybody else asks `QuantizedTensor` and never which type it is.
 TYPE_CHECKS = "qlora_builders/tensor/"
 QUANTIZED_TYPES = ("NF4Tensor", "MXFP4Tensor", "QuantizedShard")
+OWN_TEMPLATES = ("qlora_builders/report/page.py",)
 # imported where they are needed: for CUDA tensors, and for tasks of lm_eval
 NEED_EXTRAS = ("nf4_triton.py", "nf4_triton_kernels.py", "harness_model.py")
 OPTIONAL = (
@@ -109,6 +111,17 @@ def wrong_type_checks(path: str, source: str) -> list[str]:
     ]
 
 
+def evaluates_unconfined(path: str, source: str) -> list[str]:
+    """Imports of what evaluates a stranger's code, outside the process with limits."""
+    if path.startswith("qlora_builders/confined/") or path in OWN_TEMPLATES:
+        return []
+    return [
+        f"{path}:{line} imports {name}; ask qlora_builders.confined"
+        for line, name in imported_modules(path, ast.parse(source))
+        if name.partition(".")[0] in ("jinja2", "tokenizers")
+    ]
+
+
 def too_long(path: str, source: str) -> list[str]:
     """Files over 450 lines, functions over 60 (a recipe's main: 100)."""
     found = []
@@ -136,7 +149,9 @@ def test_the_files_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-@pytest.mark.parametrize("check", [wrong_imports, wrong_type_checks, too_long])
+@pytest.mark.parametrize(
+    "check", [wrong_imports, wrong_type_checks, evaluates_unconfined, too_long]
+)
 def test_house_rules(check: Callable[[str, str], list[str]], path: Path) -> None:
     assert check(relative(path), path.read_text(encoding="utf-8")) == []
 
@@ -189,6 +204,12 @@ def test_a_type_check_is_caught_outside_its_places() -> None:
         assert wrong_type_checks("qlora_builders/tensor/nf4.py", source) == []
     for source in ("isinstance(w, Tensor)", "isinstance(w, QuantizedTensor)"):
         assert wrong_type_checks("qlora_builders/training/good.py", source) == []
+
+
+def test_evaluating_is_caught_outside_its_process() -> None:
+    for source in ("import jinja2.sandbox", "from tokenizers import Tokenizer"):
+        assert len(evaluates_unconfined("qlora_builders/data/bad.py", source)) == 1
+        assert evaluates_unconfined("qlora_builders/confined/good.py", source) == []
 
 
 def test_length_is_caught() -> None:

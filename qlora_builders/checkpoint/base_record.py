@@ -25,11 +25,11 @@ from qlora_builders.errors import CheckpointError, PlanError
 from qlora_builders.files.json_object import read_json_object
 from qlora_builders.models import BaseCheckpoint, ComponentRule
 from qlora_builders.modules import CausalLM
+from qlora_builders.names import DTYPES
 from qlora_builders.tensor import QuantizedTensor
 from qlora_builders.tensor.sharded import format_of
 
 BASE_FILE = "qlora_base.json"
-DTYPES = ("float32", "bfloat16", "float16")
 ALLOW = "adapter.allow_base_mismatch=true (allow_base_mismatch=True in Python)"
 # what a base can differ in
 ASPECTS = ("content", "config", "quantization", "dtype")
@@ -150,7 +150,7 @@ def read_base_record(directory: Path) -> BaseRecord | None:
         CheckpointError: for a record that cannot be understood.
     """
     file = directory / BASE_FILE
-    if not file.is_file():
+    if not file.exists():
         return None
     content = read_json_object(file, expected="the record of a base")
     dtype = content.get("dtype")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qlora_builders.checkpoint.config_keys import Key, read_keys
 from qlora_builders.checkpoint.native import collect_weights, lazy_parts
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, open_tensors
 from qlora_builders.errors import CheckpointError
@@ -26,6 +27,9 @@ from qlora_builders.tensor.layouts import (
 )
 
 QUANT_METHOD = "bitsandbytes"
+_FLAGS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
+_KEYS = {flag: Key(field=flag, kind=bool, default=False, null=True) for flag in _FLAGS}
+_KEYS["bnb_4bit_quant_type"] = Key(field="bnb_4bit_quant_type", kind=str, default="fp4")
 _ONLY_NF4 = (
     "of bitsandbytes' formats only 4-bit NF4 is read (load_in_4bit, bnb_4bit_quant_type='nf4')"
 )
@@ -48,14 +52,15 @@ def read_bnb(directory: Path) -> dict[str, LazyTensor]:
 def check_quantization_config(config: dict[str, Any], source: Path) -> None:
     """
     Raises:
-        CheckpointError: for 8-bit weights or FP4.
+        CheckpointError: for 8-bit weights or FP4, or a key that holds something else.
     """
-    eight_bit = config.get("load_in_8bit") or config.get("_load_in_8bit")
-    four_bit = config.get("load_in_4bit") or config.get("_load_in_4bit")
+    values = read_keys(_KEYS, config, f"{source}: quantization_config")
+    eight_bit = values["load_in_8bit"] or values["_load_in_8bit"]
+    four_bit = values["load_in_4bit"] or values["_load_in_4bit"]
     if eight_bit or not four_bit:
         kind = "8-bit" if eight_bit else "not 4-bit"
         raise CheckpointError(f"{source}: the weights are {kind}; {_ONLY_NF4}")
-    quant_type = config.get("bnb_4bit_quant_type", "fp4")  # its default
+    quant_type = values["bnb_4bit_quant_type"]
     if quant_type != "nf4":
         raise CheckpointError(f"{source}: bnb_4bit_quant_type is {quant_type!r}; {_ONLY_NF4}")
 

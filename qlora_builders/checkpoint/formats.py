@@ -54,7 +54,7 @@ def detect_format(directory: Path) -> str:
     if quantization is None:
         return "hf"
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method in QUANT_METHODS:
+    if isinstance(method, str) and method in QUANT_METHODS:
         _check_version(quantization, file)
         return QUANT_METHODS[method]
     if method != BNB_METHOD:

@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_builders.errors import CheckpointError
+from qlora_builders.checkpoint.config_keys import Key, in_words_of, read_keys, size
+from qlora_builders.errors import CheckpointError, QLoRAError
 from qlora_builders.files.json_object import read_json_object
 from qlora_builders.models import LlamaArch, RopeScaling
 
-# config.json key -> LlamaArch field, where a required number is copied as it is
-_REQUIRED = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-}
-# config.json key -> (LlamaArch field, transformers' default for LlamaConfig)
-_OPTIONAL: dict[str, tuple[str, Any]] = {
-    "max_position_embeddings": ("max_position_embeddings", 2048),
-    "rms_norm_eps": ("norm_eps", 1e-6),
-    "hidden_act": ("hidden_act", "silu"),
-    "attention_bias": ("attention_bias", False),
-    "attention_dropout": ("attention_dropout", 0.0),
-    "mlp_bias": ("mlp_bias", False),
-    "tie_word_embeddings": ("tie_word_embeddings", False),
-}
-# rope type -> what it needs, under the same name in config.json and in RopeScaling
-_ROPE_KEYS: dict[str, tuple[str, ...]] = {
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
+THETA = Key(field="rope_theta", kind=float, default=10_000.0, above=0, high=1e30)
+# key -> what it may hold; defaults, and where null stands for one, are transformers' of LlamaConfig
+KEYS: dict[str, Key] = {
+    "vocab_size": size("vocab_size", 2**24),
+    "hidden_size": size("hidden_size", 2**18),
+    "intermediate_size": size("intermediate_size", 2**20),
+    "num_hidden_layers": size("num_layers", 2**10),
+    "num_attention_heads": size("num_heads", 2**14),
+    "num_key_value_heads": size("num_kv_heads", 2**14, default=None, null=True),
+    "head_dim": size("head_dim", 2**14, default=None, null=True),
+    "max_position_embeddings": size("max_position_embeddings", 2**31 - 1, default=2048),
+    "rms_norm_eps": Key(field="norm_eps", kind=float, default=1e-6, above=0, high=1),
+    "hidden_act": Key(field="hidden_act", kind=str, default="silu"),
+    "attention_bias": Key(field="attention_bias", kind=bool, default=False),
+    "attention_dropout": Key(
+        field="attention_dropout", kind=float, default=0.0, low=0, high=1, null=True
     ),
+    "mlp_bias": Key(field="mlp_bias", kind=bool, default=False),
+    "tie_word_embeddings": Key(field="tie_word_embeddings", kind=bool, default=False),
+    "rope_theta": THETA,
 }
+_FACTOR = Key(field="factor", kind=float, above=0, high=1e30)
+# rope type -> what it needs
+_ROPE_KEYS: dict[str, dict[str, Key]] = {
+    "linear": {"factor": _FACTOR},
+    "llama3": {
+        "factor": _FACTOR,
+        "low_freq_factor": Key(field="low_freq_factor", kind=float, above=0, high=1e30),
+        "high_freq_factor": Key(field="high_freq_factor", kind=float, above=0, high=1e30),
+        "original_max_position_embeddings": size("original_max_position_embeddings", 2**31 - 1),
+    },
+}
+# transformers 5 writes the first, with rope_theta in it; 4 the second, with rope_theta beside it
+_ROPE_SPELLINGS = ("rope_parameters", "rope_scaling")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -53,65 +59,88 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> LlamaArch:
-    """Both spellings of transformers are read: `rope_theta` + `rope_scaling`, `rope_parameters`."""
+    """
+    Raises:
+        CheckpointError: for another family, a key whose value cannot be, or two that contradict
+            each other; the message names the key.
+    """
     family = config.get("model_type", "llama")
     if family != "llama":
         raise CheckpointError(f"{source}: model_type is {family!r}; only 'llama' is supported")
-    missing = sorted(set(_REQUIRED) - set(config))
-    if missing:
-        raise CheckpointError(f"{source}: missing keys: {', '.join(missing)}")
-    values = {field: config[key] for key, field in _REQUIRED.items()}
-    for key, (field, default) in _OPTIONAL.items():
-        values[field] = _checked(config.get(key, default), default, key, source)
-    values["num_kv_heads"] = config.get("num_key_value_heads") or values["num_heads"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    values = read_keys(KEYS, config, source)
+    if values["num_kv_heads"] is None:
+        values["num_kv_heads"] = values["num_heads"]
+    if values["head_dim"] is None:
+        names = ("hidden_size", "num_attention_heads")
+        hidden_size, num_heads = values["hidden_size"], values["num_heads"]
+        values["head_dim"] = head_dim_of(hidden_size, num_heads, names=names, source=source)
+    values["rope_theta"], values["rope_scaling"] = _rope(config, source)
     try:
-        values["head_dim"] = config.get("head_dim") or values["hidden_size"] // values["num_heads"]
-        theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-        values["rope_theta"] = _positive(float(theta), "rope_theta", source)
-        values["rope_scaling"] = _rope_scaling(rope, source)
         return LlamaArch(**values)
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
-        raise CheckpointError(f"{source}: {error}") from error
+    except QLoRAError as error:
+        raise CheckpointError(f"{source}: {in_words_of(KEYS, error)}") from error
 
 
-def _rope_scaling(rope: dict[str, Any], source: str) -> RopeScaling | None:
+def head_dim_of(hidden_size: int, num_heads: int, *, names: tuple[str, str], source: str) -> int:
+    """Where a file does not say it; `names` are the file's of the two numbers."""
+    if hidden_size % num_heads:
+        raise CheckpointError(
+            f"{source}: {names[0]} is {hidden_size} and {names[1]} {num_heads}; without head_dim "
+            "the first must be a multiple of the second"
+        )
+    return hidden_size // num_heads
+
+
+def _rope(config: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling, which both spellings may give, if they agree."""
+    thetas = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    scalings: dict[str, RopeScaling | None] = {}
+    for key in _ROPE_SPELLINGS:
+        rope = config.get(key)
+        if rope is not None and not isinstance(rope, dict):
+            raise CheckpointError(f"{source}: {key} is {rope!r}; expected an object, or null")
+        if rope:
+            scalings[key] = _rope_scaling(rope, f"{source}: {key}")
+            if "rope_theta" in rope:
+                thetas[f"{key}.rope_theta"] = rope["rope_theta"]
+    values = [read_keys({key: THETA}, {key: thetas[key]}, source)["rope_theta"] for key in thetas]
+    for found, spelled in ((values, list(thetas)), (list(scalings.values()), list(scalings))):
+        if any(value != found[0] for value in found[1:]):
+            raise CheckpointError(
+                f"{source}: {' and '.join(spelled)} contradict each other; keep the one that the "
+                "model was trained with"
+            )
+    theta = values[0] if values else THETA.default
+    return theta, next(iter(scalings.values()), None)
+
+
+def _rope_scaling(rope: dict[str, Any], where: str) -> RopeScaling | None:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("type", rope_type) != rope_type:
+        raise CheckpointError(
+            f"{where}: rope_type is {rope_type!r} and type {rope['type']!r}; keep one of them"
+        )
+    by_layer = next((key for key, value in rope.items() if isinstance(value, dict)), None)
+    if by_layer is not None:
+        raise CheckpointError(
+            f"{where}: {by_layer} is an object; one set of numbers for all layers is expected"
+        )
     if rope_type == "default":
         return None
-    if rope_type not in _ROPE_KEYS:
+    known = isinstance(rope_type, str) and rope_type in _ROPE_KEYS
+    if not known:
         raise CheckpointError(
-            f"{source}: rope type {rope_type!r} is not supported; "
+            f"{where}: rope type {rope_type!r} is not supported; "
             f"allowed: default, {', '.join(_ROPE_KEYS)}"
         )
     keys = _ROPE_KEYS[rope_type]
     missing = [key for key in keys if key not in rope]
     if missing:
-        raise CheckpointError(f"{source}: rope type {rope_type!r} needs {', '.join(missing)}")
-    values = {key: _positive(rope[key], key, source) for key in keys}
-    if values.get("low_freq_factor") == values.get("high_freq_factor", math.nan):
-        raise CheckpointError(f"{source}: low_freq_factor and high_freq_factor must differ")
+        raise CheckpointError(f"{where}: rope type {rope_type!r} needs {', '.join(missing)}")
+    values = read_keys(keys, rope, where)
+    if "low_freq_factor" in values and values["low_freq_factor"] == values["high_freq_factor"]:
+        raise CheckpointError(f"{where}: low_freq_factor and high_freq_factor must differ")
     return RopeScaling(rope_type=rope_type, **values)
-
-
-_KINDS = {bool: "true or false", int: "an integer", float: "a number >= 0", str: "a string"}
-
-
-def _checked(value: Any, default: Any, key: str, source: str) -> Any:
-    """Of the type of the default; a whole number is a number too."""
-    kind = type(default)
-    right = type(value) is kind or (kind is float and type(value) is int)
-    if not right or (kind is float and value < 0):
-        raise CheckpointError(f"{source}: {key} is {value!r}; expected {_KINDS[kind]}")
-    return value
-
-
-def _positive(value: Any, key: str, source: str) -> Any:
-    if type(value) not in (int, float) or not 0 < value < 1e30:
-        raise CheckpointError(f"{source}: {key} is {value!r}; expected a number > 0")
-    return value
 
 
 def function_keys(arch: LlamaArch) -> dict[str, Any]:
@@ -120,13 +149,11 @@ def function_keys(arch: LlamaArch) -> dict[str, Any]:
     Every arch has the same keys. `max_position_embeddings` is none: it bounds rows, and RoPE that
     depends on a length has `original_max_position_embeddings`.
     """
-    keys = {key: getattr(arch, field) for key, field in _REQUIRED.items()}
-    keys |= {key: getattr(arch, field) for key, (field, _) in _OPTIONAL.items()}
+    keys = {name: getattr(arch, key.field) for name, key in KEYS.items()}
     del keys["max_position_embeddings"]
-    keys |= {"num_key_value_heads": arch.num_kv_heads, "head_dim": arch.head_dim}
     scaling = arch.rope_scaling
     rope_type = "default" if scaling is None else scaling.rope_type
-    keys |= {"rope_theta": arch.rope_theta, "rope_scaling.rope_type": rope_type}
+    keys["rope_scaling.rope_type"] = rope_type
     for key in _ROPE_KEYS["llama3"]:  # has those of linear too
         used = key in _ROPE_KEYS.get(rope_type, ())
         keys[f"rope_scaling.{key}"] = getattr(scaling, key) if used else None
@@ -137,15 +164,8 @@ def config_from_arch(arch: LlamaArch, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a model of this arch, readable by transformers 4 and 5."""
     dtype_name = str(dtype).removeprefix("torch.")
     config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    config |= {key: getattr(arch, field) for key, field in _REQUIRED.items()}
-    config |= {key: getattr(arch, field) for key, (field, _) in _OPTIONAL.items()}
-    config |= {
-        "num_key_value_heads": arch.num_kv_heads,
-        "head_dim": arch.head_dim,
-        "rope_theta": arch.rope_theta,
-        "rope_scaling": None,
-        "torch_dtype": dtype_name,
-    }
+    config |= {name: getattr(arch, key.field) for name, key in KEYS.items()}
+    config |= {"rope_scaling": None, "torch_dtype": dtype_name}
     scaling = arch.rope_scaling
     if scaling is not None:
         keys = _ROPE_KEYS[scaling.rope_type]

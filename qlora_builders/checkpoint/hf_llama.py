@@ -24,9 +24,9 @@ from qlora_builders.checkpoint.safetensors_io import (
 from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.models import LlamaArch, linear_slots
 from qlora_builders.modules import CausalLM, LoRALinear, is_adapter
+from qlora_builders.names import WRITTEN_FORMATS
 from qlora_builders.tensor import Format, QuantizedTensor, plain
 
-FORMATS = ("hf", "nf4", "native", "bnb-4bit")
 # what a checkpoint directory holds beside config.json and the weights
 _COMPANIONS = (
     "generation_config.json",
@@ -82,8 +82,8 @@ def save_checkpoint(
         CheckpointError: for an unknown format, a model that still has adapters, or a quantized
             format and a model without such weights.
     """
-    if format not in FORMATS:
-        raise CheckpointError(f"format is {format!r}{did_you_mean(format, FORMATS)}")
+    if format not in WRITTEN_FORMATS:
+        raise CheckpointError(f"format is {format!r}{did_you_mean(format, WRITTEN_FORMATS)}")
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise CheckpointError(
             "the model has LoRA adapters; write them with save_adapter(model, path), or merge them "

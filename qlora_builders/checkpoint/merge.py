@@ -13,7 +13,6 @@ from torch import Tensor
 from qlora_builders.checkpoint.base_record import ALLOW, hash_tensors
 from qlora_builders.checkpoint.formats import read_tensors
 from qlora_builders.checkpoint.hf_llama import (
-    FORMATS,
     base_parameters,
     check_types,
     lazy_parameter,
@@ -40,10 +39,10 @@ from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.models import ComponentRule, LlamaArch, linear_slots, llama
 from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.modules.lora_init import LOFTQ
+from qlora_builders.names import WRITTEN_FORMATS
 from qlora_builders.tensor import Format, NF4Format, QuantizedTensor, quantize
 
 DEQUANTIZED = "dequantized"
-MERGE_FORMATS = FORMATS
 # NF4 leaves about 0.1 of a weight's norm; a weight that is no relative of the other has 1.4
 _MAX_BASE_CHANGE = 0.5
 
@@ -105,8 +104,8 @@ def save_merged(
         MergeError: if more than `max_error` is lost; its `report` has every figure.
         CheckpointError: as `merge_adapter`, and for an unknown format.
     """
-    if format not in MERGE_FORMATS:
-        raise CheckpointError(f"format is {format!r}{did_you_mean(format, MERGE_FORMATS)}")
+    if format not in WRITTEN_FORMATS:
+        raise CheckpointError(f"format is {format!r}{did_you_mean(format, WRITTEN_FORMATS)}")
     plan = _MergePlan(model, base, dtype, allow_base_mismatch, formats=_formats(model, format))
     if format != "hf":
         merged = plan.build()

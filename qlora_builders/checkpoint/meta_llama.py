@@ -12,7 +12,6 @@ such a file used (Llama 3.1: 131072 and 8; Llama 3: 8192; before: 4096).
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,10 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_builders.checkpoint.config_keys import REQUIRED, Key, in_words_of, read_keys
+from qlora_builders.checkpoint.hf_config import KEYS as HF_KEYS
+from qlora_builders.checkpoint.hf_config import head_dim_of
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.errors import CheckpointError, QLoRAError
 from qlora_builders.files.json_object import read_json_object
 from qlora_builders.models import LLAMA_ARCHS, LlamaArch, RopeScaling
+from qlora_builders.plain_files import open_plain
 
 PARAMS_FILE = "params.json"
 _TOP_NAMES = {
@@ -45,8 +48,19 @@ _LAYER_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+KEYS = {
+    "dim": HF_KEYS["hidden_size"],
+    "n_layers": HF_KEYS["num_hidden_layers"],
+    "n_heads": HF_KEYS["num_attention_heads"],
+    "n_kv_heads": HF_KEYS["num_key_value_heads"],
+    "head_dim": HF_KEYS["head_dim"],
+    "norm_eps": replace(HF_KEYS["rms_norm_eps"], default=REQUIRED),
+    "rope_theta": HF_KEYS["rope_theta"],
+    "use_scaled_rope": Key(field="scaled", kind=bool, default=False, null=True),
+}
 _ROW_SPLIT = ("wq", "wk", "wv", "w1", "w3", "output")
 _COLUMN_SPLIT = ("wo", "w2")
+_MATRICES = (*_ROW_SPLIT, *_COLUMN_SPLIT, "tok_embeddings")
 
 
 def read_meta_arch(directory: Path) -> LlamaArch:
@@ -74,6 +88,10 @@ def read_meta(directory: Path) -> dict[str, LazyTensor]:
         if name == "rope.freqs":
             continue
         part = name.removesuffix(".weight").rpartition(".")[2]
+        if part in _MATRICES and len(shape) != 2:
+            raise CheckpointError(
+                f"{directory / files[0]}: {name} has shape {list(shape)}; expected a matrix"
+            )
         slices = [shapes[file].get(name, (None, None))[0] for file in files]
         if any(other != shape for other in slices):
             raise CheckpointError(f"{directory}: {name} has shapes {slices} in {listed(files)}")
@@ -128,8 +146,12 @@ def _half_split(weight: Tensor, heads: int) -> Tensor:
 
 
 def _params(directory: Path) -> dict[str, Any]:
-    params = read_json_object(directory / PARAMS_FILE, expected="a directory in Meta's layout")
-    return params.get("model", params)
+    file = directory / PARAMS_FILE
+    params = read_json_object(file, expected="a directory in Meta's layout")
+    params = params.get("model", params)
+    if not isinstance(params, dict):
+        raise CheckpointError(f"{file}: model is {params!r}; expected an object")
+    return params
 
 
 def _shapes(directory: Path) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
@@ -150,12 +172,15 @@ def _shapes(directory: Path) -> dict[str, dict[str, tuple[torch.Size, torch.dtyp
 def _open(file: Path) -> dict[str, Tensor]:
     """Mapped anew for every tensor, so that pages that were read do not stay resident."""
     try:
+        open_plain(file).close()  # a pipe would wait for ever
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # unpickling foreign bytes can raise anything
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{file}: not a checkpoint of Meta: {reason}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise CheckpointError(f"{file}: expected a dictionary of tensors")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
+        raise CheckpointError(f"{file}: expected a dictionary of tensors by name")
     return tensors
 
 
@@ -167,41 +192,35 @@ def _arch(
     shapes: dict[str, dict[str, tuple[torch.Size, torch.dtype]]],
     file: Path,
 ) -> LlamaArch:
-    missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in params]
-    if missing:
-        raise CheckpointError(f"{file}: missing keys: {', '.join(missing)}")
     if params.get("moe") or params.get("quantization_args") or params.get("lora_args"):
         raise CheckpointError(f"{file}: mixture-of-experts and quantized models are not supported")
-    first = next(iter(shapes.values()))
+    first_file, first = next(iter(shapes.items()))
     sizes = {}
     for name in ("layers.0.feed_forward.w1.weight", "output.weight"):
         if name not in first or len(first[name][0]) != 2:
-            raise CheckpointError(f"{file.parent}: no matrix {name}")
+            raise CheckpointError(f"{file.parent / first_file}: no matrix {name}")
         sizes[name] = first[name][0][0] * len(shapes)
-    heads, dim = params["n_heads"], params["dim"]
+    values = read_keys(KEYS, params, str(file))
+    scaled, heads, dim = values.pop("scaled"), values["num_heads"], values["hidden_size"]
+    if values["num_kv_heads"] is None:
+        values["num_kv_heads"] = heads
+    if values["head_dim"] is None:
+        values["head_dim"] = head_dim_of(dim, heads, names=("dim", "n_heads"), source=str(file))
     try:
         arch = LlamaArch(
             vocab_size=sizes["output.weight"],
-            hidden_size=dim,
             intermediate_size=sizes["layers.0.feed_forward.w1.weight"],
-            num_layers=params["n_layers"],
-            num_heads=heads,
-            num_kv_heads=params.get("n_kv_heads") or heads,
-            head_dim=params.get("head_dim") or dim // heads,
             max_position_embeddings=4096,
-            norm_eps=float(params["norm_eps"]),
-            rope_theta=float(params.get("rope_theta", 10_000.0)),
+            **values,
         )
-    except (QLoRAError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    if not (0 < arch.rope_theta < math.inf and 0 <= arch.norm_eps < math.inf):
-        raise CheckpointError(f"{file}: rope_theta and norm_eps must be numbers > 0")
+    except QLoRAError as error:
+        raise CheckpointError(f"{file}: {in_words_of(KEYS, error)}") from error
     if arch.num_kv_heads % len(shapes):
         raise CheckpointError(
             f"{file.parent}: {arch.num_kv_heads} key-value heads in {len(shapes)} files; "
             "take the release with fewer files, or the Hugging Face one"
         )
-    return _with_positions(arch, scaled=bool(params.get("use_scaled_rope")))
+    return _with_positions(arch, scaled=scaled)
 
 
 def _with_positions(arch: LlamaArch, *, scaled: bool) -> LlamaArch:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from qlora_builders.errors import CheckpointError
+from qlora_builders.plain_files import open_plain
 from qlora_builders.strict_json import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
@@ -64,7 +65,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         CheckpointError: if the file cannot be read or is not such a file.
     """
     try:
-        with file.open("rb") as handle:
+        with open_plain(file) as handle:
             size = os.fstat(handle.fileno()).st_size
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):

@@ -68,7 +68,7 @@ def find_tensors(directory: Path, *, stem: str = STEM) -> dict[str, Path]:
             the directory.
     """
     index = directory / f"{stem}.safetensors.index.json"
-    if index.is_file():
+    if index.exists():
         weight_map = read_json_object(index, expected="a safetensors index").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: not a safetensors index: it has no weight_map")
@@ -77,7 +77,7 @@ def find_tensors(directory: Path, *, stem: str = STEM) -> dict[str, Path]:
                 raise CheckpointError(
                     f"{index}: {name} points to {file!r}; shards must lie beside the index"
                 )
-        missing = sorted({f for f in weight_map.values() if not (directory / f).is_file()})
+        missing = sorted({f for f in weight_map.values() if not _is_file(directory / f)})
         if missing:
             raise CheckpointError(f"{index}: shards missing: {listed(missing)}; download again")
         return {name: directory / file for name, file in weight_map.items()}
@@ -88,6 +88,13 @@ def find_tensors(directory: Path, *, stem: str = STEM) -> dict[str, Path]:
             f"with safetensors weights, got {listed(sorted(f.name for f in directory.iterdir()))}"
         )
     return dict.fromkeys(tensor_names(single), single)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no file can have so long a name
+        return False
 
 
 def open_tensors(

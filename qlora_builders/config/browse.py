@@ -16,6 +16,7 @@ from qlora_builders.config.overrides import GLOBAL, groups, primary_config
 from qlora_builders.config.schema import ROOTS
 from qlora_builders.errors import ConfigError, did_you_mean
 from qlora_builders.outputs import write_whole
+from qlora_builders.visible import say, visible
 
 USAGE = """\
 usage: qlora configs ls                     all configs, with what each is for
@@ -87,9 +88,9 @@ def _dispatch(options: argparse.Namespace) -> int:
     if command == "ls" and not names:
         width = max(map(len, configs))
         for name, file in configs.items():
-            print(f"{name:<{width}}  {_summary(file)}")
+            say(f"{name:<{width}}  {_summary(file)}")
     elif command == "show" and len(names) == 1:
-        print(_find(names[0], configs)[1].read_text("utf-8"), end="")
+        print(visible(_find(names[0], configs)[1].read_text("utf-8")), end="")
     elif command == "cp" and len(names) == 2:
         own = Path(names[0])  # such as runs/NAME/config.yaml
         source = own if own.suffix == ".yaml" and own.is_file() else _find(names[0], configs)[1]
@@ -99,10 +100,11 @@ def _dispatch(options: argparse.Namespace) -> int:
         with allow_prefixes(options.allow):
             problems = [text for name in chosen for text in validate(name, options.config_dir)]
         if problems:
-            raise ConfigError("\n".join(problems))
-        print(f"{len(chosen)} valid" + (f": {chosen[0]}" if names and len(chosen) == 1 else ""))
+            raise ConfigError(*problems)
+        say(f"{len(chosen)} valid" + (f": {chosen[0]}" if names and len(chosen) == 1 else ""))
     elif command in ("ls", "show", "cp", "validate"):
-        raise ConfigError(f"qlora configs {command}: wrong number of arguments\n{USAGE}")
+        head = f"qlora configs {command}: wrong number of arguments"
+        raise ConfigError(head, *USAGE.splitlines())
     else:
         near = did_you_mean(command, ("ls", "show", "cp", "validate"))
         raise ConfigError(f"qlora configs: unknown command {command!r}{near}")
@@ -131,7 +133,7 @@ def _copy(source: Path, target: Path) -> None:
     if target.parent.name == "experiment" and not content.startswith(GLOBAL.encode()):
         content = f"{GLOBAL}\n".encode() + content
     write_whole(target, content)
-    print(f"wrote {target}; {_how_to_use(target)}")
+    say(f"wrote {target}; {_how_to_use(target)}")
 
 
 def _how_to_use(file: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -22,13 +22,12 @@ from qlora_builders.config.schema import (
     QuantizeConfig,
     ReportConfig,
 )
-from qlora_builders.config.sections import REQUIRED, DataConfig, MethodConfig
+from qlora_builders.config.sections import PRESETS, REQUIRED, DataConfig, MethodConfig
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError, nearest
 
 SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 MEMORY_UNITS = {"MiB": 2**20, "GiB": 2**30}
-_ADAPTER = ("rank", "alpha", "dropout", "use_rslora", "use_dora", "init_lora_weights", "targets")
 # format -> the data.columns.* that its rows are read by
 FORMAT_COLUMNS = {
     "instruct": ("prompt", "completion", "system"),
@@ -36,7 +35,6 @@ FORMAT_COLUMNS = {
     "text": ("text",),
     "preference": ("prompt", "system", "chosen", "rejected"),
 }
-METHOD_OPTIONS = {"full": (), "lora": _ADAPTER, "qlora": (*_ADAPTER, "block_size")}
 
 
 def check(cfg: Any) -> list[str]:
@@ -187,39 +185,24 @@ def _check_device(device: str) -> list[str]:
 
 
 def _check_method(method: MethodConfig) -> list[str]:
-    """An option that a shipped method does not take would silently do nothing."""
-    if method.name not in METHOD_OPTIONS:
-        return []  # a preset of the user's own takes what it likes
-    taken = METHOD_OPTIONS[method.name]
+    """An option that a method does not take would silently do nothing."""
+    if method.name not in PRESETS:
+        return []  # said of method.name
+    adapter, base = PRESETS[method.name]
+    taken = (*adapter, *base, *(["targets"] if adapter else []))
     problems = []
-    for option in METHOD_OPTIONS["qlora"]:
-        value = getattr(method, option)
+    for item in fields(method):
+        value, default = getattr(method, item.name), getattr(MethodConfig(), item.name)
         given = value not in (None, [])
-        if given and option not in taken:
+        if item.name != "name" and given and item.name not in taken:
             problem = (
-                f"method.{option}={value} has no effect: method={method.name} does not take it"
+                f"method.{item.name}={value} has no effect: method={method.name} does not take it"
             )
-            if value == getattr(MethodConfig(), option):  # nobody gave it
+            if value == default:  # nobody gave it
                 problem += f"; method={method.name} chooses a preset, method.name does not"
             problems.append(problem)
-        if not given and option in taken:
-            problems.append(f"method.{option}={value}: method={method.name} needs a value")
-    return problems + _check_preset(method, taken)
-
-
-def _check_preset(method: MethodConfig, taken: Sequence[str]) -> list[str]:
-    """The rules of a shipped preset follow its options, unless a file holds them as well."""
-    problems = []
-    for rule in method.components:
-        in_rule = {name: rule[name] for name in taken if name in rule}
-        if "rank" in in_rule and str(rule.get("match")).startswith("layers.*.*."):
-            in_rule["targets"] = rule["match"].removeprefix("layers.*.*.").strip("{}").split(",")
-        problems += [
-            f"method.{name}={getattr(method, name)} has no effect: method.components has {value}; "
-            "take method.components out of the file that sets it"
-            for name, value in in_rule.items()
-            if value != getattr(method, name)
-        ]
+        if item.name in taken and not given and default is not None:
+            problems.append(f"method.{item.name}={value}: method={method.name} needs a value")
     return problems
 
 

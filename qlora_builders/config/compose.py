@@ -52,6 +52,8 @@ _FOREIGN_RESOLVERS = (
     "hydra",
     "python_version",
 )
+# of hydra, OmegaConf and the YAML reader, for what a config holds
+_REFUSALS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError)
 
 
 def compose(
@@ -69,7 +71,7 @@ def compose(
     """
     cfg, problems = draft(verb, overrides, config_dir=config_dir)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     return cfg
 
 
@@ -79,7 +81,7 @@ def draft(
     *,
     config_dir: str | Path | None = None,
     for_run: bool = True,
-    known: dict[str, str] | None = None,
+    known: dict[str, list[str]] | None = None,
 ) -> tuple[Any, list[str]]:
     """The config of a verb without the overrides that are wrong, and everything that is wrong.
 
@@ -108,7 +110,7 @@ class Drafting:
         problems: one message for each thing that is wrong with those left out.
     """
 
-    def __init__(self, verb: str, folders: Sequence[Path], known: dict[str, str]) -> None:
+    def __init__(self, verb: str, folders: Sequence[Path], known: dict[str, list[str]]) -> None:
         self.verb, self.folders, self._known = verb, folders, known
         self.problems: list[str] = []
         self._taken: list[str] = []
@@ -144,19 +146,28 @@ class Drafting:
 
     def _take_apart(self, override: str, where: str, error: ConfigError) -> None:
         """Take what is right in a file that is wrong; note an override that is no file."""
-        before, message = len(self.problems), str(error)
+        before = len(self.problems)
         if self.is_group(override) and not isinstance(error, RefusedError):
             values = values_of_file(override, self.verb, self.folders)
             self.add_what_is_right(values, where=f"{override.replace('=', '/')}.yaml: ")
         if len(self.problems) == before:
-            message = "\n".join(where + line for line in message.splitlines())
-            self._note(override, message)
-            self._known[override] = message
+            file = self._own_file(override)
+            if file is not None and file.name not in str(error) and not where:
+                where = f"{file.parent.name}/{file.name}: "
+            self._known[override] = [where + problem for problem in error.problems]
+            self._note(override, self._known[override])
 
-    def _note(self, override: str, message: str) -> None:
-        self.problems += message.splitlines()
+    def _own_file(self, override: str) -> Path | None:
+        """Of the user's: the config that a group's override names."""
+        group, _, option = override.partition("=")
+        files = [folder / group / f"{option}.yaml" for folder in self.folders[1:]]
+        return next((f for f in files if self.is_group(override) and f.is_file()), None)
+
+    def _note(self, override: str, problems: Sequence[str]) -> None:
+        self.problems += problems
         self._lacks_a_file |= self.is_group(override)
-        self._open |= {key_of(override), *re.findall(r"did you mean '([^']+)'", message)}
+        near = re.findall(r"did you mean '([^']+)'", "\n".join(problems))
+        self._open |= {key_of(override), *near}
 
     def all_problems(self, for_run: bool) -> list[str]:
         """`problems`, and what the checks say of all that was taken.
@@ -227,7 +238,14 @@ def _translated_errors(verb: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        YAMLError,
+        ValueError,
+        TypeError,
+        OSError,
+    ) as error:
         raise ConfigError(_translate(error, verb)) from error
 
 
@@ -334,11 +352,6 @@ def _demo_eval(train: str) -> str | None:
     return str(demo_path("eval.jsonl")) if train == str(demo_path("train.jsonl")) else None
 
 
-def _any_of(names: Sequence[str]) -> str:
-    """`[q_proj, v_proj]` -> `{q_proj,v_proj}`, the choice of the rule language."""
-    return names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
-
-
 @contextmanager
 def _no_foreign_resolvers() -> Iterator[None]:
     """Without those of OmegaConf and hydra (`oc.env`, `oc.decode` ...): a config may come from
@@ -361,7 +374,6 @@ def _register(verb: str) -> None:
     resolvers = {
         "demo": lambda name: str(demo_path(name)),
         "demo_eval": _demo_eval,
-        "any_of": _any_of,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)

@@ -7,6 +7,7 @@ if __name__ == "__main__":
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import select
@@ -25,6 +26,7 @@ from qlora_builders.config.overrides import quote
 from qlora_builders.config.paths import name_problems, path_problems
 from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
 from qlora_builders.errors import ConfigError, QLoRAError, nearest
+from qlora_builders.visible import visible
 
 USER_ERROR = 2
 _LONGEST_LINE = 2000  # characters
@@ -46,6 +48,8 @@ def run_recipe(main: Callable[[Any], object], verb: str, argv: Sequence[str] | N
 
 def with_errors(run: Callable[[], int]) -> int:
     """The exit code of `run()`; what a user can put right is printed, and is USER_ERROR."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack a character
     try:
         code = run()
         sys.stdout.flush()
@@ -81,16 +85,18 @@ def _has_lost_its_reader(descriptor: int) -> bool:
 def report(error: Exception) -> None:
     """Print what went wrong, one line per problem, to stderr.
 
-    What a file says is quoted there, so it may be long, and have characters that move a cursor.
+    What a file says is quoted there, so it may be long, and have characters that move a cursor or
+    begin a line.
     """
-    text = str(error)
+    problems = error.problems if isinstance(error, QLoRAError) else (str(error),)
     if isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename} cannot be used: {error.strerror}; choose another place"
-    for line in text.splitlines() or [type(error).__name__]:
+        where = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        problems = (f"{where} cannot be used: {error.strerror}; choose another place",)
+    for problem in problems:
+        line = visible(problem.strip() or type(error).__name__, keep="")
         if len(line) > _LONGEST_LINE:
             line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
-        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-        print(f"error: {shown}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -108,12 +114,12 @@ def _run(main: Callable[[Any], object], verb: str, argv: Sequence[str]) -> int:
     if "runs" in knobs(ROOTS[verb]):
         overrides = _name_runs(overrides)
     if options.print_config:
-        print(to_yaml(compose(verb, overrides, config_dir=options.config_dir)), end="")
+        print(visible(to_yaml(compose(verb, overrides, config_dir=options.config_dir))), end="")
         return 0
     with allow_prefixes(options.allow):
         cfg, problems = draft_run(verb, overrides, options.config_dir)
         if problems:
-            raise ConfigError("\n".join(problems))
+            raise ConfigError(*problems)
         main(cfg)
     return 0
 
@@ -122,7 +128,7 @@ def draft_run(
     verb: str,
     overrides: Sequence[str],
     config_dir: str | None = None,
-    known: dict[str, str] | None = None,
+    known: dict[str, list[str]] | None = None,
 ) -> tuple[Any, list[str]]:
     """`compose.draft`, and what is wrong with the components that a config names.
 

@@ -179,9 +179,18 @@ def _rules_of(file: Path) -> list[Any]:
             f"{file}: {', '.join(others)} beside components:, which alone is read from such a file;"
             " set the rest on the command line or in an experiment"
         )
-    for key in (key for rule in rules if isinstance(rule, dict) for key in rule):
-        if not re.fullmatch(r"\w+", str(key)):  # hydra's grammar has no words for others
-            raise ConfigError(f"{file}: {key!r} is no option of a rule")
+    for number, rule in enumerate(rules, start=1):
+        if not isinstance(rule, dict):
+            raise ConfigError(
+                f"{file}: rule {number} of {len(rules)} is {rule!r:.80}; "
+                'write {match: "layers.**", kind: linear}'
+            )
+        for key, value in rule.items():
+            # hydra's grammar has no words for others
+            if not re.fullmatch(r"\w+", str(key), re.ASCII):
+                raise ConfigError(f"{file}: {key!r} is no option of a rule")
+            if not isinstance(value, str | int | float | list | dict | None):
+                raise ConfigError(f"{file}: {key} of a rule is {value!r:.80}, which none can be")
     return rules
 
 

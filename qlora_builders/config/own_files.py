@@ -31,22 +31,25 @@ _KEY = re.compile(r"[A-Za-z]\w*")
 def check_own_files(own: Path, shipped: Path) -> None:
     """
     Raises:
-        ConfigError: for a file that leads out of the folder, has a name of ours or of hydra's, or
-            too many aliases.
+        ConfigError: for a file that leads out of the folder, or has a name of ours or of hydra's.
     """
     for entry in _entries(own):
         inside = entry.relative_to(own)
-        if entry.is_symlink() and (entry.is_dir() or not entry.resolve().is_relative_to(own)):
+        if entry.is_symlink() and (entry.is_dir() or not _target(entry).is_relative_to(own)):
             raise ConfigError(f"{str(entry)!r} is a link out of its folder; put a copy there")
         if entry.suffix != ".yaml" or entry.is_dir():
             continue
         if not entry.is_file():
             raise ConfigError(f"{str(entry)!r} is no file that can be read; take it out")
-        check_bounded(entry)
         if (shipped / inside).exists():
             raise ConfigError(f"{str(entry)!r} has the name of a shipped config; rename it")
         if inside.parts[0].removesuffix(".yaml") in _TAKEN:
             raise ConfigError(f"{str(entry)!r} has the name of a part of qlora's; rename it")
+
+
+def _target(link: Path) -> Path:
+    """Itself for a link in a circle, where `Path.resolve` raises."""
+    return Path(os.path.realpath(link))
 
 
 def texts_of(folders: Sequence[Path], overrides: Iterable[str]) -> list[Text]:
@@ -75,6 +78,7 @@ def _chosen(folder: Path, overrides: Iterable[str]) -> list[Path]:
         file = folder / f"{left.pop().strip('/')}.yaml"
         if file in files or not os.path.isfile(file):  # False for names too long, too
             continue
+        check_bounded(file)
         files[file] = None
         group = file.parent.relative_to(folder).as_posix()
         for chosen, options in _defaults(_tree(file)):

@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_builders.errors import ConfigError
 
-RESOLVERS = ("now", "demo", "demo_eval", "any_of")
+RESOLVERS = ("now", "demo", "demo_eval")
 _OPEN = re.compile(r"(\\*)\$\{")
 _KNOWN = re.compile(
     rf"\$\{{\s*(?:(?P<key>\w[\w-]*(?:\.[\w-]+|\[\d+\])*)\s*\}}|(?:{'|'.join(RESOLVERS)})\s*:)"

@@ -9,7 +9,7 @@ from typing import Any
 from qlora_builders.config.knobs import knobs
 from qlora_builders.errors import ConfigError
 
-_DERIVED = ("method.components", "method.train")
+_GONE = ("method.components", "method.train")  # checkpoints of 0.1.0 have the preset's rules
 
 
 def curve_config(cfg: Any) -> dict[str, Any]:
@@ -24,14 +24,12 @@ def check_same_curve(before: Mapping[str, Any], now: Mapping[str, Any], checkpoi
     Raises:
         ConfigError: with every key whose value is not that of the checkpoint.
     """
-    missing = "not set"
+    missing = "not set"  # means the same as null, which newer keys are by default
     keys = [
         key
         for key in sorted(before.keys() | now.keys())
-        if before.get(key, missing) != now.get(key, missing)
+        if key not in _GONE and before.get(key) != now.get(key)
     ]
-    if any(key.startswith("method.") and key not in _DERIVED for key in keys):
-        keys = [key for key in keys if key not in _DERIVED]  # the rules only follow
     differing = [
         f"{key}={_spell(now.get(key, missing))}, but the checkpoint was trained with "
         f"{_spell(before.get(key, missing))}"
@@ -46,7 +44,7 @@ def refuse_to_resume(checkpoint: str, why: str, differing: Sequence[str]) -> Con
         f"cannot resume from {checkpoint} {why}; set these back, or start anew "
         "in another output_dir:"
     )
-    return ConfigError("\n".join([head, *differing]))
+    return ConfigError(head, *differing)
 
 
 def flatten(

@@ -15,7 +15,6 @@ from typing import Any
 
 from qlora_builders.config.knobs import knob
 from qlora_builders.config.sections import (
-    DTYPES,
     REQUIRED,
     AdapterConfig,
     CheckpointConfig,
@@ -35,6 +34,7 @@ from qlora_builders.config.sections import (
     device_knob,
     quantize_knob,
 )
+from qlora_builders.names import DTYPES, QUANTIZED_FORMATS, SCALE_FORMATS, WRITTEN_FORMATS
 
 
 @dataclass
@@ -172,8 +172,8 @@ class MergeConfig:
     dtype: str = knob("bfloat16", "dtype written", choices=DTYPES)
     format: str = knob(
         "hf",
-        "layout written; nf4 and bnb-4bit quantize again, which erases most small updates",
-        choices=("hf", "nf4", "bnb-4bit"),
+        "layout written; all but hf quantize again, which erases most small updates",
+        choices=WRITTEN_FORMATS,
     )
     max_error: float = knob(
         0.5, "largest |error| / |update| accepted, in the weights and in the logits", above=0
@@ -190,14 +190,14 @@ class QuantizeConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     format: str = knob(
         "nf4",
-        "nf4: our own layout; bnb-4bit: for transformers + bitsandbytes",
-        choices=("nf4", "bnb-4bit"),
+        "nf4: our own layout; native: the same for any types; bnb-4bit: for transformers",
+        choices=QUANTIZED_FORMATS,
     )
     block_size: int | None = knob(None, "weights per scale; null: 64, or as stored", at_least=1)
     scale_format: str | None = knob(
         None,
         "how scales are stored; null: geometric (format=bnb-4bit: bnb), or as stored",
-        choices=("geometric", "bnb", "none"),
+        choices=SCALE_FORMATS,
     )
     scale_search: bool | None = knob(None, "search for the best scales: slower, more accurate")
     components: list[dict[str, Any]] = knob(

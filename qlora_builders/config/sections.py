@@ -8,12 +8,33 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_builders.config.knobs import knob
+from qlora_builders.names import (
+    CHECKPOINT_FORMATS,
+    CHECKPOINTING_MODES,
+    COMPILE_MODES,
+    DATA_FORMATS,
+    DPO_LOSSES,
+    DTYPES,
+    LR_SHAPES,
+    ON_ERROR,
+    PACKINGS,
+    PROJECTIONS,
+    SCALE_FORMATS,
+    TRAIN_ON,
+)
 
 # Marks a key that the user has to set. OmegaConf's own mark, ???, cannot replace a default.
 REQUIRED = "<required>"
-DTYPES = ("float32", "bfloat16", "float16")
-DPO_LOSSES = ("sigmoid", "hinge")
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ADAPTER = (
+    "rank", "alpha", "dropout", "use_rslora", "use_dora", "lora_bias", "init_lora_weights"
+)  # fmt: skip
+_NF4 = ("block_size", "scale_block_size", "scale_format", "scale_search")
+# method -> the options of its adapters and of its base
+PRESETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "full": ((), ()),
+    "lora": (_ADAPTER, ()),
+    "qlora": (_ADAPTER, _NF4),
+}
 
 
 def device_knob() -> Any:
@@ -42,9 +63,7 @@ class CheckpointConfig:
     """The base weights."""
 
     dir: str = knob("${demo:base}", "folder of the base weights; default: the shipped demo base")
-    format: str = knob(
-        "auto", "layout of that folder", choices=("auto", "hf", "meta", "bnb-4bit", "nf4")
-    )
+    format: str = knob("auto", "layout of that folder", choices=("auto", *CHECKPOINT_FORMATS))
 
 
 @dataclass
@@ -56,21 +75,25 @@ class ModelConfig:
 
 @dataclass
 class MethodConfig:
-    """A preset that writes the component plan; an option that the preset does not take is null."""
+    """A preset, short for component rules; an option that the preset does not take is null."""
 
-    name: str = knob("qlora", "name of the preset: qlora, lora or full")
+    name: str = knob("qlora", "what the rules are", choices=tuple(PRESETS))
     rank: int | None = knob(16, "rank of the adapters", at_least=1)
     alpha: float | None = knob(32.0, "adapter scale: alpha / rank multiplies B A x", above=0)
     dropout: float | None = knob(0.0, "adapter input dropout, probability", at_least=0, below=1)
     use_rslora: bool | None = knob(False, "scale by alpha / sqrt(rank) instead")
     use_dora: bool | None = knob(False, "DoRA: train the lengths of the weights' rows too")
+    lora_bias: bool | None = knob(None, "train a bias with lora_B; null: no")
     init_lora_weights: str | None = knob(
         "default", "where A and B start: default (B is zero), pissa, pissa_niter_N or loftq"
     )
     block_size: int | None = knob(64, "weights per NF4 scale", at_least=1)
+    scale_block_size: int | None = knob(None, "NF4 scales per group; null: 256", at_least=1)
+    scale_format: str | None = knob(
+        None, "how NF4 scales are stored; null: geometric", choices=SCALE_FORMATS
+    )
+    scale_search: bool | None = knob(None, "search for the best NF4 scales; null: no")
     targets: list[str] = knob(list(PROJECTIONS), "projections that get an adapter")
-    components: list[dict[str, Any]] = knob([], "rules of the preset")
-    train: list[str] = knob([], "parameters the preset trains beside adapters, as patterns")
 
 
 def allow_base_mismatch_knob() -> Any:
@@ -160,7 +183,7 @@ class DataConfig:
     format: str = knob(
         "instruct",
         "what a row holds; preference: for dpo, and dpo takes no other",
-        choices=("chat", "instruct", "text", "preference"),
+        choices=DATA_FORMATS,
     )
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     max_seq_len: int = knob(
@@ -169,18 +192,18 @@ class DataConfig:
     train_on: str = knob(
         "assistant",
         "tokens that carry loss: every answer, the last answer, everything (format=text: always)",
-        choices=("assistant", "completion", "all"),
+        choices=TRAIN_ON,
     )
     packing: str = knob(
         "none",
         "an example per row, or as many whole ones as fit into max_seq_len, unseen by each other",
-        choices=("none", "best_fit"),
+        choices=PACKINGS,
     )
     max_rows: int | None = knob(None, "rows read from each file; null: all", at_least=1)
     on_error: str = knob(
         "raise",
         "a row that cannot be used: raise stops there and names the line; skip goes on and counts",
-        choices=("raise", "skip"),
+        choices=ON_ERROR,
         shapes_curve=False,  # the rows that are left do, and they are compared by themselves
     )
 
@@ -189,7 +212,7 @@ class DataConfig:
 class LRScheduleConfig:
     """The learning rate over the run, as a factor of optimizer.lr."""
 
-    name: str = knob("cosine", "shape after warm-up", choices=("cosine", "linear", "constant"))
+    name: str = knob("cosine", "shape after warm-up", choices=LR_SHAPES)
     warmup_ratio: float = knob(0.03, "warm-up, fraction of all steps", at_least=0, at_most=1)
     warmup_steps: int | None = knob(
         None, "warm-up, optimizer steps; null: from warmup_ratio", at_least=0
@@ -217,12 +240,12 @@ class TrainingConfig:
         "none",
         "what layers keep for backward: all, input and attention, input, input on the host (GPUs);"
         " true is full",
-        choices=("none", "selective", "full", "offload"),
+        choices=CHECKPOINTING_MODES,
     )
     compile: str = knob(
         "auto",
         "torch.compile for the layers; auto: where the run is long enough to gain time",
-        choices=("auto", "on", "off"),
+        choices=COMPILE_MODES,
     )
     log_every: int = knob(1, "steps between lines in metrics.jsonl", at_least=1, shapes_curve=False)
     eval_every: int | None = knob(

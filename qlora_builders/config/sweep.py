@@ -62,7 +62,7 @@ def plan_sweep(
     labels = short_names(splits[0][0])
     jobs: list[Job] = []
     problems: list[str] = []
-    known: dict[str, str] = {}
+    known: dict[str, list[str]] = {}
     for swept, words in splits:
         cfg, wrong = draft_run(verb, words, config_dir, known)
         problems += wrong or _no_sweep(cfg)
@@ -75,7 +75,7 @@ def plan_sweep(
         own = [word for word in words if key_of(word) != path_key]
         jobs.append(Job(name, swept, [*own, f"{path_key}={path}"], path, cfg))
     if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
+        raise ConfigError(*dict.fromkeys(problems))
     return folder, jobs
 
 
@@ -103,7 +103,7 @@ def split(
             swept.add(key)
         choices[key] = [override] if values is None else [f"{key}={value}" for value in values]
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     if not swept:
         raise ConfigError(
             "--multirun needs a key with several values, such as optimizer.lr=1e-4,2e-4"

@@ -5,6 +5,7 @@ Files that come with the package are taken as they are.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ def load_yaml(file: Path) -> Any:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
     except RecursionError:
         raise ConfigError(f"{file}: nested too deeply") from None
+    except (ValueError, TypeError) as error:  # such as !!int x
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{file}: not valid YAML: {reason}") from error
 
 
 def check_bounded(file: Path) -> None:
@@ -47,7 +51,7 @@ def check_bounded(file: Path) -> None:
         ConfigError: if it is too large, nested too deeply, takes too long to read, or if its
             aliases stand for too many values, or for themselves.
     """
-    if file.resolve().is_relative_to(shipped_dir("configs").resolve()):
+    if Path(os.path.realpath(file)).is_relative_to(shipped_dir("configs").resolve()):
         return
     try:
         size = file.stat().st_size
@@ -66,6 +70,6 @@ def check_bounded(file: Path) -> None:
         raise ConfigError(f"{file}: reading it {error}; write out what is needed") from error
     if values > _MOST_VALUES:
         raise ConfigError(
-            f"{file}: its aliases (*name) stand for more than {_MOST_VALUES:,} values, or for "
-            "themselves; write out what is needed"
+            f"{file}: with its aliases (*name) written out it has more than {_MOST_VALUES:,} "
+            "values, or no end; write out what is needed"
         )

@@ -23,25 +23,42 @@ from qlora_builders.errors import DataError, UnsafeTemplateError
 _STAND_IN = NONCHARACTERS[2]
 
 
-def spans_answer(template: CompiledTemplate, *arguments: Any) -> tuple[str, list[Span], bool]:
+Answer = tuple[str, list[Span], bool]
+
+
+def spans_answer(template: CompiledTemplate, *arguments: Any) -> Answer:
     """`render_with_spans` as JSON has it."""
     chat = render_with_spans(template, *arguments)
     return chat.text, chat.spans, chat.needs_eos
+
+
+def each(template: CompiledTemplate, conversations: Sequence[Sequence[Any]]) -> list[Answer | None]:
+    """`spans_answer` of the arguments of each; None where it raises, to be asked alone."""
+    found: list[Answer | None] = []
+    for arguments in conversations:
+        try:
+            found.append(spans_answer(template, *arguments))
+        except DataError:
+            found.append(None)
+    return found
 
 
 def render_with_spans(
     template: CompiledTemplate,
     messages: Sequence[Message],
     stop_strings: Sequence[str],
-    last_only: bool = False,
+    train_on: str = "assistant",
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> RenderedChat:
-    """Render and find the assistant turns (`last_only`: just the last one).
+    """Render and find the assistant turns: all, with "completion" the last one, with "all" none.
 
     Raises:
         DataError: if the template fails, or rewrites a turn so that its place cannot be found.
     """
+    if train_on == "all":
+        return RenderedChat(template.render(messages, tools=tools), [], needs_eos=False)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    last_only = train_on == "completion"
     if last_only:
         turns = turns[-1:]
     reader = _TurnReader(template, list(messages), stop_strings, tools)

@@ -5,10 +5,15 @@ the same in whole seconds. Memory is bounded by `RLIMIT_AS`: address space, so t
 the allocator count too; the parent sees to it that there are few. Linux enforces all of it. macOS
 does not enforce `RLIMIT_AS`, so there a memory bomb ends by CPU time, or when the system has no
 memory left.
+
+A process that evaluates something does not see that its parent has ended, so the kernel tells it:
+the parent holds the other end of a pipe in which nothing is ever written, and on Linux SIGIO, which
+comes when that end closes, ends this process.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -17,13 +22,20 @@ from pathlib import Path
 _STATM = Path("/proc/self/statm")  # pages; the first number is the address space
 
 
+def end_with(pipe: int) -> None:
+    """End this process when the other end of `pipe` closes."""
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETFL, os.O_ASYNC)
+
+
 class Confinement:
     """`begin` and `end` around what is evaluated; between requests there are no limits."""
 
     def __init__(self) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+        for number in (signal.SIGPROF, signal.SIGIO):
+            signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
         self._statm = os.open(_STATM, os.O_RDONLY) if _STATM.exists() else None
         self._own = {
             kind: resource.getrlimit(kind) for kind in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE)

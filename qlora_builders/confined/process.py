@@ -47,7 +47,7 @@ class Limits:
     """Of one request: seconds of CPU time, bytes of memory, bytes of the answer."""
 
     seconds: float = 3.0
-    memory: int = 384 * _MB
+    memory: int = 320 * _MB
     answer: int = 32 * _MB
 
     def grown(self, size: int) -> Limits:
@@ -119,9 +119,11 @@ class _Worker:
             "MALLOC_ARENA_MAX": "2",  # each reserves address space
         }
         command = [sys.executable, "-P", "-W", "ignore", "-m", "qlora_builders.confined.worker"]
+        lifeline, self._lifeline = os.pipe()  # `limits.end_with`
         try:
             self._process = subprocess.Popen(
-                command,
+                [*command, str(lifeline)],
+                pass_fds=[lifeline],
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -130,14 +132,17 @@ class _Worker:
                 start_new_session=True,  # Ctrl-C is for the parent
             )
         except OSError as error:
+            os.close(self._lifeline)
             raise QLoRAError(f"cannot start a second process of {command[0]}: {error}") from error
+        finally:
+            os.close(lifeline)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests = self._process.stdin.fileno()
         self._answers = self._process.stdout.fileno()
         self._poll = select.poll()
         self._poll.register(self._answers, select.POLLIN)
-        self.stop = weakref.finalize(self, _stop, self._process)
+        self.stop = weakref.finalize(self, _stop, self._process, self._lifeline)
 
     @property
     def alive(self) -> bool:
@@ -147,7 +152,7 @@ class _Worker:
         """Leave it to the process that this one is a fork of."""
         self.stop.detach()
         self._process.returncode = 0
-        _close(self._process)
+        _close(self._process, self._lifeline)
 
     def ask(self, request: Request, limits: Limits) -> Answer:
         """Of the module's `ask`."""
@@ -159,8 +164,9 @@ class _Worker:
         limits = limits.grown(len(payload))
         usable = False
         try:
-            self._send(HEAD.pack(len(payload), limits.seconds, limits.memory, limits.answer))
-            self._send(payload)
+            self._send(
+                HEAD.pack(len(payload), limits.seconds, limits.memory, limits.answer) + payload
+            )
             head, data = self._receive(limits)
             usable = "overrun" not in head
         except (EOFError, BrokenPipeError):
@@ -182,22 +188,28 @@ class _Worker:
     def _receive(self, limits: Limits) -> tuple[dict[str, Any], bytes]:
         # CPU time is what is limited; this is for a machine that gives none
         deadline = time.monotonic() + 60 + 20 * limits.seconds
-        length, extra = LENGTHS.unpack(self._read(LENGTHS.size, deadline))
+        received = b""
+        while len(received) < LENGTHS.size:
+            received += self._read(deadline)
+        length, extra = LENGTHS.unpack_from(received)
         if length + extra > limits.answer + 2**16:  # of an error
             raise OverrunError(_too_much("answer", limits))
-        return parse_json(self._read(length, deadline)), self._read(extra, deadline)
+        parts = [received[LENGTHS.size :]]
+        missing = length + extra - len(parts[0])
+        while missing > 0:
+            parts.append(self._read(deadline))
+            missing -= len(parts[-1])
+        whole = b"".join(parts)
+        return parse_json(whole[:length]), whole[length:]
 
-    def _read(self, size: int, deadline: float) -> bytes:
-        parts = []
-        while size:
-            if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise OverrunError("is not done after a minute and more, most of it waiting")
-            part = os.read(self._answers, min(size, CHUNK))
-            if not part:
-                raise EOFError
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+    def _read(self, deadline: float) -> bytes:
+        """What has come, which is a whole answer where that is short."""
+        if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise OverrunError("is not done after a minute and more, most of it waiting")
+        part = os.read(self._answers, CHUNK)
+        if not part:
+            raise EOFError
+        return part
 
     def _ended(self, limits: Limits) -> QLoRAError:
         code = self._process.wait()
@@ -242,14 +254,15 @@ def _running() -> _Worker:
     return _state.worker
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], lifeline: int) -> None:
     """It has nothing to save."""
     process.kill()
     process.wait()
-    _close(process)
+    _close(process, lifeline)
 
 
-def _close(process: subprocess.Popen[bytes]) -> None:
+def _close(process: subprocess.Popen[bytes], lifeline: int) -> None:
+    os.close(lifeline)
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()

@@ -1,7 +1,7 @@
 """The process in which things are evaluated: `python -m qlora_builders.confined.worker`.
 
-Requests come by stdin, answers go by stdout. The end of stdin is the end of the process, so none
-outlives the parent by more than the request that it is at.
+Requests come by stdin, answers go by stdout. The end of stdin is the end of the process, so that
+none outlives its parent. The argument is the number of the pipe of `end_with`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
-from qlora_builders.confined.limits import Confinement
+from qlora_builders.confined.limits import Confinement, end_with
 from qlora_builders.confined.wire import CHUNK, HEAD, LENGTHS, Request, WithBytes
 
 _LONGEST_MESSAGE = 4000  # characters of an error
@@ -98,6 +99,8 @@ def main() -> None:
     answers = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever prints does not answer
     worker = _Worker()
+    if len(sys.argv) > 1:
+        end_with(int(sys.argv[1]))
     for request in _requests(0):
         head, data = worker.answer(*request)
         left = memoryview(LENGTHS.pack(len(head), len(data)) + head + data)

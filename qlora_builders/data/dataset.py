@@ -7,9 +7,7 @@ nothing, rows cut short, ids the model does not have.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -18,77 +16,28 @@ import numpy.typing as npt
 import torch
 
 from qlora_builders.data.collate import IGNORE_INDEX, Example
+from qlora_builders.data.dataset_report import DatasetReport
 from qlora_builders.data.files import Row, describe_row, load_rows
 from qlora_builders.data.formats import (
     Document,
+    Part,
     Prompt,
     check_format,
     documents_per_row,
     prompt_and_answer,
-    to_documents,
+    rendered,
+    to_parts,
 )
 from qlora_builders.data.token_backend import Encoding, Ids, Mask
 from qlora_builders.data.tokenizer import Tokenizer
 from qlora_builders.errors import DataError, UnsafeError, counted, did_you_mean
+from qlora_builders.names import ON_ERROR
 
-ON_ERROR = ("raise", "skip")
 _SAME = "both answers are the same"
-_SHOWN = 5  # skipped rows of which the reason is told
 _CHUNK = 512  # rows per call of the Rust tokenizer: enough to keep all cores busy
 
-Rows = list[tuple[int, list[Document]]]  # numbered
-
-
-@dataclass
-class DatasetReport:
-    """What became of the rows. Token counts are those kept, after truncation.
-
-    A preference row is one example, of two sequences.
-    """
-
-    source: str
-    rows: int = 0
-    examples: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    truncated_rows: int = 0
-    cut_tokens: int = 0
-    longest_row: int = 0  # tokens, before truncation
-    dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
-    skipped_rows: int = 0  # that cannot be used, with on_error="skip"
-    skipped: list[str] = field(default_factory=list)  # where the first of them are, and why
-
-    def skip(self, reason: str) -> None:
-        self.skipped_rows += 1
-        if len(self.skipped) < _SHOWN:
-            self.skipped.append(reason)
-
-    def summary(self) -> str:
-        """One line for a log."""
-        share = 100 * self.trained_tokens / max(self.tokens, 1)
-        text = (
-            f"{self.source}: {counted(self.examples, 'example')}, {counted(self.tokens, 'token')}, "
-            f"{self.trained_tokens:,} trained ({share:.0f} %)"
-        )
-        if self.truncated_rows:
-            text += (
-                f"; {counted(self.truncated_rows, 'row')} truncated, "
-                f"{counted(self.cut_tokens, 'token')} cut"
-            )
-        for reason, count in sorted(self.dropped.items()):
-            text += f"; {counted(count, 'row')} dropped: {reason}"
-        if self.skipped_rows:
-            text += f"; {self.skipped_summary()}"
-        return text
-
-    def skipped_summary(self) -> str:
-        """How many, where the first of them are and what is wrong with them."""
-        more = self.skipped_rows - len(self.skipped)
-        reasons = [reason.removeprefix(f"{self.source}, ") for reason in self.skipped]
-        if more:
-            reasons.append(f"and {more:,} more")
-        skipped = counted(self.skipped_rows, "row")
-        return f"{skipped} skipped (data.on_error=skip): {'; '.join(reasons)}"
+Read = list[tuple[int, list[Part] | DataError]]  # numbered rows
+Rows = list[tuple[int, list[Document]]]
 
 
 class TokenizedDataset(Sequence[Example]):
@@ -199,25 +148,15 @@ def build_dataset(
         tokenizer.render_chat([])  # raises, and says what to do
     rows = load_rows(source, split=split)
     builder = _Builder(tokenizer, max_seq_len, str(source), rows, on_error)
-    pending: Rows = []
+    pending: Read = []
     unread = iter(rows)
     for number in range(len(rows) if max_rows is None else min(len(rows), max_rows)):
         try:
             row = next(unread)
         except DataError as error:  # names the row itself
-            builder.refuse(number, error)
-            continue
-        try:
-            documents = to_documents(
-                row, tokenizer, format=format, train_on=train_on, columns=all_columns
-            )
-        except DataError as error:
-            located = DataError(f"{describe_row(rows, source, number)}: {error}")
-            if isinstance(error, UnsafeError):
-                raise located from error  # no fault of the row
-            builder.refuse(number, located)
-            continue
-        pending.append((number, documents))
+            pending.append((number, error))
+        else:
+            pending.append((number, builder.parts(number, row, format, train_on, all_columns)))
         if len(pending) == _CHUNK:
             builder.add(pending)
             pending = []
@@ -279,10 +218,19 @@ class _Builder:
         self.report.rows += 1
         self.report.skip(str(error))
 
-    def add(self, rows: Rows) -> None:
-        """Encode the documents of numbered rows and keep what is left after truncation."""
+    def parts(
+        self, number: int, row: Row, format: str, train_on: str, columns: Mapping[str, str | None]
+    ) -> list[Part] | DataError:
+        """`to_parts`, or what it raises and where."""
+        try:
+            return to_parts(row, self.tokenizer, format=format, train_on=train_on, columns=columns)
+        except DataError as error:
+            return self._located(number, error)
+
+    def add(self, read: Read) -> None:
+        """Render and encode rows, and keep what is left of them after truncation."""
         kept: list[tuple[Ids, Mask]] = []
-        for number, documents, encodings in self._encoded(rows):
+        for number, documents, encodings in self._encoded(self._rendered(read)):
             parts = [self._encode(*both) for both in zip(documents, encodings, strict=True)]
             if not all(trained.any() for _, trained in parts):
                 where = describe_row(self.rows, self.report.source, number)
@@ -300,6 +248,26 @@ class _Builder:
         if kept:
             self.ids.append(np.concatenate([ids for ids, _ in kept]))
             self.trained.append(np.concatenate([trained for _, trained in kept]))
+
+    def _rendered(self, read: Read) -> Rows:
+        """Those that can be; the others are refused, in their order."""
+        found = rendered([parts for _, parts in read if isinstance(parts, list)], self.tokenizer)
+        left = iter(found)
+        rows: Rows = []
+        for number, parts in read:
+            documents = parts if isinstance(parts, DataError) else next(left)
+            if isinstance(documents, UnsafeError):
+                raise self._located(number, documents) from documents  # no fault of the row
+            if isinstance(documents, DataError):
+                if isinstance(parts, list):
+                    documents = self._located(number, documents)
+                self.refuse(number, documents)
+            else:
+                rows.append((number, documents))
+        return rows
+
+    def _located(self, number: int, error: DataError) -> DataError:
+        return DataError(f"{describe_row(self.rows, self.report.source, number)}: {error}")
 
     def _encoded(self, rows: Rows) -> Iterator[tuple[int, list[Document], list[Encoding]]]:
         """Rows with their encodings; one that the tokenizer fails on is refused."""

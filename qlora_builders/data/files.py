@@ -12,6 +12,7 @@ from typing import Any, cast, overload
 import numpy as np
 
 from qlora_builders.errors import DataError, expand_home, nearest, optional_import
+from qlora_builders.plain_files import read_plain
 from qlora_builders.strict_json import parse_json
 
 Row = dict[str, Any]
@@ -133,7 +134,7 @@ class JsonLines(Sequence[Row]):
 
 def _read_json(path: Path) -> Sequence[Row]:
     try:
-        value = parse_json(path.read_bytes().removeprefix(_BYTE_ORDER_MARK))
+        value = parse_json(read_plain(path).removeprefix(_BYTE_ORDER_MARK))
     except ValueError as error:
         hint = ""
         if "Extra data" in str(error):
@@ -156,7 +157,9 @@ def _read_parquet(path: Path) -> Sequence[Row]:
     if bars:
         datasets.disable_progress_bars()
     try:
-        return cast(Sequence[Row], datasets.Dataset.from_parquet(str(path)))
+        rows = datasets.Dataset.from_parquet(str(path))
+        rows.data.validate(full=True)  # such as text that is not UTF-8, before a row is read
+        return cast(Sequence[Row], rows)
     except Exception as error:  # pyarrow and datasets have a hierarchy each
         raise DataError(f"{path}: not a Parquet file this can read: {error}") from error
     finally:
@@ -183,6 +186,8 @@ def _missing_file(path: Path) -> str:
     if path.is_dir():
         held = sorted(p.name for p in path.iterdir() if p.suffix.lower() in ROW_SUFFIXES)
         return f"{path} is a directory; name one file in it: {', '.join(held) or 'none fits'}"
+    if path.exists():
+        return f"{path} is a pipe or device; a plain file is needed"
     message = f"no such file: {path}"
     if path.parent.is_dir():
         names = [p.name for p in path.parent.iterdir()]

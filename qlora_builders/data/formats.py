@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_builders.confined.rendered import Span
+from qlora_builders.confined.rendered import RenderedChat, Span
+from qlora_builders.data.chat_template import Conversation
 from qlora_builders.data.files import Row
 from qlora_builders.data.messages import (
     DEFAULT_COLUMNS,
@@ -24,10 +25,8 @@ from qlora_builders.data.messages import (
     tools_of,
 )
 from qlora_builders.data.tokenizer import Tokenizer, check_text
-from qlora_builders.errors import DataError, did_you_mean
-
-FORMATS = ("chat", "instruct", "text", "preference")
-TRAIN_ON = ("assistant", "completion", "all")
+from qlora_builders.errors import DataError, UnsafeError, did_you_mean
+from qlora_builders.names import DATA_FORMATS, TRAIN_ON
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,9 @@ class Document:
 
     def __post_init__(self) -> None:
         check_text(self.text)
+
+
+Part = Document | Conversation  # one that the chat template has to render
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def check_format(
     Raises:
         DataError: if the format, `train_on` or a key of `columns` is not one there is.
     """
-    if format not in FORMATS:
-        raise DataError(f"data.format is {format!r}{did_you_mean(format, FORMATS)}")
+    if format not in DATA_FORMATS:
+        raise DataError(f"data.format is {format!r}{did_you_mean(format, DATA_FORMATS)}")
     if train_on not in TRAIN_ON:
         raise DataError(f"data.train_on is {train_on!r}{did_you_mean(train_on, TRAIN_ON)}")
     for key in columns or {}:
@@ -114,71 +116,96 @@ def to_documents(
         DataError: if the row is no object, a column or a role is not there, or nothing in it could
             be trained on.
     """
-    check_row(row)
-    if format != "preference":
-        return [to_document(row, tokenizer, format=format, train_on=train_on, columns=columns)]
-    plain = tokenizer.chat_template is None and _is_text(row, columns)
-    return [
-        _conversation(messages, tokenizer, train_on="completion", plain=plain, tools=tools_of(row))
-        for messages in to_pair(row, columns=columns)
-    ]
+    parts = to_parts(row, tokenizer, format=format, train_on=train_on, columns=columns)
+    (documents,) = rendered([parts], tokenizer)
+    if isinstance(documents, DataError):
+        raise documents
+    return documents
 
 
-def to_document(
+def to_parts(
     row: Row,
     tokenizer: Tokenizer,
     *,
     format: str,
     train_on: str,
     columns: Mapping[str, str | None],
-) -> Document:
-    """The row's text and trained characters. `columns` is what `check_format` gives.
+) -> list[Part]:
+    """What becomes the documents of the row once it is `rendered`.
 
     Raises:
-        DataError: if a column or a role is not there, or nothing in the row could be trained on.
+        DataError: as `to_documents` does, but for what the chat template refuses.
     """
+    check_row(row)
     if format == "text":
         text = text_column(row, column_name(columns, "text"), empty_allowed=False)
-        return Document(text, None, add_special_tokens=True, append_eos=True)
-    messages = to_messages(row, format=format, columns=columns)
-    plain = format == "instruct" and tokenizer.chat_template is None
-    tools = None if plain else tools_of(row)
-    return _conversation(messages, tokenizer, train_on=train_on, plain=plain, tools=tools)
+        return [Document(text, None, add_special_tokens=True, append_eos=True)]
+    if format == "preference":
+        conversations, train_on = [*to_pair(row, columns=columns)], "completion"
+        is_text = _is_text(row, columns)
+    else:
+        conversations = [to_messages(row, format=format, columns=columns)]
+        is_text = format == "instruct"
+    if is_text and tokenizer.chat_template is None:
+        return [_plain_document(messages, train_on) for messages in conversations]
+    if tokenizer.chat_template is None:
+        tokenizer.render_each([])  # raises, and says what to do
+    tools = tools_of(row)
+    for messages in conversations:
+        if train_on != "all" and not any(m["role"] == "assistant" for m in messages):
+            raise DataError(
+                "the conversation has no assistant turn, so nothing in it is trained on; remove "
+                "the row or set data.train_on=all"
+            )
+    return [Conversation(messages, train_on, tools) for messages in conversations]
 
 
-def _conversation(
-    messages: list[dict[str, Any]],
-    tokenizer: Tokenizer,
-    *,
-    train_on: str,
-    plain: bool,
-    tools: list[Mapping[str, Any]] | None,
-) -> Document:
-    """Through the chat template, or `plain`: a line per message before the last one."""
-    last = messages[-1]
-    if plain:
-        prompt = _plain_prompt(messages[:-1])
-        text = prompt + last["content"]
-        spans = None if train_on == "all" else [(len(prompt), len(text))]
-        return Document(text, spans, add_special_tokens=True, append_eos=True)
-    if not any(message["role"] == "assistant" for message in messages) and train_on != "all":
-        raise DataError(
-            "the conversation has no assistant turn, so nothing in it is trained on; remove the "
-            "row or set data.train_on=all"
-        )
-    if train_on == "all":
-        text = tokenizer.render_chat(messages, tools=tools)
-        closed = last["role"] != "assistant" or text.rstrip().endswith(tokenizer.stop_strings)
-        return Document(text, None, add_special_tokens=False, append_eos=not closed)
-    chat = tokenizer.render_chat_with_spans(
-        messages, last_only=train_on == "completion", tools=tools
-    )
+def rendered(
+    rows: Sequence[Sequence[Part]], tokenizer: Tokenizer
+) -> list[list[Document] | DataError]:
+    """The documents of each row, or why the chat template refuses it; all by one request.
+
+    Nothing follows an `UnsafeError`.
+    """
+    asked = [part for parts in rows for part in parts if isinstance(part, Conversation)]
+    chats = iter(tokenizer.render_each(asked) if asked else [])
+    found: list[list[Document] | DataError] = []
+    for parts in rows:
+        taken = [next(chats, None) if isinstance(part, Conversation) else None for part in parts]
+        try:
+            pairs = zip(parts, taken, strict=True)
+            found.append([_document(part, chat, tokenizer) for part, chat in pairs])
+        except UnsafeError as error:
+            return [*found, error]
+        except DataError as error:
+            found.append(error)
+    return found
+
+
+def _document(part: Part, chat: RenderedChat | DataError | None, tokenizer: Tokenizer) -> Document:
+    if isinstance(part, Document):
+        return part
+    assert chat is not None
+    if isinstance(chat, DataError):
+        raise chat
+    if part.train_on == "all":
+        closed = part.messages[-1]["role"] != "assistant"
+        closed = closed or chat.text.rstrip().endswith(tokenizer.stop_strings)
+        return Document(chat.text, None, add_special_tokens=False, append_eos=not closed)
     if not chat.spans:
         raise DataError(
             "the chat template marks no text with {% generation %}, so nothing is trained on; "
             "mark the assistant's text in the template, or remove the tags from it"
         )
     return Document(chat.text, chat.spans, add_special_tokens=False, append_eos=chat.needs_eos)
+
+
+def _plain_document(messages: list[dict[str, Any]], train_on: str) -> Document:
+    """A line per message before the last one."""
+    prompt = _plain_prompt(messages[:-1])
+    text = prompt + messages[-1]["content"]
+    spans = None if train_on == "all" else [(len(prompt), len(text))]
+    return Document(text, spans, add_special_tokens=True, append_eos=True)
 
 
 def prompt_and_answer(

@@ -20,6 +20,7 @@ from qlora_builders.data.messages import (
 )
 from qlora_builders.data.tokenizer import Tokenizer, check_text
 from qlora_builders.errors import DataError, expand_home
+from qlora_builders.plain_files import read_plain
 
 TEXT_SUFFIXES = ("", ".txt")
 
@@ -114,7 +115,7 @@ def _read(
             if line.strip():
                 yield f"{path}, line {number}", {"prompt": line}, DEFAULT_COLUMNS
         return
-    if not path.is_file():
+    if not path.exists():
         raise DataError(_missing(path))
     rows = load_rows(path)
     for number, row in enumerate(rows):
@@ -123,11 +124,12 @@ def _read(
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text("utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError(_missing(path)) from error
+        text = read_plain(path).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: {error.reason} at {error.start}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: {error}" if path.exists() else _missing(path)) from error
 
 
 def _missing(path: Path) -> str:

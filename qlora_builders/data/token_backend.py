@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from qlora_builders.confined.rendered import Span
 from qlora_builders.errors import DataError, UnsafeError
 
 LIMITS = Limits()
+_MOST_BYTES = 200 * 10**6  # six times the largest there are
+_MEMORY_PER_BYTE = 400  # of text, beside what each request has; a token of one byte takes 270
 
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
@@ -53,13 +55,16 @@ class TokenBackend:
         prefix_ids, suffix_ids: what the post-processor puts around a text.
 
     Raises:
-        DataError: if the file cannot be read, or holds no tokens.
+        DataError: if the file cannot be read, is too large, or holds no tokens.
         UnsafeError: if reading it takes more than the limits.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        limits = LIMITS.grown(file.stat().st_size)
+        size = file.stat().st_size
+        if size > _MOST_BYTES:
+            raise DataError(f"{file}: has {size:,} bytes; at most {_MOST_BYTES:,} are read")
+        limits = replace(LIMITS.grown(size), seconds=LIMITS.seconds + size * 1e-6)
         try:
             self._kept = Kept("tokens.load", str(file.absolute()), limits=limits, rebase=True)
         except RaisedError as error:
@@ -82,7 +87,9 @@ class TokenBackend:
         """
         if not texts:
             return []
-        lengths, data = self._ask("tokens.encode", "texts", list(texts), offsets)
+        size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
+        limits = replace(LIMITS, memory=LIMITS.memory + size * _MEMORY_PER_BYTE)
+        lengths, data = self._ask("encode", "texts", list(texts), offsets, limits=limits)
         numbers = np.frombuffer(data, dtype=np.int32)
         ends = np.cumsum(lengths)
         ids = np.split(numbers[: ends[-1]], ends[:-1])
@@ -91,23 +98,25 @@ class TokenBackend:
         return [Encoding(*both) for both in zip(ids, places, strict=True)]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        text: str = self._ask("tokens.decode", "ids", list(ids), skip_special_tokens).value
+        text: str = self._ask("decode", "ids", list(ids), skip_special_tokens).value
         return text
 
     def tokens(self, ids: Sequence[int]) -> list[str | None]:
         """How the vocabulary spells each; None where it does not hold the id."""
-        found: list[str | None] = self._ask("tokens.spellings", "ids", list(ids)).value
+        found: list[str | None] = self._ask("spellings", "ids", list(ids)).value
         return found
 
     def token_id(self, token: str | None) -> int | None:
         found: int | None = None
         if token is not None:
-            found = self._ask("tokens.token_id", "a token", token).value
+            found = self._ask("token_id", "a token", token).value
         return found
 
-    def _ask(self, function: str, what: str, *arguments: Any) -> Answer:
+    def _ask(
+        self, function: str, what: str, *arguments: Any, limits: Limits | None = None
+    ) -> Answer:
         try:
-            return self._kept.ask(function, *arguments, limits=LIMITS)
+            return self._kept.ask(f"tokens.{function}", *arguments, limits=limits or LIMITS)
         except RaisedError as error:
             raise DataError(f"{self.file}: the tokenizer fails on {what}: {error}") from error
         except OverrunError as error:

@@ -11,11 +11,12 @@ is taken as it stands, as sentencepiece and transformers 4 do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from qlora_builders.confined.rendered import Message, RenderedChat
-from qlora_builders.data.chat_template import ChatTemplate
+from qlora_builders.data.chat_template import ChatTemplate, Conversation
 from qlora_builders.data.token_backend import Encoding, TokenBackend
 from qlora_builders.errors import DataError, expand_home
 from qlora_builders.strict_json import parse_json
@@ -60,6 +61,7 @@ class Tokenizer:
         chat_template: str | None = None,
         template_origin: str = "chat template",
         max_pad_id: int | None = None,
+        now: datetime | None = None,
     ) -> None:
         self._backend = backend
         self.vocab_size = backend.vocab_size
@@ -69,7 +71,7 @@ class Tokenizer:
         self._template: ChatTemplate | None = None
         if chat_template is not None:
             self._template = ChatTemplate(
-                chat_template, special_tokens=special_tokens, origin=template_origin
+                chat_template, special_tokens=special_tokens, origin=template_origin, now=now
             )
         stops = [self.eos_token_id, *extra_stop_ids, self._end_of_turn_id()]
         ids = [i for i in dict.fromkeys(stops) if i is not None]
@@ -82,8 +84,11 @@ class Tokenizer:
         self.pad_token_id = self._choose_pad(pad, max_pad_id)
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> Tokenizer:
+    def from_dir(cls, path: str | Path, *, now: datetime | None = None) -> Tokenizer:
         """Read `tokenizer.json` and the files beside it.
+
+        Args:
+            now: the date that the chat template prints; None: today's.
 
         Raises:
             DataError: if a file is missing or broken, a named token is not in the vocabulary, or
@@ -95,8 +100,8 @@ class Tokenizer:
             raise DataError(_missing_tokenizer(folder))
         backend = TokenBackend(file)
         config = _read_json(folder / "tokenizer_config.json")
-        named = {**_named_tokens(_read_json(folder / "special_tokens_map.json"))}
-        named.update(_named_tokens(config))
+        named = _named_tokens(folder / "special_tokens_map.json")
+        named |= _named_tokens(folder / "tokenizer_config.json")
         for key in ("bos_token", "eos_token"):
             token = named.get(key)
             if token is not None and backend.token_id(token) is None:
@@ -124,6 +129,7 @@ class Tokenizer:
             chat_template=template,
             template_origin=origin,
             max_pad_id=vocab_size - 1 if isinstance(vocab_size, int) else None,
+            now=now,
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -193,21 +199,13 @@ class Tokenizer:
             messages, add_generation_prompt=add_generation_prompt, tools=tools
         )
 
-    def render_chat_with_spans(
-        self,
-        messages: Sequence[Message],
-        *,
-        last_only: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> RenderedChat:
-        """The conversation as text, and which of its characters the assistant wrote.
+    def render_each(self, conversations: Sequence[Conversation]) -> list[RenderedChat | DataError]:
+        """Conversations as text with the characters that are trained on, or what is wrong.
 
         Raises:
-            DataError: if there is no chat template, or the assistant's turns cannot be placed.
+            DataError: if there is no chat template.
         """
-        return self._required_template().render_with_spans(
-            messages, stop_strings=self.stop_strings, last_only=last_only, tools=tools
-        )
+        return self._required_template().render_each(conversations, stop_strings=self.stop_strings)
 
     def _required_template(self) -> ChatTemplate:
         if self._template is None:
@@ -275,14 +273,18 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def _named_tokens(file: Path) -> dict[str, str]:
     """`bos_token`, `eos_token` ...: spelled as a string, or as an object with `content`."""
-    named = {}
+    config, named = _read_json(file), {}
     for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = config.get(key)
         if isinstance(value, dict):
             value = value.get("content")
         if isinstance(value, str):
+            try:
+                check_text(value)
+            except DataError as error:
+                raise DataError(f"{file}: {key}: {error}") from error
             named[key] = value
     return named
 

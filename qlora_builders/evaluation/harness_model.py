@@ -27,10 +27,10 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from qlora_builders.console import PlainConsole
 from qlora_builders.data import Tokenizer
 from qlora_builders.errors import QLoRAError
 from qlora_builders.models import generate_batch
@@ -152,7 +152,7 @@ class HarnessModel(TemplateLM):
     def _batches(
         self, items: Sequence[T], what: str, disable_tqdm: bool = False
     ) -> Iterator[Sequence[T]]:
-        console = Console(stderr=True)
+        console = PlainConsole(stderr=True)
         hidden = disable_tqdm or not console.is_terminal
         starts = range(0, len(items), self.batch_size)
         for start in track(starts, what, console=console, transient=True, disable=hidden):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_builders.errors import CheckpointError
-from qlora_builders.strict_json import parse_json
+from qlora_builders.strict_json import read_json
 
 
 def read_json_object(file: Path, *, expected: str) -> dict[str, Any]:
@@ -17,10 +17,10 @@ def read_json_object(file: Path, *, expected: str) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file is missing or does not hold one JSON object.
     """
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(f"{file}: missing; expected {expected}")
     try:
-        content = parse_json(file.read_bytes())
+        content = read_json(file)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     if not isinstance(content, dict):

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from qlora_builders.errors import did_you_mean
 from qlora_builders.kernels.formats import Format, Shape
+from qlora_builders.names import SCALE_FORMATS
 
-SCALE_FORMATS = ("geometric", "none", "bnb")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 

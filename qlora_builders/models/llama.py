@@ -34,9 +34,8 @@ from qlora_builders.modules import (
     llama3_scaled,
     rope_frequencies,
 )
+from qlora_builders.names import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -197,7 +196,7 @@ def linear_slots(arch: LlamaArch) -> list[str]:
     slots = [
         f"layers.{index}.{part}.{name}"
         for index in range(arch.num_layers)
-        for part, names in (("self_attn", _ATTENTION), ("mlp", _MLP))
+        for part, names in (("self_attn", ATTENTION_PROJECTIONS), ("mlp", MLP_PROJECTIONS))
         for name in names
     ]
     return [*slots, "lm_head"]

@@ -2,7 +2,6 @@
 
 from qlora_builders.modules.adapters import adapters_disabled
 from qlora_builders.modules.attention import Attention
-from qlora_builders.modules.checkpointing import CHECKPOINTING_MODES
 from qlora_builders.modules.decoder import CausalLM, Decoder, DecoderLayer
 from qlora_builders.modules.feed_forward import ACTIVATIONS, FeedForward
 from qlora_builders.modules.kv_cache import KVCache
@@ -26,7 +25,6 @@ from qlora_builders.modules.token_rows import TokenEmbedding, TokenHead
 
 __all__ = [
     "ACTIVATIONS",
-    "CHECKPOINTING_MODES",
     "IGNORE_INDEX",
     "Attention",
     "CausalLM",

@@ -24,8 +24,6 @@ from torch.utils.checkpoint import (
 
 from qlora_builders.modules.documents import DOCUMENT_ATTENTION
 
-CHECKPOINTING_MODES = ("none", "selective", "full", "offload")
-
 aten = torch.ops.aten
 _KEPT_OPS = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_builders.names import PROJECTIONS
 from qlora_builders.report.run import LayerFigures, Run
 
 NUM_COLORS = 8
@@ -33,7 +34,6 @@ _OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tokens_per_s": ("Throughput", "tokens/s", {"from_zero": True, "smooth": True}),
     "peak_memory_mib": ("Peak memory", "MiB", {"from_zero": True}),
 }
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _DOTS_UP_TO = 40  # points of a curve that are marked one by one
 _MOST_POINTS = 2400  # of a metric, all runs together; of one curve a quarter
 _MOST_OTHER_METRICS = 12
@@ -188,7 +188,7 @@ def layer_charts(runs: Sequence[Run], layers: Sequence[LayerFigures]) -> Iterato
 def _over_layers(title: str, unit: str, values: dict[str, float], from_zero: bool) -> Chart:
     """One curve per projection, in the same colour in every chart; what lies in no layer is told
     in words."""
-    found: dict[str, list[tuple[int, float]]] = {name: [] for name in _PROJECTIONS}
+    found: dict[str, list[tuple[int, float]]] = {name: [] for name in PROJECTIONS}
     about = "Frobenius norms"
     for slot, value in values.items():
         match = re.fullmatch(r"layers\.(\d{1,6})\.(?:.+\.)?(.+)", slot)

@@ -34,7 +34,7 @@ _MOST_SAMPLES = 12
 _MOST_NOTES = 20  # of a run
 _NOTHING = "–"
 # where and how, not what; and what the other keys of `method` say already
-_NO_SETTING = ("output_dir", "overwrite", "training.resume", "method.components")
+_NO_SETTING = ("output_dir", "overwrite", "training.resume")
 _NOT_SHOWN = ("directory", "first_step", "total_steps", "skipped_rows")
 # what HTML allows in no form, even escaped: control characters, halves of pairs, no characters
 _NOT_IN_HTML = re.compile(

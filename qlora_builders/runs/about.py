@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
 from qlora_builders.checkpoint.base_record import base_record, differing_keys
@@ -43,7 +44,12 @@ def check_about(about: Mapping[str, Any]) -> None:
         raise ValueError(f"step is {about['step']} of a run of {about['total_steps']}")
     if about["compile"] not in ("on", "off"):
         raise ValueError(f"compile is {about['compile']!r:.80}; expected on or off")
-    base = about.get("base")  # which checkpoints did not have from the first
+    date = about.get("date")  # which, as the base, checkpoints did not have from the first
+    try:
+        datetime.fromisoformat(date or "2000-01-01")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"date is {date!r:.80}; expected one such as 2026-12-01T12:00") from error
+    base = about.get("base")
     if base is not None and not (
         isinstance(base, dict)
         and isinstance(base.get("content"), str)

@@ -144,8 +144,8 @@ def _marks(run_dir: Path) -> tuple[Any, ...]:
 def _named_start(folder: Path, run_dir: Path, check_about: CheckAbout) -> Start:
     """Only what comes last in a directory may go on there; anything else would replace a run."""
     start = _start_at(folder, check_about)
-    last = [other.resolve() for other in step_folders(run_dir)][-1:]
-    if _is_taken(run_dir) and last != [folder.resolve()]:
+    last = [os.path.realpath(other) for other in step_folders(run_dir)][-1:]
+    if _is_taken(run_dir) and last != [os.path.realpath(folder)]:
         on = ", or go on with that run by training.resume=auto" if last else ""
         raise ConfigError(
             f"output_dir={run_dir} holds a run whose last checkpoint is not training.resume="

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from inspect import Parameter, signature
 from math import ceil
 from pathlib import Path
@@ -93,7 +94,11 @@ def load_data(run: Run) -> Data:
         ConfigError: if the run goes on from a checkpoint with other data or another config.
     """
     cfg = run.cfg
-    tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir)
+    # that a chat template prints: the run keeps it when it goes on another day
+    date = run.start.about.get("date") or run.ranks.on_main(lambda: datetime.now().isoformat())
+    tokenizer = Tokenizer.from_dir(
+        cfg.tokenizer.path or cfg.checkpoint.dir, now=datetime.fromisoformat(date)
+    )
     train = _load_batches(cfg.data.train, run, tokenizer, shuffle=True)
     evaluated = None
     if cfg.data.eval is not None:
@@ -104,7 +109,7 @@ def load_data(run: Run) -> Data:
         "device": run.device.type,
         "training.compute_dtype": str(run.compute_dtype).removeprefix("torch."),
     }
-    about = describe(cfg, resolved, total_steps)
+    about = describe(cfg, resolved, total_steps) | {"date": date}
     check_resume(run.start, about, cfg)
     return Data(train, evaluated, total_steps, about)
 

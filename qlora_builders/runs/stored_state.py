@@ -124,7 +124,8 @@ def _check_random(state: dict[str, Any]) -> None:
 
 
 def _five(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(values) != 5 or not isinstance(values[1], Tensor) or values[1].dtype != torch.uint32:
+    keys = values[1] if len(values) == 5 else None
+    if not isinstance(keys, Tensor) or keys.dtype != torch.uint32 or keys.shape != (_POSITIONS,):
         raise ValueError("random['numpy'] is no state of a generator")
     return values
 
@@ -143,9 +144,7 @@ def _check_option(name: str, own: Any, stored: Any) -> None:
 
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
     """Of PyTorch's own optimizers, whose state is there in full after one step."""
-    if not f"{type(optimizer).__module__}.".startswith("torch.optim.") or not any(
-        optimizer.state.values()
-    ):
+    if not f"{type(optimizer).__module__}.".startswith("torch.optim."):
         return
     number = -1
     for group in optimizer.param_groups:

@@ -28,6 +28,7 @@ from qlora_builders.sweep.results import (
 )
 from qlora_builders.training.progress import table_console
 from qlora_builders.training.step import StopRequest
+from qlora_builders.visible import say
 
 
 def sweep(verb: str, words: Sequence[str], launch: Sequence[str] = ()) -> int:
@@ -57,7 +58,7 @@ def sweep(verb: str, words: Sequence[str], launch: Sequence[str] = ()) -> int:
     if getattr(jobs[0].cfg, "dry_run", False):
         print(f"nothing is wrong with the configs of these {len(jobs)} jobs:")
         for result in results:
-            print(shlex.join(["qlora", *(w for w in result.command if key_of(w) != "dry_run")]))
+            say(shlex.join(["qlora", *(w for w in result.command if key_of(w) != "dry_run")]))
         return 0
     _check_folder(folder, jobs[0])
     _go_on(verb, folder, jobs, results)
@@ -110,7 +111,7 @@ def _go_on(verb: str, folder: Path, jobs: Sequence[Job], results: Sequence[Resul
                 "another output_dir, or set overwrite=true"
             )
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
 
 
 def _run_of(path: Path) -> Run | None:
@@ -124,7 +125,7 @@ def _run_all(verb: str, folder: Path, results: Sequence[Result], runner: JobRunn
     for number, result in enumerate(results, 1):
         done = result.status == FINISHED
         note = " was finished before" if done else ""
-        print(f"[{number}/{len(results)}] {result.name}{note}", flush=True)
+        say(f"[{number}/{len(results)}] {result.name}{note}")
         if not done:
             write_results(folder, verb, results)
             code, seconds, result.error = runner.run(result.command)
@@ -152,7 +153,7 @@ def _conclude(verb: str, folder: Path, results: Sequence[Result], stop: StopRequ
     console.print(results_table(results))
     for result in results:
         if result.error:
-            print(f"{result.name}: {result.error}", file=sys.stderr)
+            say(f"{result.name}: {result.error}", file=sys.stderr)
     console.print(f"wrote {folder / RESULTS_FILE} and .csv")
     trains = verb in TRAINING_VERBS
     if trains:

@@ -18,10 +18,11 @@ from qlora_builders.config.sweep import short_names
 from qlora_builders.errors import ConfigError
 from qlora_builders.outputs import write_whole
 from qlora_builders.report import AVERAGED, final_figures, read_run
-from qlora_builders.strict_json import parse_json
+from qlora_builders.strict_json import read_json
 
 RESULTS_FILE = "sweep.json"
 FINISHED = "finished"
+_LARGEST = 1e300  # beyond it an integer is no float
 _WIDEST = 24  # of a swept value, characters
 # figure -> head of its column, and how a value is written
 _COLUMNS = {
@@ -64,17 +65,22 @@ def figures_of(verb: str, path: Path) -> dict[str, float]:
     try:
         if verb in TRAINING_VERBS:
             return _known(final_figures(read_run(path)))
-        content = parse_json(path.with_suffix(".json").read_bytes())
-    except (ConfigError, OSError, ValueError):
+        content = read_json(path.with_suffix(".json"))
+        if verb == "plan":
+            plans = {row["plan"]: row for row in content["comparison"]}
+            content = plans[content["written"]]
+        return _known({**content, "eval_loss": content.get("loss"), "loss": None})
+    except (ConfigError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    if verb == "plan":
-        content = next(row for row in content["comparison"] if row["plan"] == content["written"])
-    return _known({**content, "eval_loss": content.get("loss"), "loss": None})
 
 
 def _known(figures: Mapping[str, Any]) -> dict[str, float]:
     found = {key: figures.get(key) for key in _COLUMNS}
-    return {key: value for key, value in found.items() if isinstance(value, int | float)}
+    return {
+        key: value
+        for key, value in found.items()
+        if isinstance(value, int | float) and not abs(value) > _LARGEST
+    }
 
 
 def write_results(folder: Path, verb: str, results: Sequence[Result]) -> None:
@@ -97,10 +103,14 @@ def read_results(folder: Path) -> list[Result]:
         ConfigError: if the file is not one of ours.
     """
     file = folder / RESULTS_FILE
-    if not file.is_file():
+    if not file.exists():
         return []
     try:
-        return [Result(**job) for job in parse_json(file.read_bytes())["jobs"]]
+        results = [Result(**job) for job in read_json(file)["jobs"]]
+        for result in results:
+            if type(result.name) is not str or type(result.seconds) not in (int, float):
+                raise ValueError("a job's name is a string, and its seconds are a number")
+        return results
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}; choose another output_dir") from error
 

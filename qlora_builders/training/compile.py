@@ -3,6 +3,10 @@
 Compiling layer by layer takes as long for 80 layers as for one, and sequence lengths are symbolic,
 so that rows of any length run the same code. PyTorch keeps the result on disk
 (TORCHINDUCTOR_CACHE_DIR): a later run of the same model starts in a few seconds.
+
+auto  where the run is long enough to gain time
+on    whatever it costs
+off   never
 """
 
 from __future__ import annotations
@@ -16,8 +20,6 @@ from torch import Tensor, nn
 from qlora_builders.modules import CausalLM
 from qlora_builders.tensor.sharded import compute_device
 from qlora_builders.training.step import Gather, alone
-
-COMPILE_MODES = ("auto", "on", "off")
 
 # `auto` compiles when the run's matmuls take longer than this. CPU: compiling took 60 s on a busy
 # machine and saved 2 % of a step (CPU time of one AVX-512 thread, medians of three: 8.05 s and
@@ -35,7 +37,7 @@ def compile_layers(model: CausalLM, mode: str, *, num_tokens: int, gather: Gathe
     uncompiled layers. FSDP2's hooks run around the compiled code.
 
     Args:
-        mode: one of `COMPILE_MODES`.
+        mode: one of those above.
         num_tokens: of the whole run on this rank, for "auto".
     """
     if mode == "off" or (mode == "auto" and not gather(_pays(model, num_tokens))[0]):

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_builders.errors import ConfigError, did_you_mean
 
-_SHAPES: dict[str, Callable[[float], float]] = {
+SHAPES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
     "linear": lambda progress: 1 - progress,
     "constant": lambda _: 1.0,
@@ -37,9 +37,9 @@ def lr_factor(
     Raises:
         ConfigError: for an unknown name.
     """
-    if name not in _SHAPES:
-        raise ConfigError(f"lr_schedule.name is {name!r}{did_you_mean(name, _SHAPES)}")
-    shape = _SHAPES[name]
+    if name not in SHAPES:
+        raise ConfigError(f"lr_schedule.name is {name!r}{did_you_mean(name, SHAPES)}")
+    shape = SHAPES[name]
     warmup = math.ceil(warmup_ratio * total_steps) if warmup_steps is None else warmup_steps
 
     def factor(steps_done: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -10,12 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qlora_builders.console import PlainConsole
 from qlora_builders.outputs import append_rows, write_whole
 from qlora_builders.training.loggers import Loggers
 from qlora_builders.training.step import StepResult
+from qlora_builders.visible import visible
 
 METRICS_FILE = "metrics.jsonl"
 _SECONDS_BETWEEN_LINES = 10.0
@@ -72,7 +74,7 @@ class MetricsLog:
         self.writes = writes
         earlier = (source or directory) / METRICS_FILE
         rows = read_rows(earlier) if step and earlier.is_file() else []
-        kept = [row for row in rows if row["step"] <= step]
+        kept = [row for row in itertools.takewhile(_is_of_a_step, rows) if row["step"] <= step]
         self._evaluated = {row["step"] for row in kept if "eval_loss" in row}
         if writes:
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
@@ -97,10 +99,15 @@ class MetricsLog:
             os.fsync(file.fileno())
 
 
+def _is_of_a_step(row: Any) -> bool:
+    """Any other is none that a run has written, so what follows it may not be either."""
+    return isinstance(row, dict) and type(row.get("step")) is int
+
+
 def read_rows(file: Path) -> list[Any]:
     """The rows up to the first one that a kill or a power cut left in pieces."""
     rows = []
-    for line in file.read_text(errors="replace").splitlines():
+    for line in file.read_text(errors="replace").split("\n"):
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError):
@@ -108,12 +115,12 @@ def read_rows(file: Path) -> list[Any]:
     return rows
 
 
-def table_console() -> Console:
+def table_console() -> PlainConsole:
     """Where it is no terminal, and COLUMNS is not set, 140 columns wide: rich would take 80."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
-    return Console(highlight=False, soft_wrap=True, width=140)
+    return PlainConsole(soft_wrap=True, width=140)
 
 
 class ProgressReport:
@@ -126,12 +133,12 @@ class ProgressReport:
     def __init__(
         self,
         total_steps: int,
-        console: Console | None = None,
+        console: PlainConsole | None = None,
         *,
         steps_done: int = 0,
         quiet: bool = False,
     ) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self.console = console or PlainConsole(soft_wrap=True, quiet=quiet)
         self.total_steps = total_steps
         self._steps_done = steps_done
         self._last_line = 0.0
@@ -184,6 +191,6 @@ class ProgressReport:
             self._first = self._first or (step, now)
             self.say(f"step {step}/{self.total_steps}  {figures}  eta {eta:.0f} s")
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        self.console.print(text)
+    def say(self, text: object) -> None:
+        """A line above the bar, and one only, whatever it quotes."""
+        self.console.print(visible(str(text), keep="\t"))

@@ -304,6 +304,10 @@ def test_upcast_drops_the_quantization_config(stored: Path, tmp_path: Path) -> N
     [
         ({"load_in_8bit": True}, "the weights are 8-bit; of bitsandbytes' formats only 4-bit NF4"),
         ({"load_in_4bit": False, "_load_in_4bit": False}, "the weights are not 4-bit"),
+        ({"load_in_4bit": "no"}, "load_in_4bit is 'no'; expected true or false, or null"),
+        ({"_load_in_8bit": 1}, "_load_in_8bit is 1; expected true or false, or null"),
+        ({"bnb_4bit_quant_type": None}, "bnb_4bit_quant_type is None; expected a string"),
+        ({"bnb_4bit_quant_type": ["nf4"]}, r"bnb_4bit_quant_type is \['nf4'\]; expected a string"),
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type is 'fp4'; of bitsandbytes' formats"),
         ({"quant_method": "gptq"}, "quant_method 'gptq'.; allowed: bitsandbytes, qlora_builders"),
         ({"quant_method": None}, "quantized in a way that cannot be read .quant_method None"),

@@ -246,6 +246,7 @@ def test_truncated_file(own_copy: Callable[..., Path]) -> None:
         (lambda index: index["weight_map"].update({UP: "../x.safetensors"}), "points to '../x"),
         (lambda index: index["weight_map"].update({UP: "/etc/passwd"}), "points to '/etc/passwd'"),
         (lambda index: index["weight_map"].update({UP: ".."}), "shards missing"),
+        (lambda index: index["weight_map"].update({UP: "x" * 999}), "shards missing: xxx"),
         (lambda index: index["weight_map"].update({UP: 3}), "points to 3"),
         (
             lambda index: index["weight_map"].update({UP: "gone.safetensors"}),

@@ -175,12 +175,19 @@ def test_other_sizes(meta: Path, change: dict[str, Any], expected: tuple) -> Non
     ("change", "message"),
     [
         ({"dim": None}, "missing keys: dim"),
-        ({"n_heads": 0}, "params.json: "),
-        ({"n_layers": "2"}, "num_layers is '2'"),
+        ({"n_heads": 0}, "params.json: n_heads is 0; expected an integer >= 1 and <= 16,384"),
+        ({"n_heads": 3}, "dim is 64 and n_heads 3; without head_dim"),
+        ({"n_kv_heads": 3}, "n_heads is 4 and n_kv_heads 3; the first must be a multiple"),
+        ({"head_dim": 15}, "head_dim is 15; rotary embedding needs an even one"),
+        ({"norm_eps": 10**400}, "norm_eps is 1000"),
+        ({"use_scaled_rope": "no"}, "use_scaled_rope is 'no'; expected true or false, or null"),
+        ({"model": [2]}, r"params.json: model is \[2\]; expected an object"),
+        ({"n_layers": "2"}, "n_layers is '2'; expected an integer >= 1"),
         ({"n_heads": 8}, "k_proj.weight has shape .*; the model needs"),
-        ({"n_layers": 10**9}, "1000000000 layers are announced, but there are 21 tensors"),
-        ({"rope_theta": -1}, "rope_theta and norm_eps must be numbers > 0"),
-        ({"norm_eps": "x"}, "could not convert"),
+        ({"n_layers": 10**9}, "n_layers is 1000000000; expected an integer >= 1 and <= 1,024"),
+        ({"n_layers": 1000}, "1000 layers are announced, but there are 21 tensors"),
+        ({"rope_theta": -1}, "rope_theta is -1; expected a number > 0"),
+        ({"norm_eps": "x"}, "norm_eps is 'x'; expected a number > 0"),
         ({"n_kv_heads": 1}, "1 key-value heads in 2 files; take the release with fewer files"),
         ({"moe": {"num_experts": 8}}, "mixture-of-experts and quantized models are not supported"),
     ],
@@ -201,15 +208,37 @@ def test_bad_files(meta: Path) -> None:
     torch.save(part | {"extra.weight": torch.ones(2)}, second)
     with pytest.raises(CheckpointError, match="lacks tensors of others: extra"):
         load_checkpoint(meta)
-    torch.save([1, 2], second)
-    with pytest.raises(CheckpointError, match="expected a dictionary of tensors"):
-        load_checkpoint(meta)
+    for wrong in ([1, 2], {3: torch.ones(2)}):
+        torch.save(wrong, second)
+        with pytest.raises(CheckpointError, match="expected a dictionary of tensors by name"):
+            load_checkpoint(meta)
     second.write_bytes(b"no pickle at all")
     with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth: not a checkpoint of Meta"):
         load_checkpoint(meta)
     second.unlink()
     (meta / "consolidated.00.pth").rename(meta / "consolidated.03.pth")
     with pytest.raises(CheckpointError, match=r"expected consolidated\.00\.pth.*found .*03\.pth"):
+        load_checkpoint(meta)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "layers.0.attention.wq.weight",
+            r"00\.pth: layers\.0\.attention\.wq\.weight has shape \[\]",
+        ),
+        (
+            "tok_embeddings.weight",
+            r"00\.pth: tok_embeddings\.weight has shape \[\]; expected a matrix",
+        ),
+        ("output.weight", r"00\.pth: no matrix output\.weight"),
+    ],
+)
+def test_what_is_no_matrix(meta: Path, name: str, message: str) -> None:
+    for file in meta.glob("*.pth"):
+        torch.save(torch.load(file) | {name: torch.tensor(1.0)}, file)
+    with pytest.raises(CheckpointError, match=message):
         load_checkpoint(meta)
 
 

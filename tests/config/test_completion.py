@@ -127,7 +127,7 @@ def test_values_are_those_of_the_schema() -> None:
     values = all_values()
     assert values["*:training.dtype"] == ["float32", "bfloat16", "float16"]
     assert values["*:quantize"] == ["auto", "nf4", "none"]
-    assert values["*:scale_format"] == ["geometric", "bnb", "none", "null"]
+    assert values["*:scale_format"] == ["geometric", "none", "bnb", "null"]
     assert values["merge:format"] != values["quantize:format"]
     assert values["*:optimizer"][0] == "adamw"
     assert "*:training.batch_size" not in values

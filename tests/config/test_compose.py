@@ -20,9 +20,9 @@ from qlora_builders.config.schema import (
     GenerateConfig,
     MergeConfig,
 )
-from qlora_builders.config.sections import PROJECTIONS
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError
+from qlora_builders.names import PROJECTIONS
 
 SHIPPED = find_configs(config_folders())
 EXPERIMENTS = [name for name in SHIPPED if name.startswith("experiment/")]

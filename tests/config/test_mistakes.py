@@ -164,8 +164,13 @@ def test_config_dir_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'nowhere' is not a folder"):
         compose("finetune", config_dir="nowhere")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(ConfigError, match="loop' is not a folder"):
+    with pytest.raises(ConfigError, match="loop cannot be used: Too many levels"):
         compose("finetune", config_dir=tmp_path / "loop")
+    (tmp_path / "loop").unlink()
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    with pytest.raises(ConfigError, match="is no file that can be read; take it out"):
+        compose("finetune", config_dir=tmp_path)
+    (tmp_path / "loop.yaml").unlink()
     own = write(tmp_path, "method/qlora", "name: mine\n")
     with pytest.raises(ConfigError, match="has the name of a shipped config; rename it"):
         compose("finetune", config_dir=own)

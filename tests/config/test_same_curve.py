@@ -68,7 +68,7 @@ def test_all_differing_keys_are_listed_with_both_values() -> None:
     )
     assert [line.partition("=")[0] for line in lines] == [
         "components",
-        "method.targets",  # but not method.components, which they make
+        "method.targets",
         "optimizer.eps",
         "optimizer.lr",
         "training.seed",
@@ -77,10 +77,12 @@ def test_all_differing_keys_are_listed_with_both_values() -> None:
     assert "training.seed=1, but the checkpoint was trained with 0" in lines
 
 
-def test_rules_of_a_preset_count_by_themselves() -> None:
-    rules: dict[str, object] = {"method.components": []}
-    with pytest.raises(ConfigError, match=r"method\.components=\[\], but"):
-        check_same_curve(curve(), curve() | rules, "run/step_4")
+def test_checkpoints_from_before_a_key_was_there_or_gone() -> None:
+    before = curve() | {"method.components": [{"match": "**", "kind": "linear"}]}
+    del before["method.lora_bias"]
+    check_same_curve(before, curve(), "run/step_4")
+    with pytest.raises(ConfigError, match=r"method\.lora_bias=True, but the .* with not set"):
+        check_same_curve(before, curve("method.lora_bias=true"), "run/step_4")
 
 
 def test_resuming_and_overwriting_exclude_each_other() -> None:

@@ -6,10 +6,8 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from qlora_builders.checkpoint.merge import MERGE_FORMATS
 from qlora_builders.checkpoint.merge_report import MAX_ERROR
 from qlora_builders.config.checks import check, required, size_in_bytes
-from qlora_builders.config.compose import compose
 from qlora_builders.config.knobs import knobs
 from qlora_builders.config.schema import (
     ROOTS,
@@ -19,9 +17,9 @@ from qlora_builders.config.schema import (
     MergeConfig,
     QuantizeConfig,
 )
-from qlora_builders.config.sections import PROJECTIONS
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.errors import ConfigError
+from qlora_builders.names import WRITTEN_FORMATS
 
 
 def finetune() -> FinetuneConfig:
@@ -55,7 +53,7 @@ def test_defaults_are_not_shared() -> None:
 def test_merging_is_as_strict_from_the_command_line_as_from_python() -> None:
     leaves = knobs(MergeConfig)
     assert leaves["max_error"].default == MAX_ERROR
-    assert leaves["format"].choices == MERGE_FORMATS
+    assert leaves["format"].choices == WRITTEN_FORMATS
 
 
 def test_sections_are_dataclasses() -> None:
@@ -129,18 +127,9 @@ def test_method_options_without_effect() -> None:
     assert check(cfg) == ["method.block_size=32 has no effect: method=lora does not take it"]
     cfg.method.name = "full"
     assert len(check(cfg)) == 8
-    cfg.method.name = "a_preset_of_my_own"
-    assert check(cfg) == []
-
-
-def test_method_options_that_rules_of_a_file_override() -> None:
-    cfg = compose("finetune")
-    cfg.method.rank, cfg.method.targets = 8, ["q_proj"]
-    advice = "take method.components out of the file that sets it"
+    cfg.method.name = "qlor"
     assert check(cfg) == [
-        f"method.rank=8 has no effect: method.components has 16; {advice}",
-        "method.targets=['q_proj'] has no effect: method.components has "
-        f"{list(PROJECTIONS)}; {advice}",
+        "method.name='qlor' is not allowed; allowed: full, lora, qlora; did you mean 'qlora'?"
     ]
 
 
@@ -214,8 +203,8 @@ def test_quantize() -> None:
     assert required(cfg) == ["output_dir is required: write output_dir=..."]
     cfg.max_shard_size, cfg.format, cfg.scale_format = "5", "hf", "bnbb"
     problems = "\n".join(check(cfg))
-    assert "format='hf' is not allowed; allowed: nf4, bnb-4bit" in problems
-    assert "scale_format='bnbb' is not allowed; allowed: geometric, bnb, none" in problems
+    assert "format='hf' is not allowed; allowed: nf4, native, bnb-4bit" in problems
+    assert "scale_format='bnbb' is not allowed; allowed: geometric, none, bnb" in problems
     assert "max_shard_size='5' is not a size" in problems
 
 

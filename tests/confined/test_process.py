@@ -135,7 +135,8 @@ ENDINGS = {
     "kill while it works": (
         "import threading\n"
         "threading.Timer(0.5, os.kill, (os.getpid(), 9)).start()\n"
-        "process.ask('patterns.matches', ['(a|a)+b'], ['a' * 50], True, limits=process.Limits(2))"
+        "limits = process.Limits(9999)\n"
+        "process.ask('patterns.matches', ['(a|a)+b'], ['a' * 50], True, limits=limits)"
     ),
 }
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_builders.data import Tokenizer, build_dataset
-from qlora_builders.data.chat_template import ChatTemplate
+from qlora_builders.data.chat_template import ChatTemplate, Conversation
 from qlora_builders.errors import DataError
 
 CHAT = [
@@ -52,7 +52,7 @@ def test_turns_with_their_end_and_without_what_follows(
     style: str, templates: dict[str, str]
 ) -> None:
     assert spans_of(templates[style], CHAT) == EXPECTED[style]
-    assert spans_of(templates[style], CHAT, last_only=True) == EXPECTED[style][1:]
+    assert spans_of(templates[style], CHAT, train_on="completion") == EXPECTED[style][1:]
 
 
 def test_old_thinking_that_the_template_drops_is_not_looked_for(templates: dict[str, str]) -> None:
@@ -145,7 +145,7 @@ def test_the_last_marked_turn_where_its_prefix_does_not_render(templates: dict[s
         "{% if messages[-1].role == 'user' %}{{ raise_exception('ends early') }}{% endif %}"
         + templates["generation"]
     )
-    assert spans_of(source, CHAT, last_only=True) == EXPECTED["generation"][1:]
+    assert spans_of(source, CHAT, train_on="completion") == EXPECTED["generation"][1:]
 
 
 def test_a_template_that_depends_on_the_whole_conversation_is_refused(
@@ -246,3 +246,24 @@ def fixed_tokenizers(
     templates: dict[str, str], make_tokenizer: Callable[..., Tokenizer]
 ) -> dict[str, Tokenizer]:
     return {s: make_tokenizer(templates[s]) for s in ("llama31", "chatml", "generation")}
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "completion", "all"])
+def test_conversations_rendered_together_are_those_rendered_alone(train_on: str) -> None:
+    source = (
+        "{% for m in messages %}{{ raise_exception('no ' ~ m.role) if m.role == 'tool' }}"
+        "<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    template = ChatTemplate(source, special_tokens={}, origin="x")
+    refused = [*CHAT, {"role": "tool", "content": "1"}]
+    found = template.render_each(
+        [Conversation(messages, train_on, None) for messages in (CHAT, refused, CHAT[:3])],
+        stop_strings=["</s>"],
+    )
+    for messages, chat in zip((CHAT, CHAT[:3]), found[::2], strict=True):
+        alone = template.render_with_spans(messages, stop_strings=["</s>"], train_on=train_on)
+        assert chat == alone
+        assert bool(alone.spans) == (train_on != "all")
+    assert isinstance(found[1], DataError)
+    assert "fails on these messages: no tool" in str(found[1])

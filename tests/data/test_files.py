@@ -98,6 +98,9 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(rows), rows[1], list(rows)) == (3, ROWS[1], ROWS)
     with pytest.raises(DataError, match=r"broken\.parquet: not a Parquet file"):
         load_rows(write(tmp_path / "broken.parquet", "no"))
+    damaged = file.read_bytes().replace("é😀".encode(), b"\xff" * 6)
+    with pytest.raises(DataError, match=r"broken\.parquet: .*[Ii]nvalid UTF8"):
+        load_rows(write(tmp_path / "broken.parquet", damaged))
 
 
 def test_parquet_without_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,17 +9,23 @@ import pytest
 
 from qlora_builders.data import Tokenizer
 from qlora_builders.data.formats import (
+    Document,
     Prompt,
     check_format,
     encode_prompt,
     prompt_and_answer,
-    to_document,
+    to_documents,
 )
 from qlora_builders.data.messages import to_messages
 from qlora_builders.errors import DataError
 
 Make = Callable[..., Tokenizer]
 COLUMNS = check_format("chat", "all", None)
+
+
+def to_document(row: dict[str, Any], tokenizer: Tokenizer, **options: Any) -> Document:
+    (document,) = to_documents(row, tokenizer, **options)
+    return document
 
 
 def trained(row: dict[str, Any], tokenizer: Tokenizer, **options: Any) -> list[str]:

@@ -215,7 +215,7 @@ def test_no_template(make_tokenizer: Callable[..., Tokenizer]) -> None:
     with pytest.raises(DataError, match=r"no chat template: put a chat_template\.jinja beside"):
         tokenizer.render_chat([])
     with pytest.raises(DataError, match="no chat template"):
-        tokenizer.render_chat_with_spans([])
+        tokenizer.render_each([])
 
 
 def test_errors_name_file_and_remedy(tmp_path: Path) -> None:

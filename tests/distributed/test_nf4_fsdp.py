@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from qlora_builders import FrozenNF4Linear, LoRALinear, to_nf4
 from qlora_builders.distributed import Ranks, make_mesh
-from qlora_builders.kernels import SCALE_FORMATS
+from qlora_builders.names import SCALE_FORMATS
 from qlora_builders.tensor import gather
 from qlora_builders.tensor.sharded import (
     QuantizedShard,

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_builders.models import llama
 from qlora_builders.modules import (
     ACTIVATIONS,
-    CHECKPOINTING_MODES,
     Attention,
     CausalLM,
     FeedForward,
@@ -24,6 +23,7 @@ from qlora_builders.modules import (
     Linear,
 )
 from qlora_builders.modules.rope import RotaryEmbedding, apply_rope, rope_frequencies
+from qlora_builders.names import CHECKPOINTING_MODES
 
 QLORA = [{"match": "layers.**", "kind": "qlora", "rank": 4, "alpha": 8}]
 

@@ -126,6 +126,7 @@ ABOUT: dict[str, dict[str, Any]] = {
     "total_steps": {"total_steps": "3"},
     "past its end": {"total_steps": 1},
     "compile": {"compile": "maybe"},
+    "date": {"date": "yesterday"},
     "base": {"base": {"content": 3}},
 }
 
@@ -204,3 +205,21 @@ def test_a_run_without_a_checkpoint_is_not_told_to_resume(
     error = capsys.readouterr().err
     assert f"step_1: cannot be written: No space left on device. {nothing}" in error
     assert "training.resume=auto" not in error
+
+
+def test_a_run_keeps_the_date_that_its_template_prints(
+    base: Path, finetune: Finetune, tmp_path: Path
+) -> None:
+    template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }} {{ strftime_now('%H%M%S%f') }}\n"
+        "{{ m.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant "
+        "{{ strftime_now('%H%M%S%f') }}\n{% endif %}"
+    )
+    (base / "chat_template.jinja").write_text(template)
+    assert finetune() == 0
+    whole = losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_3")
+    assert finetune("training.resume=auto") == 0
+    assert losses(tmp_path / "run") == whole

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qlora_builders import LlamaArch, llama
-from qlora_builders.config.sections import DPO_LOSSES
 from qlora_builders.data import Example, collate
 from qlora_builders.errors import ConfigError, PlanError
 from qlora_builders.modules import CausalLM, adapters_disabled
+from qlora_builders.names import DPO_LOSSES
 from qlora_builders.training.dpo import DPO, LOSSES, check_reference
 from qlora_builders.training.step import evaluate_objective, train_step, trainable_parameters
 

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_builders.checkpoint import arch_from_config
-from qlora_builders.config.sections import PROJECTIONS
 from qlora_builders.data import Batch
 from qlora_builders.models import llama
-from qlora_builders.modules import CHECKPOINTING_MODES, CausalLM
+from qlora_builders.modules import CausalLM
+from qlora_builders.names import CHECKPOINTING_MODES, PROJECTIONS
 from qlora_builders.training.step import train_step, trainable_parameters
 
 VOCAB = 61

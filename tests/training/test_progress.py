@@ -57,6 +57,16 @@ def test_a_power_cut_leaves_garbage_after_the_last_checkpoint_only(tmp_path: Pat
     assert json.loads(log.path.read_text()) == {"step": 1, "loss": 1.0}
 
 
+@pytest.mark.parametrize(
+    "row", ["3", "null", "[1]", '{"loss": 1}', '{"step": "2"}', '{"step": true}']
+)
+def test_what_is_no_row_of_a_step_ends_what_is_kept(tmp_path: Path, row: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{{"step": 1, "loss": 2.0}}\n{row}\n{{"step": 2, "loss": 3.0}}\n')
+    MetricsLog(tmp_path, step=2)
+    assert json.loads(file.read_text()) == {"step": 1, "loss": 2.0}
+
+
 def test_a_log_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     log.path.unlink()

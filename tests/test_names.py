@@ -1,0 +1,106 @@
+"""A name that a config may say is one that the code takes, and the reverse."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_builders import load_checkpoint, names, save_checkpoint
+from qlora_builders.checkpoint.formats import READERS, detect_format
+from qlora_builders.config.knobs import Knob, knobs
+from qlora_builders.config.schema import ROOTS
+from qlora_builders.config.shipped import demo_path
+from qlora_builders.data import Batches, Tokenizer, build_dataset
+from qlora_builders.errors import CheckpointError, QLoRAError
+from qlora_builders.kernels import nf4_cpu, nf4_triton
+from qlora_builders.modules import checkpointing
+from qlora_builders.tensor import to_nf4
+from qlora_builders.training import compile as compiling
+from qlora_builders.training.device import resolve_dtype
+from qlora_builders.training.dpo import LOSSES
+from qlora_builders.training.lr_schedule import SHAPES
+
+
+def listed_in(docstring: str | None) -> tuple[str, ...]:
+    """The first words of the lines of a table."""
+    return tuple(re.findall(r"^(\w+)  +\S", docstring or "", flags=re.MULTILINE))
+
+
+def test_tables_have_the_names() -> None:
+    assert sorted(READERS) == sorted(names.CHECKPOINT_FORMATS)
+    assert tuple(SHAPES) == names.LR_SHAPES
+    assert tuple(LOSSES) == names.DPO_LOSSES
+    assert set(nf4_cpu._FORMATS) == set(nf4_triton._FORMATS) == set(names.SCALE_FORMATS)
+    assert listed_in(checkpointing.__doc__) == names.CHECKPOINTING_MODES
+    assert listed_in(compiling.__doc__) == names.COMPILE_MODES
+
+
+def test_every_choice_of_the_schema_is_a_set_of_names() -> None:
+    known = {value for value in vars(names).values() if isinstance(value, tuple)}
+    known |= {("auto", *names.DTYPES), ("auto", *names.CHECKPOINT_FORMATS)}
+    known |= {("auto", "nf4", "none"), ("full", "lora", "qlora")}  # quantize, method.name
+    found: dict[str, Knob] = {}
+    for root in ROOTS.values():
+        found |= {key: knob for key, knob in knobs(root).items() if knob.choices is not None}
+    assert len(found) > 15
+    for key, knob in found.items():
+        assert knob.choices in known, key
+
+
+def test_every_dtype_is_torchs() -> None:
+    for name in names.DTYPES:
+        assert resolve_dtype(name) == getattr(torch, name)
+
+
+@pytest.mark.parametrize("scale_format", names.SCALE_FORMATS)
+def test_every_scale_format_quantizes(scale_format: str) -> None:
+    assert to_nf4(torch.randn(4, 64), scale_format=scale_format).shape == (4, 64)
+
+
+def test_every_written_format_is_found_again(tmp_path: Path) -> None:
+    model = load_checkpoint(demo_path("base"), [{"match": "layers.**", "kind": "frozen_nf4"}])
+    for format in names.WRITTEN_FORMATS:
+        save_checkpoint(model, tmp_path / format, format=format)
+        assert detect_format(tmp_path / format) == format
+    with pytest.raises(CheckpointError, match="format is 'meta'"):
+        save_checkpoint(model, tmp_path / "meta", format="meta")
+    assert set(names.QUANTIZED_FORMATS) < set(names.WRITTEN_FORMATS) < set(names.CHECKPOINT_FORMATS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_dir(demo_path("base"))
+
+
+@pytest.mark.parametrize("format", names.DATA_FORMATS)
+@pytest.mark.parametrize("train_on", names.TRAIN_ON)
+@pytest.mark.parametrize("on_error", names.ON_ERROR)
+def test_every_way_to_read_rows(
+    format: str, train_on: str, on_error: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    row = (
+        '{"prompt": "a", "completion": "b", "text": "c", "chosen": "d", "rejected": "e",'
+        ' "messages": [{"role": "user", "content": "f"}, {"role": "assistant", "content": "g"}]}'
+    )
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n{row}\n")
+    data = build_dataset(
+        tmp_path / "rows.jsonl",
+        tokenizer,
+        format=format,
+        train_on=train_on,
+        on_error=on_error,
+        max_seq_len=64,
+    )
+    for packing in names.PACKINGS if format != "preference" else ("none",):
+        batches = Batches(data, batch_size=1, packing=packing, max_seq_len=64)
+        assert sum(len(batch.rows) for batch in batches.of_epoch(0, torch.device("cpu"))) >= 2
+
+
+@pytest.mark.parametrize("key", ["format", "train_on", "on_error"])
+def test_other_ways_are_errors(key: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    options = {"format": "text", "max_seq_len": 64, key: "other"}
+    with pytest.raises(QLoRAError, match=f"data.{key} is 'other'; allowed"):
+        build_dataset(tmp_path / "rows.jsonl", tokenizer, **options)  # type: ignore[arg-type]
