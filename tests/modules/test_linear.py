@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_builders.modules import FrozenNF4Linear, Linear, LoRALinear
-from qlora_builders.tensor import NF4Tensor, to_nf4
+from qlora_builders.tensor import NF4Format, NF4Tensor, to_nf4
 
 IN, OUT, RANK, ALPHA = 70, 30, 4, 8.0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -285,6 +285,10 @@ def test_a_training_step_changes_the_adapter_alone() -> None:
         ({"dropout": -0.1}, r"dropout is -0\.1; it must be in \[0, 1\)"),
         ({"block_size": 32}, "block_size need quantize_base=True; the base weight is not quant"),
         ({"quantize_base": True, "block_size": 33}, "block_size is 33; allowed: 32, 64"),
+        (
+            {"quantize_base": NF4Format(), "block_size": 32},
+            "block_size contradict quantize_base=NF4",
+        ),
     ],
 )
 def test_bad_lora_options(options: dict[str, Any], message: str) -> None:
