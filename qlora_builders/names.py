@@ -6,10 +6,10 @@ Free of torch, so that the schema and `qlora --help` can have them.
 from __future__ import annotations
 
 DTYPES = ("float32", "bfloat16", "float16")  # of weights and of products
-# base weights: as they are found, as they are written, and those of the latter in 4 bits
-CHECKPOINT_FORMATS = ("hf", "meta", "bnb-4bit", "nf4")
-WRITTEN_FORMATS = ("hf", "nf4", "bnb-4bit")
-QUANTIZED_FORMATS = ("nf4", "bnb-4bit")
+# base weights: as they are found, as they are written, and those of the latter that are quantized
+CHECKPOINT_FORMATS = ("hf", "meta", "bnb-4bit", "nf4", "native")
+WRITTEN_FORMATS = ("hf", "nf4", "native", "bnb-4bit")
+QUANTIZED_FORMATS = ("nf4", "native", "bnb-4bit")
 SCALE_FORMATS = ("geometric", "none", "bnb")  # of NF4; see kernels/nf4_reference.py
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -63,7 +63,7 @@ def measure(
 ) -> dict[str, WeightFigures]:
     """By slot. Nothing where the plan quantizes nothing, or there is no checkpoint of this arch."""
     stored, arch = cfg.checkpoint, model.spec.arch
-    if not any(rule.kind in ("frozen_nf4", "qlora") for rule in model.spec.components):
+    if not any(rule.base != "none" for rule in model.spec.components):
         return {}
     if cfg.model.arch is not None and not (
         Path(stored.dir).is_dir() and read_arch(stored.dir, format=stored.format) == arch

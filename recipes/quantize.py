@@ -17,7 +17,7 @@ from qlora_builders.config.checks import size_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import QuantizeConfig
 from qlora_builders.errors import ConfigError
-from qlora_builders.models import summarize
+from qlora_builders.models import ComponentRule, summarize
 from qlora_builders.outputs import check_writable
 from qlora_builders.training.device import resolve_dtype
 from qlora_builders.visible import say
@@ -48,12 +48,11 @@ def main(cfg: QuantizeConfig) -> None:
 
 def rules(cfg: QuantizeConfig) -> list[dict[str, Any]]:
     """One rule for the decoder, or those that keep what is stored; then the user's."""
-    for rule in cfg.components:
-        if rule.get("kind") in ("lora", "qlora"):
+    for rule in map(ComponentRule.parse, cfg.components):
+        if rule.adapter != "none":
             raise ConfigError(
-                f"components: the rule with match {rule.get('match')!r} is of kind "
-                f"{rule['kind']!r}, an adapter, which finetune adds; quantize takes frozen_nf4 and "
-                "linear"
+                f"components: the rule with match {rule.match!r} is of kind {rule.name!r}, an "
+                "adapter, which finetune adds; quantize takes frozen_nf4 and linear, and any base"
             )
     options = {name: getattr(cfg, name) for name in ("block_size", "scale_format", "scale_search")}
     given = {name: value for name, value in options.items() if value is not None}

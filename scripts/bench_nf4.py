@@ -115,14 +115,13 @@ class Peers:
 def dequantizers(ours: NF4Tensor, dtype: torch.dtype) -> Contestants:
     buffer = ours.dequantize(dtype).flatten()
     other = buffer.clone()
-    fields = (ours.codes, ours.scales, ours.scale_groups)
     backend: Any = nf4_cpu
     if ours.is_cuda:
         backend = importlib.import_module("qlora_builders.kernels.nf4_triton")
     return {
         "ours, fresh": lambda: ours.dequantize(dtype),
         "ours, reused": lambda: backend.dequantize_range_(
-            buffer, *fields, start=0, dtype=ours.dtype, **ours.nf4_format
+            buffer, ours.fields, start=0, dtype=ours.dtype, format=ours.format
         ),
         "copy, fresh": lambda: buffer.clone(),
         "copy, reused": lambda: other.copy_(buffer),

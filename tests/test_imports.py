@@ -35,8 +35,9 @@ LAYERS = (
     {"recipes", "cli"},
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-NF4_TYPE_CHECKS = ("qlora_builders/tensor/", "qlora_builders/checkpoint/")
-NF4_TYPE_CHECK_FILES = ("qlora_builders/modules/linear.py",)
+# Everybody else asks `QuantizedTensor` and never which type it is.
+TYPE_CHECKS = "qlora_builders/tensor/"
+QUANTIZED_TYPES = ("NF4Tensor", "MXFP4Tensor", "QuantizedShard")
 OWN_TEMPLATES = ("qlora_builders/report/page.py",)
 # imported where they are needed: for CUDA tensors, and for tasks of lm_eval
 NEED_EXTRAS = ("nf4_triton.py", "nf4_triton_kernels.py", "harness_model.py")
@@ -97,16 +98,16 @@ def wrong_imports(path: str, source: str) -> list[str]:
 
 
 def wrong_type_checks(path: str, source: str) -> list[str]:
-    """`isinstance(x, NF4Tensor)` and its like, outside the places that may know the type."""
-    if path.startswith(NF4_TYPE_CHECKS) or path in NF4_TYPE_CHECK_FILES:
+    """`isinstance(x, NF4Tensor)` and its like, outside the part that may know the types."""
+    if path.startswith(TYPE_CHECKS):
         return []
     return [
-        f"{path}:{node.lineno} asks whether something is an NF4Tensor"
+        f"{path}:{node.lineno} asks which quantized type something is; ask QuantizedTensor"
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id in ("isinstance", "issubclass")
-        and "NF4Tensor" in ast.unparse(node.args[1])
+        and any(name in ast.unparse(node.args[1]) for name in QUANTIZED_TYPES)
     ]
 
 
@@ -122,11 +123,11 @@ def evaluates_unconfined(path: str, source: str) -> list[str]:
 
 
 def too_long(path: str, source: str) -> list[str]:
-    """Files over 400 lines, functions over 60 (a recipe's main: 100)."""
+    """Files over 450 lines, functions over 60 (a recipe's main: 100)."""
     found = []
     lines = len(source.splitlines())
-    if lines > 400:
-        found.append(f"{path} has {lines} lines; at most 400")
+    if lines > 450:
+        found.append(f"{path} has {lines} lines; at most 450")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             limit = 100 if path.startswith("recipes/") and node.name == "main" else 60
@@ -162,7 +163,7 @@ def test_house_rules(check: Callable[[str, str], list[str]], path: Path) -> None
     ("path", "source"),
     [
         ("qlora_builders/kernels/bad.py", "from qlora_builders.tensor import NF4Tensor"),
-        ("qlora_builders/kernels/bad.py", "import qlora_builders.tensor.nf4_ops"),
+        ("qlora_builders/kernels/bad.py", "import qlora_builders.tensor.nf4"),
         ("qlora_builders/kernels/bad.py", "from ..tensor import NF4Tensor"),
         ("qlora_builders/kernels/bad.py", "from .. import tensor"),
         ("qlora_builders/modules/bad.py", "def f():\n    from qlora_builders.models import llama"),
@@ -172,7 +173,7 @@ def test_house_rules(check: Callable[[str, str], list[str]], path: Path) -> None
         ("qlora_builders/checkpoint/bad.py", "from qlora_builders.training.step import x"),
         ("qlora_builders/config/bad.py", "import recipes.finetune"),
         ("qlora_builders/training/bad.py", "from qlora_builders.cli import main"),
-        ("qlora_builders/errors.py", "from qlora_builders.kernels import quantize_nf4"),
+        ("qlora_builders/errors.py", "from qlora_builders.kernels import NF4"),
     ],
 )
 def test_a_wrong_import_is_caught(path: str, source: str) -> None:
@@ -199,8 +200,10 @@ def test_a_right_import_passes(path: str, source: str) -> None:
 def test_a_type_check_is_caught_outside_its_places() -> None:
     for source in ("isinstance(w, NF4Tensor)", "ok = isinstance(w, (A, tensor.NF4Tensor))"):
         assert len(wrong_type_checks("qlora_builders/training/bad.py", source)) == 1
-        assert wrong_type_checks("qlora_builders/modules/linear.py", source) == []
-    assert wrong_type_checks("qlora_builders/training/good.py", "isinstance(w, Tensor)") == []
+        assert len(wrong_type_checks("qlora_builders/modules/linear.py", source)) == 1
+        assert wrong_type_checks("qlora_builders/tensor/nf4.py", source) == []
+    for source in ("isinstance(w, Tensor)", "isinstance(w, QuantizedTensor)"):
+        assert wrong_type_checks("qlora_builders/training/good.py", source) == []
 
 
 def test_evaluating_is_caught_outside_its_process() -> None:
@@ -216,7 +219,7 @@ def test_length_is_caught() -> None:
     assert too_long("recipes/a.py", function("main", 100) + function("f", 60)) == []
     assert len(too_long("recipes/a.py", function("main", 101) + function("f", 61))) == 2
     assert len(too_long("qlora_builders/a.py", function("main", 61))) == 1
-    assert len(too_long("qlora_builders/a.py", "x = 1\n" * 401)) == 1
+    assert len(too_long("qlora_builders/a.py", "x = 1\n" * 451)) == 1
 
 
 # ---- importing ----------------------------------------------------------------------------------

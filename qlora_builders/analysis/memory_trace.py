@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from qlora_builders.kernels import tiles
+from qlora_builders.kernels import MATMUL_OPS, tiles
 from qlora_builders.modules import CausalLM, Linear, LoRALinear, cast_linear
 from qlora_builders.modules import loss as loss_module
 
@@ -72,7 +72,7 @@ def trace_step(
         _cast_large_weights(model)
     there: list[Tensor] = [
         p for p in model.parameters() if not is_traceable_wrapper_subclass(p)
-    ]  # not NF4
+    ]  # not quantized
     if accumulate:
         for parameter in filter(lambda p: p.requires_grad, there):
             parameter.grad = torch.empty_like(parameter)
@@ -124,7 +124,7 @@ def _cast_large_weights(model: CausalLM) -> None:
         if (
             isinstance(module, Linear | LoRALinear)
             and isinstance(weight, nn.Parameter)
-            and not is_traceable_wrapper_subclass(weight)  # NF4
+            and not is_traceable_wrapper_subclass(weight)  # quantized
             and not weight.requires_grad
             and weight.numel() > cast_linear._SMALL_ELEMENTS
         ):
@@ -137,7 +137,7 @@ class MemoryTracer(TorchDispatchMode):
     Args:
         there: tensors that exist before; they are not counted.
         num_targets: labels that count as targets, which would depend on data.
-        tile_elements: of an NF4 weight that a product decodes at once.
+        tile_elements: of a quantized weight that a product decodes at once.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class MemoryTracer(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self._add(value.untyped_storage())
-        if func is torch.ops.qlora_builders.matmul_nf4.default:
+        if func in MATMUL_OPS:
             self._peak = max(self._peak, self._live + self._scratch_bytes(args[0], kwargs or {}))
         return result
 

@@ -26,9 +26,8 @@ from qlora_builders.files.json_object import read_json_object
 from qlora_builders.models import BaseCheckpoint, ComponentRule
 from qlora_builders.modules import CausalLM
 from qlora_builders.names import DTYPES
-from qlora_builders.tensor import NF4Tensor
-from qlora_builders.tensor.nf4_fsdp import NF4Shard
-from qlora_builders.tensor.sharded import local_part
+from qlora_builders.tensor import QuantizedTensor
+from qlora_builders.tensor.sharded import format_of
 
 BASE_FILE = "qlora_base.json"
 ALLOW = "adapter.allow_base_mismatch=true (allow_base_mismatch=True in Python)"
@@ -61,10 +60,10 @@ class BaseRecord:
 class ContentHash:
     """A hash of named tensors, whatever order, file, shard or format they come from.
 
-    It covers every name, dtype and shape, and of the bytes of each tensor a fixed sample: all of
-    up to 4 KiB, else 16 windows of 256 bytes. Of an NF4 weight the codes and scales are sampled, so
-    a quantized copy is another content. Equal hashes therefore prove the same layout and the same
-    sampled bytes; they do not prove that the bytes between are the same. Another model, a
+    It covers every name, dtype and shape, and of the bytes of each tensor a fixed sample: all of up
+    to 4 KiB, else 16 windows of 256 bytes. Of a quantized weight the codes and scales are sampled,
+    so a quantized copy is another content. Equal hashes therefore prove the same layout and the
+    same sampled bytes; they do not prove that the bytes between are the same. Another model, a
     fine-tuned, requantized or cast copy differs nearly everywhere and so in the sample; a few
     changed rows of an embedding, say, can go unseen. It guards against mix-ups, not against
     somebody who wants to deceive. Taking the sample while a tensor is loaded costs no reading.
@@ -76,9 +75,9 @@ class ContentHash:
     def add(self, name: str, tensor: Tensor) -> None:
         digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         parts = [tensor.detach()]
-        if isinstance(tensor, NF4Tensor):
-            digest.update(str(tensor.nf4_format).encode())
-            parts = [getattr(tensor, part) for part in NF4Tensor.tensor_fields]
+        if isinstance(tensor, QuantizedTensor):
+            digest.update(tensor.format.identity.encode())
+            parts = list(tensor.fields)
         for part in parts:
             digest.update(_sample(part))
         self._digests[name] = digest.hexdigest()
@@ -138,7 +137,7 @@ def base_record(model: CausalLM) -> dict[str, Any]:
         "checkpoint": None if spec.base is None else asdict(spec.base),
         "config": function_keys(spec.arch),
         "dtype": str(spec.dtype).removeprefix("torch."),
-        "components": [{"match": r.match, "kind": r.kind, **r.options} for r in spec.components],
+        "components": [rule.spelled for rule in spec.components],
         "train": list(spec.train),
         "nf4": list(groups.values()),
     }
@@ -226,11 +225,14 @@ def _spell(value: Any) -> str:
 
 
 def _nf4_slots(model: CausalLM) -> dict[str, dict[str, Any]]:
-    weights = {name: local_part(parameter) for name, parameter in model.named_parameters()}
+    formats = {name: format_of(parameter) for name, parameter in model.named_parameters()}
     return {
-        name.removesuffix(".weight"): weight.nf4_options
-        for name, weight in weights.items()
-        if isinstance(weight, NF4Tensor | NF4Shard)
+        # NF4 unless it says something else, as in records from before there were other types
+        name.removesuffix(".weight"): {"base": format.name, **format.options}
+        if format.name != "nf4"
+        else format.options
+        for name, format in formats.items()
+        if format is not None
     }
 
 

@@ -1,6 +1,6 @@
 """What transformers and bitsandbytes write with `load_in_4bit`, in and out, bit for bit.
 
-bitsandbytes itself is not needed. The parts of a weight are described in `tensor/nf4_layouts.py`;
+bitsandbytes itself is not needed. The parts of a weight are described in `tensor/layouts.py`;
 config.json's `quantization_config` says that there are such weights. FP4 and 8-bit weights are not
 read.
 """
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from qlora_builders.checkpoint.config_keys import Key, read_keys
-from qlora_builders.checkpoint.native_nf4 import collect_weights, lazy_parts
+from qlora_builders.checkpoint.native import collect_weights, lazy_parts
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.tensor import NF4Tensor
-from qlora_builders.tensor.nf4_layouts import (
+from qlora_builders.tensor.layouts import (
     BNB_FP4_JSON,
     BNB_JSON,
     bnb_metadata,
@@ -46,7 +46,7 @@ def read_bnb(directory: Path) -> dict[str, LazyTensor]:
         if name.endswith(BNB_FP4_JSON):
             weight = name.removesuffix(BNB_FP4_JSON)
             raise CheckpointError(f"{tensor.source}: {weight} is quantized to FP4; {_ONLY_NF4}")
-    return collect_weights(tensors, BNB_JSON, bnb_metadata, unpack_bnb)
+    return collect_weights(tensors, {BNB_JSON: "nf4"}, bnb_metadata, unpack_bnb)
 
 
 def check_quantization_config(config: dict[str, Any], source: Path) -> None:
@@ -81,7 +81,7 @@ def quantization_config(
         "_load_in_4bit": True,
         "_load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": any(weight.scale_format == "bnb" for weight in weights),
+        "bnb_4bit_use_double_quant": any(w.format.scale_format == "bnb" for w in weights),
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": list(plain_modules),

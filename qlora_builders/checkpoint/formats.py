@@ -6,6 +6,7 @@ Every reader gives Hugging Face names; what is behind a name is read when it is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,10 @@ from qlora_builders.checkpoint.bnb_4bit import QUANT_METHOD as BNB_METHOD
 from qlora_builders.checkpoint.bnb_4bit import check_quantization_config, read_bnb
 from qlora_builders.checkpoint.hf_config import arch_from_config, read_config
 from qlora_builders.checkpoint.meta_llama import PARAMS_FILE, read_meta, read_meta_arch
-from qlora_builders.checkpoint.native_nf4 import QUANT_METHOD as NATIVE_METHOD
-from qlora_builders.checkpoint.native_nf4 import read_native
+from qlora_builders.checkpoint.native import QUANT_METHODS, read_native
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, open_tensors
 from qlora_builders.errors import CheckpointError, did_you_mean
-from qlora_builders.models import LlamaArch
+from qlora_builders.models import ComponentRule, LlamaArch
 
 AUTO = "auto"
 
@@ -36,7 +36,7 @@ def _config_arch(directory: Path) -> LlamaArch:
 READERS = {
     "hf": Reader(_config_arch, open_tensors),
     "bnb-4bit": Reader(_config_arch, read_bnb),
-    "nf4": Reader(_config_arch, read_native),
+    **{n: Reader(_config_arch, partial(read_native, format=n)) for n in QUANT_METHODS.values()},
     "meta": Reader(read_meta_arch, read_meta),
 }
 
@@ -54,13 +54,14 @@ def detect_format(directory: Path) -> str:
     if quantization is None:
         return "hf"
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method == NATIVE_METHOD:
+    if isinstance(method, str) and method in QUANT_METHODS:
         _check_version(quantization, file)
-        return "nf4"
+        return QUANT_METHODS[method]
     if method != BNB_METHOD:
         raise CheckpointError(
             f"{file}: the weights are quantized in a way that cannot be read (quant_method "
-            f"{method!r}); allowed: {BNB_METHOD}, {NATIVE_METHOD}, or 16- or 32-bit weights"
+            f"{method!r}); allowed: {BNB_METHOD}, {', '.join(QUANT_METHODS)}, or 16- or 32-bit "
+            "weights"
         )
     check_quantization_config(quantization, file)
     return "bnb-4bit"
@@ -69,7 +70,8 @@ def detect_format(directory: Path) -> str:
 def _check_version(quantization: dict[str, Any], file: Path) -> None:
     if quantization.get("version") != 1:
         raise CheckpointError(
-            f"{file}: version {quantization.get('version')!r} of {NATIVE_METHOD}; "
+            f"{file}: version {quantization.get('version')!r} of "
+            f"{quantization['quant_method']}; "
             "this release reads version 1"
         )
 
@@ -114,10 +116,14 @@ def read_tensors(path: str | Path, *, format: str = AUTO) -> dict[str, LazyTenso
 
 
 def stored_plan(path: str | Path, *, format: str = AUTO) -> list[dict[str, Any]]:
-    """The component rules that keep NF4 weights as a directory stores them; none for plain ones."""
-    slots = [name for name, tensor in read_tensors(path, format=format).items() if tensor.quantized]
-    names = [name.removesuffix(".weight").removeprefix("model.") for name in slots]
-    return [{"match": name, "kind": "frozen_nf4"} for name in names]
+    """The component rules that keep quantized weights as a directory stores them; none for plain
+    ones."""
+    slots = {
+        name.removesuffix(".weight").removeprefix("model."): tensor.quantized
+        for name, tensor in read_tensors(path, format=format).items()
+        if tensor.quantized
+    }
+    return [ComponentRule(match=slot, base=base).spelled for slot, base in slots.items()]
 
 
 def stored_dtype(path: str | Path, *, format: str = AUTO) -> torch.dtype:

@@ -1,10 +1,10 @@
-"""Models to checkpoint directories: Hugging Face's, or one that keeps NF4 weights as they are."""
+"""Models to checkpoint directories: Hugging Face's, or one that keeps quantized weights."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from qlora_builders.checkpoint.bnb_4bit import bnb_parts, quantization_config
 from qlora_builders.checkpoint.hf_config import config_from_arch, read_config
-from qlora_builders.checkpoint.native_nf4 import QUANTIZATION_CONFIG, native_parts
-from qlora_builders.checkpoint.native_nf4 import STEM as NATIVE_STEM
+from qlora_builders.checkpoint.native import QUANTIZATION_CONFIGS, STEMS, native_parts
 from qlora_builders.checkpoint.safetensors_io import (
     MAX_SHARD_BYTES,
     STEM,
@@ -26,7 +25,7 @@ from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.models import LlamaArch, linear_slots
 from qlora_builders.modules import CausalLM, LoRALinear, is_adapter
 from qlora_builders.names import WRITTEN_FORMATS
-from qlora_builders.tensor import NF4Tensor
+from qlora_builders.tensor import Format, QuantizedTensor, plain
 
 # what a checkpoint directory holds beside config.json and the weights
 _COMPANIONS = (
@@ -72,15 +71,16 @@ def save_checkpoint(
 
     Args:
         model: built by `llama` or `load_checkpoint`.
-        format: "hf" upcasts NF4 weights. "nf4" (our own layout, see `native_nf4.py`) and "bnb-4bit"
-            (which transformers and bitsandbytes load) keep their codes.
+        format: "hf" upcasts quantized weights. "nf4" and "native" (our own layout, see `native.py`)
+            and "bnb-4bit" (which transformers and bitsandbytes load) keep their codes; all but
+            "native" write NF4 only.
         dtype: of the plain tensors written; by default each parameter's own.
         max_shard_bytes: largest file, but for a tensor that is larger by itself.
         companions: a checkpoint directory to copy tokenizer files and the rest of config.json from.
 
     Raises:
-        CheckpointError: for an unknown format, a model that still has adapters, or an NF4 format
-            and a model without NF4 weights.
+        CheckpointError: for an unknown format, a model that still has adapters, or a quantized
+            format and a model without such weights.
     """
     if format not in WRITTEN_FORMATS:
         raise CheckpointError(f"format is {format!r}{did_you_mean(format, WRITTEN_FORMATS)}")
@@ -90,11 +90,10 @@ def save_checkpoint(
             "with merge_adapter(model) first"
         )
     parameters = hf_parameters(model)
-    plain = [lazy_parameter(name, parameter, dtype) for name, parameter in parameters.items()]
-    tensors, quantization = plain, None
-    main_dtype = _main_dtype(plain, dtype)
+    tensors = [lazy_parameter(name, parameter, dtype) for name, parameter in parameters.items()]
+    quantization, main_dtype = None, _main_dtype(tensors, dtype)
     if format != "hf":
-        tensors, quantization = _keep_nf4(model, parameters, plain, format, main_dtype)
+        tensors, quantization = _keep_codes(model, parameters, tensors, format, main_dtype)
     with atomic_directory(path, marker="config.json") as directory:
         write_hf_files(
             tensors,
@@ -104,40 +103,60 @@ def save_checkpoint(
             max_shard_bytes=max_shard_bytes,
             companions=companions,
             quantization=quantization,
-            stem=NATIVE_STEM if format == "nf4" else STEM,
+            stem=STEMS.get(format, STEM),
         )
 
 
-def _keep_nf4(
+def _keep_codes(
     model: CausalLM,
     parameters: Mapping[str, Tensor],
-    plain: Sequence[LazyTensor],
+    tensors: Sequence[LazyTensor],
     format: str,
     dtype: torch.dtype,
 ) -> tuple[list[LazyTensor], dict[str, Any]]:
-    """The tensors with NF4 weights in their parts, and config.json's quantization_config."""
-    weights = {name: p for name, p in parameters.items() if isinstance(p, NF4Tensor)}
-    if not weights:
-        raise CheckpointError(f"format is {format!r}, but no weight is in NF4; write it as 'hf'")
-    parts = native_parts if format == "nf4" else bnb_parts
-    tensors: list[LazyTensor] = []
-    for tensor in plain:
+    """The tensors with quantized weights in their parts, and config.json's quantization_config."""
+    weights: dict[str, Any] = {
+        name: p for name, p in parameters.items() if isinstance(p, QuantizedTensor)
+    }
+    check_types([weight.format for weight in weights.values()], format)
+    parts = native_parts if format in STEMS else bnb_parts
+    written: list[LazyTensor] = []
+    for tensor in tensors:
         weight = weights.get(tensor.name)
-        tensors += [tensor] if weight is None else parts(tensor.name, weight)
-    if format == "nf4":
-        return tensors, QUANTIZATION_CONFIG
+        written += [tensor] if weight is None else parts(tensor.name, weight)
+    if format in STEMS:
+        return written, QUANTIZATION_CONFIGS[format]
     slots = linear_slots(model.spec.arch)
     modules = [slot if slot == "lm_head" else f"model.{slot}" for slot in slots]
     left = [name for name in modules if f"{name}.weight" not in weights]
-    return tensors, quantization_config(list(weights.values()), left, dtype)
+    return written, quantization_config(list(weights.values()), left, dtype)
+
+
+def check_types(formats: Collection[Format], format: str) -> None:
+    """
+    Args:
+        formats: of the quantized weights of a model.
+        format: of a checkpoint, other than "hf".
+
+    Raises:
+        CheckpointError: if there are none, or some that such a checkpoint cannot hold.
+    """
+    if not formats:
+        kind = "quantized" if format == "native" else "in NF4"
+        raise CheckpointError(f"format is {format!r}, but no weight is {kind}; write it as 'hf'")
+    others = sorted({one.name for one in formats} - {"nf4"})
+    if others and format != "native":
+        raise CheckpointError(
+            f"format is {format!r}, but the model has weights in {', '.join(others)}; write it as "
+            "'native', or as 'hf'"
+        )
 
 
 def lazy_parameter(name: str, parameter: Tensor, dtype: torch.dtype | None) -> LazyTensor:
     out_dtype = parameter.dtype if dtype is None else dtype
 
     def load() -> Tensor:
-        plain = parameter.dequantize() if isinstance(parameter, NF4Tensor) else parameter
-        return plain.detach().to(out_dtype)
+        return plain(parameter).detach().to(out_dtype)
 
     return LazyTensor(name, parameter.shape, out_dtype, load)
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.checkpoint.base_record import ContentHash
-from qlora_builders.checkpoint.finite import is_finite
 from qlora_builders.checkpoint.formats import AUTO, detect_format, read_arch, read_tensors
 from qlora_builders.checkpoint.hf_llama import base_parameters
-from qlora_builders.checkpoint.load_sharded import place_rows, read_rows
 from qlora_builders.checkpoint.meta_llama import PARAMS_FILE
+from qlora_builders.checkpoint.placing import place
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.checkpoint.streaming import stream
 from qlora_builders.errors import CheckpointError, PlanError
@@ -29,7 +28,7 @@ from qlora_builders.models import (
 )
 from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.modules.lora_init import DEFAULT, LOFTQ
-from qlora_builders.tensor import NF4Tensor, is_nf4_shard
+from qlora_builders.tensor import QuantizedTensor
 from qlora_builders.tensor.sharded import held_rows, is_sharded, local_part
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -53,9 +52,9 @@ def load_checkpoint(
     beside the finished part of the model are never more bytes than the largest tensor has, and a
     copy of one tensor where its dtype changes.
 
-    Weights that are stored in NF4 keep their codes, scales and dtype where the plan wants NF4. A
-    rule may repeat the options they are stored with, but not ask for others: quantizing what is
-    quantized already would lose accuracy silently. Where the plan wants a plain weight they are
+    Weights that are stored quantized keep codes, scales and dtype where the plan wants a quantized
+    weight. A rule may repeat how they are stored, but not ask for something else: quantizing what
+    is quantized already would lose accuracy silently. Where the plan wants a plain weight they are
     dequantized. `stored_plan` gives the rules that keep a directory as it is.
 
     Args:
@@ -166,32 +165,38 @@ def _load_weights(
     for name, tensor in tensors.items():
         _check_shape(tensor, parameters[name].shape, where)
     rules = resolve(model.spec.components, linear_slots(model.spec.arch))
+    places = {
+        name: place(tensor, parameters[name], device)
+        for name, tensor in tensors.items()
+        if not (tied and name == HEAD)
+    }
     content = ContentHash()
 
-    def place(part: LazyTensor, value: Tensor) -> None:
-        tensor = tensors[part.name]
+    def consume(part: LazyTensor, value: Tensor) -> None:
+        tensor, own = tensors[part.name], parameters[part.name]
         if value.shape == tensor.shape:
             content.add(tensor.name, value)
         else:
             content.add_unread(tensor)
-        slot = tensor.name.removesuffix(".weight").removeprefix("model.")
-        _place(model, tensor, value, parameters[tensor.name], rules.get(slot), device)
-        _init_adapter(model.get_submodule(tensor.name.rpartition(".")[0]), tensor, value)
+        rule = rules.get(tensor.name.removesuffix(".weight").removeprefix("model."))
+        if rule is not None and rule.format is not None and isinstance(value, QuantizedTensor):
+            _check_stored(tensor, value, rule)
+        try:
+            made = places[tensor.name].make(value)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(f"{tensor.source}: {tensor.name}: {error}") from error
+        module_name, _, leaf = tensor.name.rpartition(".")
+        module = model.get_submodule(module_name)
+        setattr(module, leaf, nn.Parameter(made, requires_grad=own.requires_grad))
+        _start_from(module, tensor, value)
 
-    def transient(tensor: LazyTensor) -> bool:
-        """Quantized, cast or moved; a weight that stays as it is keeps what it was read into."""
-        parameter = parameters[tensor.name]
-        if is_sharded(parameter):
-            return True
-        if isinstance(parameter, NF4Tensor) or tensor.quantized:
-            as_it_is = isinstance(parameter, NF4Tensor) and tensor.quantized
-        else:
-            as_it_is = tensor.dtype == parameter.dtype
-        return not (as_it_is and device.type == "cpu")
-
-    wanted = [tensor for name, tensor in tensors.items() if not (tied and name == HEAD)]
-    parts = [read_rows(tensor, parameters[tensor.name]) for tensor in wanted]
-    stream(parts, place, transient=transient)
+    stream(
+        [place.part for place in places.values()],
+        consume,
+        transient=lambda part: places[part.name].transient,
+    )
     if tied and HEAD in tensors:
         _check_tied(tensors[HEAD], model.get_parameter(EMBEDDING))
     model.tie_weights()
@@ -200,61 +205,13 @@ def _load_weights(
     return content.hexdigest()
 
 
-def _place(
-    model: nn.Module,
-    tensor: LazyTensor,
-    value: Tensor,
-    parameter: Tensor,
-    rule: ComponentRule | None,
-    device: torch.device,
-) -> None:
-    module_name, _, leaf = tensor.name.rpartition(".")
-    module = model.get_submodule(module_name)
-    if isinstance(value, NF4Tensor) and (
-        isinstance(parameter, NF4Tensor) or is_nf4_shard(parameter)
-    ):
-        _check_options(tensor, value, rule)
-    if is_sharded(parameter):
-        if not (is_nf4_shard(parameter) or isinstance(value, NF4Tensor)):
-            _check_finite(tensor, value)
-        try:
-            setattr(module, leaf, place_rows(parameter, tensor, value, device))
-        except ValueError as error:
-            raise CheckpointError(f"{tensor.source}: {tensor.name}: {error}") from error
-        return
-    value = value.to(device)
-    if isinstance(value, NF4Tensor):
-        if isinstance(parameter, NF4Tensor):
-            module.weight = nn.Parameter(value, requires_grad=False)
-            return
-        value = value.dequantize()
-    if not isinstance(parameter, NF4Tensor):
-        value = value.to(parameter.dtype)
-        _check_finite(tensor, value)
-    try:
-        # through the hook that quantizes where the plan says so
-        module.load_state_dict({leaf: value}, strict=False, assign=True)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[2].strip() or str(error)
-        raise CheckpointError(f"{tensor.source}: {tensor.name}: {reason}") from error
-
-
-def _check_finite(tensor: LazyTensor, value: Tensor) -> None:
-    """Of weights that stay plain; quantizing checks the others."""
-    if not is_finite(value):
-        raise CheckpointError(
-            f"{tensor.source}: {tensor.name} holds NaN or infinity in {value.dtype}; the file is "
-            "damaged, or its numbers need a wider dtype"
-        )
-
-
-def _init_adapter(module: nn.Module, tensor: LazyTensor, value: Tensor) -> None:
+def _start_from(module: nn.Module, tensor: LazyTensor, value: Tensor) -> None:
     """What of an adapter starts from the base weight, where that was just placed."""
     if isinstance(module, TokenEmbedding):
         module.token_adapter.init_from(module.weight)
     if not isinstance(module, LoRALinear) or not tensor.name.endswith(".weight"):
         return
-    if isinstance(value, NF4Tensor) and module.init_lora_weights == LOFTQ:
+    if isinstance(value, QuantizedTensor) and module.init_lora_weights == LOFTQ:
         raise CheckpointError(
             f"{tensor.source}: {tensor.name} is stored in 4 bits, and init_lora_weights='loftq' "
             "starts from what quantization changed; start from 16-bit weights"
@@ -262,14 +219,16 @@ def _init_adapter(module: nn.Module, tensor: LazyTensor, value: Tensor) -> None:
     module.init_from_base(value)
 
 
-def _check_options(tensor: LazyTensor, stored: NF4Tensor, rule: ComponentRule | None) -> None:
-    assert rule is not None
-    asked = {name: v for name, v in rule.options.items() if name in stored.nf4_options}
-    differing = [name for name, v in asked.items() if stored.nf4_options[name] != v]
+def _check_stored(tensor: LazyTensor, stored: QuantizedTensor, rule: ComponentRule) -> None:
+    """The plan may repeat how a weight is stored, not ask for something else."""
+    assert rule.format is not None
+    own: dict[str, Any] = {"base": stored.format.name, **stored.format.options}
+    asked = {"base": rule.format.name} | {n: v for n, v in rule.options.items() if n in own}
+    differing = [name for name, v in asked.items() if own[name] != v]
     if differing:
         raise CheckpointError(
-            f"{tensor.source}: {tensor.name} is stored in NF4 with "
-            + ", ".join(f"{name}={stored.nf4_options[name]}" for name in differing)
+            f"{tensor.source}: {tensor.name} is stored in {stored.title} with "
+            + ", ".join(f"{name}={own[name]}" for name in differing)
             + f", but rule {rule.match!r} asks for "
             + ", ".join(f"{name}={asked[name]}" for name in differing)
             + "; leave the option out, or start from 16-bit weights"

@@ -14,6 +14,7 @@ from qlora_builders.checkpoint.base_record import ALLOW, hash_tensors
 from qlora_builders.checkpoint.formats import read_tensors
 from qlora_builders.checkpoint.hf_llama import (
     base_parameters,
+    check_types,
     lazy_parameter,
     save_checkpoint,
     write_hf_files,
@@ -35,17 +36,15 @@ from qlora_builders.checkpoint.safetensors_io import (
     listed,
 )
 from qlora_builders.errors import CheckpointError, did_you_mean
-from qlora_builders.models import LlamaArch, linear_slots, llama
+from qlora_builders.models import ComponentRule, LlamaArch, linear_slots, llama
 from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.modules.lora_init import LOFTQ
 from qlora_builders.names import WRITTEN_FORMATS
-from qlora_builders.tensor import NF4Tensor, to_nf4
+from qlora_builders.tensor import Format, NF4Format, QuantizedTensor, quantize
 
 DEQUANTIZED = "dequantized"
 # NF4 leaves about 0.1 of a weight's norm; a weight that is no relative of the other has 1.4
 _MAX_BASE_CHANGE = 0.5
-_NF4_DEFAULTS = {"block_size": 64, "scale_block_size": 256, "scale_format": "geometric"}
-_BNB = {"block_size": 64, "scale_block_size": 256, "scale_format": "bnb"}
 
 
 def merge_adapter(
@@ -94,9 +93,10 @@ def save_merged(
     the directory gets its name.
 
     Args:
-        format: "hf", or "nf4" or "bnb-4bit" to quantize the merged weights again: those slots that
-            are quantized in the model, or all of the decoder's where none is. That erases most
-            updates below 10 % of the weight's norm, so it is refused unless `max_error` allows it.
+        format: "hf", or another of `save_checkpoint` to quantize the merged weights again: those
+            slots that are quantized in the model, or all of the decoder's where none is. That
+            erases most updates below 10 % of the weight's norm, so it is refused unless `max_error`
+            allows it.
         max_error: largest |error| / |delta|, over all weights and, with base="dequantized", of the
             logits; see `merge_report`.
 
@@ -106,7 +106,7 @@ def save_merged(
     """
     if format not in WRITTEN_FORMATS:
         raise CheckpointError(f"format is {format!r}{did_you_mean(format, WRITTEN_FORMATS)}")
-    plan = _MergePlan(model, base, dtype, allow_base_mismatch, nf4=_nf4_options(model, format))
+    plan = _MergePlan(model, base, dtype, allow_base_mismatch, formats=_formats(model, format))
     if format != "hf":
         merged = plan.build()
         report = plan.check(merged, max_error)
@@ -135,7 +135,7 @@ class _MergePlan:
     base: str | Path
     dtype: torch.dtype | None
     allow_base_mismatch: bool
-    nf4: dict[str, dict[str, Any]] = field(default_factory=dict)  # slot -> options of the output
+    formats: dict[str, Format] = field(default_factory=dict)  # slot -> format of the output
     measured: dict[str, LayerError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,9 +152,7 @@ class _MergePlan:
         self.originals = None if self.base == DEQUANTIZED else self._find_originals()
 
     def build(self) -> CausalLM:
-        rules = [
-            {"match": slot, "kind": "frozen_nf4", **options} for slot, options in self.nf4.items()
-        ]
+        rules = [ComponentRule.of_format(slot, format) for slot, format in self.formats.items()]
         merged = llama(
             self.arch,
             rules,
@@ -212,7 +210,7 @@ class _MergePlan:
 
     def _stored(self, weight: Tensor, slot: str, dtype: torch.dtype) -> Tensor:
         weight = weight.to(dtype)
-        return to_nf4(weight, **self.nf4[slot]) if slot in self.nf4 else weight
+        return quantize(weight, self.formats[slot]) if slot in self.formats else weight
 
     def _new_biases(self) -> Iterator[LazyTensor]:
         """Where a lora_bias gave a whole group of slots a bias: its share, or zeros."""
@@ -292,16 +290,19 @@ def _plus_bias(source: LazyTensor, module: Any, dtype: torch.dtype) -> LazyTenso
     return replace(source, dtype=dtype, load=load)
 
 
-def _nf4_options(model: CausalLM, format: str) -> dict[str, dict[str, Any]]:
-    """slot -> NF4 options of the merged model."""
+def _formats(model: CausalLM, format: str) -> dict[str, Format]:
+    """slot -> format of the merged model's weight, where it is quantized."""
     if format == "hf":
         return {}
-    options = {
-        slot: weight.nf4_options
-        for slot in linear_slots(model.spec.arch)
-        if isinstance(weight := model.get_parameter(f"{hf_name(slot)}.weight"), NF4Tensor)
-    } or {slot: _NF4_DEFAULTS for slot in linear_slots(model.spec.arch) if slot != "lm_head"}
-    return dict.fromkeys(options, _BNB) if format == "bnb-4bit" else options
+    slots = linear_slots(model.spec.arch)
+    held = {slot: model.get_parameter(f"{hf_name(slot)}.weight") for slot in slots}
+    formats: dict[str, Format] = {
+        slot: weight.format for slot, weight in held.items() if isinstance(weight, QuantizedTensor)
+    } or {slot: NF4Format() for slot in slots if slot != "lm_head"}
+    check_types(formats.values(), format)
+    return (
+        dict.fromkeys(formats, NF4Format(scale_format="bnb")) if format == "bnb-4bit" else formats
+    )
 
 
 def _merged_arch(model: CausalLM, adapters: dict[str, LoRALinear]) -> LlamaArch:

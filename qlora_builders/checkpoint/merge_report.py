@@ -24,7 +24,7 @@ from qlora_builders.errors import CheckpointError
 from qlora_builders.models import llama
 from qlora_builders.modules import CausalLM
 from qlora_builders.modules.adapters import adapters_disabled
-from qlora_builders.tensor import NF4Tensor, to_nf4
+from qlora_builders.tensor import QuantizedTensor, quantize, to_nf4
 
 # Largest |error| / |delta| that a merge may have unless told otherwise. On normal weights, rounding
 # to bfloat16 has 0.17 for an update of 1 % of the weight's norm and 0.5 for one of 0.32 %; NF4 has
@@ -78,11 +78,11 @@ class LayerError:
 def measure_layer(
     name: str, weight: Tensor, trained: Tensor, delta: Tensor, written: Tensor
 ) -> LayerError:
-    """All [out, in]; `written` may be an `NF4Tensor`. Computed in float32."""
+    """All [out, in]; `written` may be quantized. Computed in float32."""
     weight, trained, delta = weight.float(), trained.float(), delta.float()
     size, along = _norm(delta), None
-    if isinstance(written, NF4Tensor):
-        before = to_nf4(weight.to(written.dtype), **written.nf4_options).dequantize().float()
+    if isinstance(written, QuantizedTensor):
+        before = quantize(weight.to(written.dtype), written.format).dequantize().float()
         written = written.dequantize()
         product = ((written.float() - before) * delta).sum(dtype=torch.float64).item()
         along = _ratio(product, size)

@@ -25,7 +25,7 @@ from qlora_builders.checkpoint.mapped_file import MappedFile
 from qlora_builders.checkpoint.safetensors_header import Entry, read_header, write_header
 from qlora_builders.errors import CheckpointError
 from qlora_builders.files.json_object import read_json_object
-from qlora_builders.tensor.nf4_layouts import tensor_bytes
+from qlora_builders.tensor.layouts import tensor_bytes
 
 STEM = "model"  # model.safetensors, or model-00001-of-00002.safetensors with an index
 MAX_SHARD_BYTES = 5 * 10**9
@@ -35,10 +35,11 @@ MAX_SHARD_BYTES = 5 * 10**9
 class LazyTensor:
     """A tensor in a file or to be written: what must be known beforehand, and how to get it.
 
-    `load` may give an `NF4Tensor` where `quantized`; `shape` and `dtype` are those of the weight it
-    stands for. `load_into`, where there is one, loads into memory of the caller's, uint8 [nbytes].
-    `load_rows(start, stop)`, where the file allows it, reads a part; `map` gives it as pages of the
-    file. `source` is the file it comes from, for error messages.
+    `quantized` names the type of weight that `load` gives, where it gives no plain one; `shape` and
+    `dtype` are those of the weight it stands for. `load_into`, where there is one, loads into
+    memory of the caller's, uint8 [nbytes]. `load_rows(start, stop)`, where the file allows it,
+    reads a part; `map` gives it as pages of the file. `source` is the file it comes from, for error
+    messages.
     """
 
     name: str
@@ -46,7 +47,7 @@ class LazyTensor:
     dtype: torch.dtype
     load: Callable[[], Tensor]
     source: Path | None = None
-    quantized: bool = False
+    quantized: str = ""
     load_into: Callable[[Tensor], Tensor] | None = None
     load_rows: Callable[[int, int], Tensor] | None = None
     map: Callable[[], Tensor] | None = None

@@ -1,4 +1,4 @@
-"""How large the weights of a checkpoint are, and what NF4 makes of them, one tensor at a time."""
+"""How large the weights of a checkpoint are, and what quantizing makes of them, one by one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlora_builders.checkpoint.peft_export import hf_name
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import linear_slots
 from qlora_builders.modules import CausalLM
-from qlora_builders.tensor import NF4Tensor, to_nf4
+from qlora_builders.tensor import QuantizedTensor, quantize
 
 _ROWS_AT_ONCE = 256
 
@@ -57,9 +57,9 @@ def weight_figures(
                 f"{path}: {name} has shape {list(stored.shape)}; the model needs {list(own.shape)}"
             )
         seen = None
-        if isinstance(own, NF4Tensor):
+        if isinstance(own, QuantizedTensor):
             try:
-                seen = to_nf4(stored.to(own.dtype), **own.nf4_options).dequantize()
+                seen = quantize(stored.to(own.dtype), own.format).dequantize()
             except ValueError as error:
                 raise CheckpointError(f"{path}: {name}: {error}") from error
         yield slot, _figures(stored, seen)

@@ -172,7 +172,7 @@ class MergeConfig:
     dtype: str = knob("bfloat16", "dtype written", choices=DTYPES)
     format: str = knob(
         "hf",
-        "layout written; nf4 and bnb-4bit quantize again, which erases most small updates",
+        "layout written; all but hf quantize again, which erases most small updates",
         choices=WRITTEN_FORMATS,
     )
     max_error: float = knob(
@@ -190,7 +190,7 @@ class QuantizeConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     format: str = knob(
         "nf4",
-        "nf4: our own layout; bnb-4bit: for transformers + bitsandbytes",
+        "nf4: our own layout; native: the same for any types; bnb-4bit: for transformers",
         choices=QUANTIZED_FORMATS,
     )
     block_size: int | None = knob(None, "weights per scale; null: 64, or as stored", at_least=1)

@@ -1,4 +1,4 @@
-"""Whole parameters on the main rank, for whoever writes them to files."""
+"""Whole parameters on the main rank, for whoever writes them to files, and states read whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from qlora_builders.distributed.ranks import Ranks
-from qlora_builders.tensor.sharded import is_sharded, whole_tensor
+from qlora_builders.tensor.sharded import held_rows, is_sharded, whole_tensor, with_local
 
 
 @contextmanager
@@ -52,3 +52,15 @@ def _on_main(tensor: Tensor, ranks: Ranks) -> Tensor:
         return tensor
     whole = whole_tensor(tensor)
     return whole.cpu() if ranks.is_main else torch.empty(0, dtype=tensor.dtype)
+
+
+def shard_optimizer_state_(optimizer: torch.optim.Optimizer) -> None:
+    """After `load_state_dict` of a state that was saved whole: keep what this rank holds."""
+    for parameter, state in optimizer.state.items():
+        if not is_sharded(parameter):
+            continue
+        start, stop = held_rows(parameter)
+        for key, value in state.items():
+            whole = isinstance(value, Tensor) and not is_sharded(value)
+            if whole and value.shape == parameter.shape:
+                state[key] = with_local(parameter, value[start:stop].clone())

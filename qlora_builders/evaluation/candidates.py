@@ -70,7 +70,7 @@ def find_candidates(
     trained_on = BASE
     if info is not None:
         rules = [ComponentRule.parse(r).frozen() for r in adapter_plan(info, quantize=quantize)[0]]
-        if any(rule.kind == "frozen_nf4" for rule in rules):
+        if any(rule.base != "none" for rule in rules):
             nf4, trained_on = rules, NF4
         if dtype is None and info.base is not None:
             base_dtype = info.base.dtype

@@ -20,12 +20,8 @@ from torch import Tensor
 
 from qlora_builders.kernels.build import Sources, load_library
 from qlora_builders.kernels.compiler import CompilerError
-from qlora_builders.kernels.nf4_reference import (
-    NOT_FINITE,
-    dynamic_codebook,
-    encode_scales,
-    field_shapes,
-)
+from qlora_builders.kernels.formats import NOT_FINITE
+from qlora_builders.kernels.nf4_format import NF4Format, dynamic_codebook, encode_scales
 from qlora_builders.kernels.tiles import tiled_matmul
 
 _SOURCES = Sources(
@@ -41,30 +37,18 @@ _NOT_FINITE = 1
 _FEW_ROWS = 4  # of input: MOST_ROWS of nf4_cpu_rows.c
 
 
-def supports(scale_format: str, *dtypes: torch.dtype) -> bool:
+def supports(format: NF4Format, *dtypes: torch.dtype) -> bool:
     """Whether the kernels take this format and these dtypes here (and compile at all)."""
-    known = scale_format in _FORMATS and all(dtype in _DTYPES for dtype in dtypes)
+    known = format.scale_format in _FORMATS and all(dtype in _DTYPES for dtype in dtypes)
     return known and _library() is not None
 
 
-def quantize_nf4(
-    weight: Tensor,
-    *,
-    block_size: int,
-    scale_block_size: int,
-    scale_format: str,
-    scale_search: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `nf4_reference.quantize_nf4`; a strided weight is copied first."""
+def quantize(weight: Tensor, *, format: NF4Format) -> tuple[Tensor, Tensor, Tensor]:
+    """As `nf4_reference.quantize`; a strided weight is copied first."""
     weight = weight.contiguous()
-    codes_shape, scales_shape, groups_shape = field_shapes(
-        weight.numel(),
-        block_size=block_size,
-        scale_block_size=scale_block_size,
-        scale_format=scale_format,
-    )
+    codes_shape, scales_shape, groups_shape = format.field_shapes(weight.shape)
     codes = torch.empty(codes_shape, dtype=torch.uint8)
-    scale_dtype = torch.uint8 if scale_format == "geometric" else torch.float32
+    scale_dtype = torch.uint8 if format.scale_format == "geometric" else torch.float32
     scales = torch.empty(scales_shape, dtype=scale_dtype)
     groups = torch.empty(groups_shape, dtype=torch.float32)
     library = _library()
@@ -75,63 +59,43 @@ def quantize_nf4(
         scales.data_ptr(),
         groups.data_ptr(),
         weight.numel(),
-        block_size,
-        scale_block_size,
-        _FORMATS[scale_format],
+        format.block_size,
+        format.scale_block_size,
+        _FORMATS[format.scale_format],
         _DTYPES[weight.dtype],
-        scale_search,
+        format.scale_search,
         torch.get_num_threads(),
     )
     if status == _NOT_FINITE:
         raise ValueError(NOT_FINITE)
     if status:
         raise MemoryError("out of memory while quantizing a weight")
-    if scale_format == "bnb":
-        scales, groups = encode_scales(
-            scales, scale_block_size=scale_block_size, scale_format="bnb", dtype=weight.dtype
-        )
+    if format.scale_format == "bnb":
+        scales, groups = encode_scales(scales, format=format, dtype=weight.dtype)
     return codes, scales, groups
 
 
-def dequantize_nf4(
-    codes: Tensor,
-    scales: Tensor,
-    scale_groups: Tensor,
+def dequantize(
+    fields: Sequence[Tensor],
     *,
-    numel: int,
-    block_size: int,
-    scale_block_size: int,
-    scale_format: str,
+    format: NF4Format,
+    shape: Sequence[int],
     dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """As `nf4_reference.dequantize_nf4`."""
-    out = torch.empty(numel, dtype=out_dtype)
-    dequantize_range_(
-        out,
-        codes,
-        scales,
-        scale_groups,
-        start=0,
-        block_size=block_size,
-        scale_block_size=scale_block_size,
-        scale_format=scale_format,
-        dtype=dtype,
-    )
+    """As `nf4_reference.dequantize`."""
+    out = torch.empty(*shape, dtype=out_dtype)
+    dequantize_range_(out, fields, format=format, start=0, dtype=dtype)
     return out
 
 
 def dequantize_range_(
     out: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    scale_groups: Tensor,
+    fields: Sequence[Tensor],
     *,
+    format: NF4Format,
     start: int,
     stride: int | None = None,
-    block_size: int,
-    scale_block_size: int,
-    scale_format: str,
     dtype: torch.dtype,
 ) -> None:
     """Decode the elements from `start` (a multiple of block_size) into all of contiguous `out`.
@@ -139,12 +103,13 @@ def dequantize_range_(
     With `stride`, out's second row is what begins so much later in the weight, and so on; strides
     and the length of out's rows are then multiples of block_size, too.
     """
+    codes, scales, scale_groups = fields
     library = _library()
     assert library is not None
     assert out.is_contiguous()
     rows, count = (1, out.numel()) if stride is None else out.shape
-    assert start % block_size == 0
-    assert stride is None or (stride % block_size == 0 and count % block_size == 0)
+    assert start % format.block_size == 0
+    assert stride is None or (stride % format.block_size == 0 and count % format.block_size == 0)
     library.qlora_dequantize_nf4(
         codes.data_ptr(),
         scales.data_ptr(),
@@ -155,59 +120,42 @@ def dequantize_range_(
         count,
         rows,
         stride or 0,
-        block_size,
-        scale_block_size,
-        _FORMATS[scale_format],
+        format.block_size,
+        format.scale_block_size,
+        _FORMATS[format.scale_format],
         _DTYPES[dtype],
         _DTYPES[out.dtype],
         torch.get_num_threads(),
     )
 
 
-def matmul_nf4(
+def matmul(
     input: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    scale_groups: Tensor,
+    fields: Sequence[Tensor],
     bias: Tensor | None,
     *,
+    format: NF4Format,
     shape: Sequence[int],
     transposed: bool,
-    block_size: int,
-    scale_block_size: int,
-    scale_format: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `nf4_reference.matmul_nf4`, decoding a part of the weight at a time.
+    """As `nf4_reference.matmul`, decoding a part of the weight at a time.
 
     With AVX-512, few rows of input are multiplied without that, which adds up in another order.
     """
-    if transposed and len(input) <= _FEW_ROWS and shape[1] % block_size == 0:
-        output = _matmul_rows(
-            input,
-            codes,
-            scales,
-            scale_groups,
-            shape=shape,
-            block_size=block_size,
-            scale_block_size=scale_block_size,
-            scale_format=scale_format,
-            dtype=dtype,
-        )
+    columns, block_size = shape[1], format.block_size
+    if transposed and len(input) <= _FEW_ROWS and columns % block_size == 0:
+        output = _matmul_rows(input, fields, format=format, shape=shape, dtype=dtype)
         if output is not None:
             return (output if bias is None else output.add_(bias)).to(input.dtype)
 
-    def decode(rows: slice, columns: slice, out: Tensor) -> None:
+    def decode(part: slice, some: slice, out: Tensor) -> None:
         dequantize_range_(
             out,
-            codes,
-            scales,
-            scale_groups,
-            start=rows.start * shape[1] + columns.start,
-            stride=None if out.shape[1] == shape[1] else shape[1],
-            block_size=block_size,
-            scale_block_size=scale_block_size,
-            scale_format=scale_format,
+            fields,
+            format=format,
+            start=part.start * columns + some.start,
+            stride=None if out.shape[1] == columns else columns,
             dtype=dtype,
         )
 
@@ -217,24 +165,21 @@ def matmul_nf4(
         decode,
         shape=shape,
         transposed=transposed,
-        row_multiple=block_size // math.gcd(shape[1], block_size),  # a tile begins with a block
-        column_multiple=block_size if shape[1] % block_size == 0 else None,
+        row_multiple=block_size // math.gcd(columns, block_size),  # a tile begins with a block
+        column_multiple=block_size if columns % block_size == 0 else None,
     )
 
 
 def _matmul_rows(
     input: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    scale_groups: Tensor,
+    fields: Sequence[Tensor],
     *,
+    format: NF4Format,
     shape: Sequence[int],
-    block_size: int,
-    scale_block_size: int,
-    scale_format: str,
     dtype: torch.dtype,
 ) -> Tensor | None:
     """`input @ W.T` in float32; None where the library has no code for it."""
+    codes, scales, scale_groups = fields
     rows, (out_features, in_features) = len(input), shape
     even_then_odd = input.float().unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
     output = torch.empty(rows, out_features)
@@ -250,9 +195,9 @@ def _matmul_rows(
         rows,
         out_features,
         in_features,
-        block_size,
-        scale_block_size,
-        _FORMATS[scale_format],
+        format.block_size,
+        format.scale_block_size,
+        _FORMATS[format.scale_format],
         _DTYPES[dtype],
         _DTYPES[input.dtype],
         torch.get_num_threads(),

@@ -18,7 +18,7 @@ Scales (`scale_format`)
                floor(x + 1/2): ((k - 1) * span + 127) // 254.
     bnb        8 bits each, as bitsandbytes' nested ("double") quantization stores them: the mean of
                all scales is the offset; what is left is divided by its largest magnitude in the
-               group and coded with the 256 values of `dynamic_codebook` (in `nf4_scales`). Codes
+               group and coded with the 256 values of `nf4_format.dynamic_codebook`. Codes
                of scales may differ between CPU and GPU, as bitsandbytes' own do.
 
 Round trip
@@ -44,20 +44,20 @@ Shapes: n elements, B = ceil(n / block_size) blocks, G = ceil(B / scale_block_si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from qlora_builders.kernels.nf4_scales import (
+from qlora_builders.kernels.formats import NOT_FINITE
+from qlora_builders.kernels.nf4_format import (
+    NF4Format,
     decode_scales,
-    dynamic_codebook,
     encode_scales,
     num_blocks,
     pad,
 )
-
-__all__ = ["decode_scales", "dynamic_codebook", "encode_scales"]  # part of the definition
 
 NF4_CODEBOOK = torch.tensor(
     [
@@ -87,123 +87,81 @@ _BYTE_VALUES = torch.stack(
     [NF4_CODEBOOK.repeat_interleave(16), NF4_CODEBOOK.repeat(16)], dim=1
 )  # [256, 2]
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NOT_FINITE = "the weight has NaN or infinite elements; repair the checkpoint"
-
 SEARCHED_FACTORS = tuple(float(torch.tensor(1 - 0.02 * k, device="cpu")) for k in range(16))
 
 # Elements worked on at once; bounds the float32 and int32 temporaries to about 16 MiB.
 _CHUNK_ELEMENTS = 1 << 20
 
 
-def field_shapes(
-    numel: int, *, block_size: int, scale_block_size: int, scale_format: str
-) -> tuple[tuple[int], tuple[int], tuple[int, int]]:
-    """Shapes of (codes, scales, scale_groups) for a weight of `numel` elements."""
-    blocks = num_blocks(numel, block_size)
-    groups = 0 if scale_format == "none" else num_blocks(blocks, scale_block_size)
-    return (-(-numel // 2),), (blocks,), (groups, 2)
-
-
-def field_dtypes(scale_format: str) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-    """Dtypes of (codes, scales, scale_groups)."""
-    scales = torch.float32 if scale_format == "none" else torch.uint8
-    return torch.uint8, scales, torch.float32
-
-
-def quantize_nf4(
-    weight: Tensor,
-    *,
-    block_size: int,
-    scale_block_size: int,
-    scale_format: str,
-    scale_search: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize a weight of any shape; returns (codes, scales, scale_groups).
-
-    Args:
-        scale_search: take the best of 16 scales for each block; see `search_scales`. Not for `bnb`.
+def quantize(weight: Tensor, *, format: NF4Format) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, scales, scale_groups) of a weight of any shape.
 
     Raises:
         ValueError: if the weight has NaN or infinite elements.
     """
+    block_size, dtype = format.block_size, weight.dtype
     flat = weight.reshape(-1)
     absmax = _block_absmax(flat, block_size)
     if not torch.isfinite(absmax).all():
         raise ValueError(NOT_FINITE)
-    wanted = search_scales(flat, absmax, block_size) if scale_search else absmax
-    scales, scale_groups = encode_scales(
-        wanted, scale_block_size=scale_block_size, scale_format=scale_format, dtype=weight.dtype
-    )
+    wanted = search_scales(flat, absmax, block_size) if format.scale_search else absmax
+    scales, scale_groups = encode_scales(wanted, format=format, dtype=dtype)
     codes = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=weight.device)
-    step = _chunk_elements(block_size, scale_block_size)
+    step = _chunk_elements(block_size, format.scale_block_size)
     for start in range(0, flat.numel(), step):
         chunk = flat[start : start + step]
         blocks = pad(chunk.float(), block_size).view(-1, block_size)
         in_chunk = slice(start // block_size, start // block_size + blocks.shape[0])
-        group = start // (block_size * scale_block_size)
-        decoded = decode_scales(
-            scales[in_chunk],
-            scale_groups[group:],
-            scale_block_size=scale_block_size,
-            scale_format=scale_format,
-            dtype=weight.dtype,
-        )
-        if scale_format == "bnb":
+        group = start // (block_size * format.scale_block_size)
+        decoded = decode_scales(scales[in_chunk], scale_groups[group:], format=format, dtype=dtype)
+        if format.scale_format == "bnb":
             element_codes = _bnb_codes(blocks, absmax[in_chunk])
         else:
             element_codes = _nearest_codes(blocks, absmax[in_chunk], decoded)
-            element_codes = _canonical(element_codes, decoded, weight.dtype)
+            element_codes = _canonical(element_codes, decoded, dtype)
         pairs = element_codes.view(-1, 2)[: -(-chunk.numel() // 2)]
         codes[start // 2 : start // 2 + pairs.shape[0]] = pairs[:, 0] << 4 | pairs[:, 1]
     return codes, scales, scale_groups
 
 
-def dequantize_nf4(
-    codes: Tensor,
-    scales: Tensor,
-    scale_groups: Tensor,
+def dequantize(
+    fields: Sequence[Tensor],
     *,
-    numel: int,
-    block_size: int,
-    scale_block_size: int,
-    scale_format: str,
+    format: NF4Format,
+    shape: Sequence[int],
     dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Decode to a flat [numel] tensor: rounded to the weight's own `dtype`, cast to `out_dtype`."""
+    """Decoded to `shape`: rounded to the weight's own `dtype`, cast to `out_dtype`."""
+    codes, scales, scale_groups = fields
+    block_size, numel = format.block_size, math.prod(shape)
     out = torch.empty(numel, dtype=out_dtype, device=codes.device)
     table = _BYTE_VALUES.to(codes.device)
-    step = _chunk_elements(block_size, scale_block_size)
+    step = _chunk_elements(block_size, format.scale_block_size)
     for start in range(0, numel, step):
         stop = min(start + step, numel)
         block = start // block_size
         chunk_scales = decode_scales(
             scales[block : num_blocks(stop, block_size)],
-            scale_groups[block // scale_block_size :],
-            scale_block_size=scale_block_size,
-            scale_format=scale_format,
+            scale_groups[block // format.scale_block_size :],
+            format=format,
             dtype=dtype,
         )
         values = table.index_select(0, codes[start // 2 : (stop + 1) // 2].int()).view(-1)
         values = pad(values[: stop - start], block_size).view(-1, block_size)
         values = (values * chunk_scales[:, None]).to(dtype).view(-1)
         out[start:stop] = values[: stop - start]
-    return out
+    return out.view(*shape)
 
 
-def matmul_nf4(
+def matmul(
     input: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    scale_groups: Tensor,
+    fields: Sequence[Tensor],
     bias: Tensor | None,
     *,
+    format: NF4Format,
     shape: Sequence[int],
     transposed: bool,
-    block_size: int,
-    scale_block_size: int,
-    scale_format: str,
     dtype: torch.dtype,
 ) -> Tensor:
     """`input @ W.T + bias` (transposed) or `input @ W`, in the input's dtype.
@@ -213,17 +171,7 @@ def matmul_nf4(
         bias: [out] in the input's dtype, or None; only if transposed.
         shape: (out, in) of the weight.
     """
-    weight = dequantize_nf4(
-        codes,
-        scales,
-        scale_groups,
-        numel=shape[0] * shape[1],
-        block_size=block_size,
-        scale_block_size=scale_block_size,
-        scale_format=scale_format,
-        dtype=dtype,
-        out_dtype=input.dtype,
-    ).view(*shape)
+    weight = dequantize(fields, format=format, shape=shape, dtype=dtype, out_dtype=input.dtype)
     return torch.nn.functional.linear(input, weight, bias) if transposed else input @ weight
 
 

@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from qlora_builders.kernels import nf4_triton_kernels as kernels
-from qlora_builders.kernels.nf4_reference import (
-    MIDPOINTS,
-    NF4_CODEBOOK,
-    NOT_FINITE,
-    SEARCHED_FACTORS,
+from qlora_builders.kernels.formats import NOT_FINITE
+from qlora_builders.kernels.nf4_format import (
+    NF4Format,
     dynamic_codebook,
     encode_scales,
-    field_shapes,
     num_blocks,
 )
+from qlora_builders.kernels.nf4_reference import MIDPOINTS, NF4_CODEBOOK, SEARCHED_FACTORS
 from qlora_builders.kernels.tiles import tiled_matmul
 
 _PROGRAM_ELEMENTS = 4096  # 32 a thread with 4 warps
@@ -36,20 +34,14 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FORMATS = {"geometric": 0, "none": 1, "bnb": 2}
 
 
-def supports(scale_format: str, *dtypes: torch.dtype) -> bool:
+def supports(format: NF4Format, *dtypes: torch.dtype) -> bool:
     """Whether the kernels take this format and these dtypes."""
-    return scale_format in _FORMATS and all(dtype in _DTYPES for dtype in dtypes)
+    return format.scale_format in _FORMATS and all(dtype in _DTYPES for dtype in dtypes)
 
 
-def quantize_nf4(
-    weight: Tensor,
-    *,
-    block_size: int,
-    scale_block_size: int,
-    scale_format: str,
-    scale_search: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `nf4_reference.quantize_nf4`; a strided weight is copied first."""
+def quantize(weight: Tensor, *, format: NF4Format) -> tuple[Tensor, Tensor, Tensor]:
+    """As `nf4_reference.quantize`; a strided weight is copied first."""
+    block_size = format.block_size
     flat = _bits(weight.contiguous().view(-1))
     numel, blocks = flat.numel(), num_blocks(flat.numel(), block_size)
     rows = _tile_rows(block_size)
@@ -62,7 +54,7 @@ def quantize_nf4(
         if not torch.isfinite(absmax).all():
             raise ValueError(NOT_FINITE)
         wanted = absmax
-        if scale_search:
+        if format.scale_search:
             wanted = torch.empty_like(absmax)
             _launch(
                 kernels.search_kernel,
@@ -77,7 +69,7 @@ def quantize_nf4(
                 LEVELS=block_size.bit_length() - 1,
                 **tile,
             )
-        scales, groups = _encode_scales(wanted, scale_block_size, scale_format, weight.dtype)
+        scales, groups = _encode_scales(wanted, format, weight.dtype)
         codes = flat.new_empty(-(-numel // 2), dtype=torch.uint8)
         _launch(
             kernels.codes_kernel,
@@ -90,21 +82,19 @@ def quantize_nf4(
             codebook,
             numel,
             blocks,
-            SCALE_BLOCK_SIZE=scale_block_size,
-            FORMAT=_FORMATS[scale_format],
+            SCALE_BLOCK_SIZE=format.scale_block_size,
+            FORMAT=_FORMATS[format.scale_format],
             SMALLEST_NORMAL=torch.finfo(weight.dtype).tiny,
             **tile,
         )
     return codes, scales, groups
 
 
-def _encode_scales(
-    absmax: Tensor, scale_block_size: int, scale_format: str, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    options: dict[str, Any] = {"scale_block_size": scale_block_size, "scale_format": scale_format}
-    if scale_format != "geometric" or scale_block_size > _LARGEST_GROUP:
-        return encode_scales(absmax, dtype=dtype, **options)
-    _, (count,), (group_count, _) = field_shapes(absmax.numel(), block_size=1, **options)
+def _encode_scales(absmax: Tensor, format: NF4Format, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale_block_size, count = format.scale_block_size, absmax.numel()
+    if format.scale_format != "geometric" or scale_block_size > _LARGEST_GROUP:
+        return encode_scales(absmax, format=format, dtype=dtype)
+    group_count = num_blocks(count, scale_block_size)
     scales = absmax.new_empty(count, dtype=torch.uint8)
     groups = absmax.new_empty(group_count, 2)
     _launch(
@@ -121,47 +111,31 @@ def _encode_scales(
     return scales, groups
 
 
-def dequantize_nf4(
-    codes: Tensor,
-    scales: Tensor,
-    scale_groups: Tensor,
+def dequantize(
+    fields: Sequence[Tensor],
     *,
-    numel: int,
-    block_size: int,
-    scale_block_size: int,
-    scale_format: str,
+    format: NF4Format,
+    shape: Sequence[int],
     dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """As `nf4_reference.dequantize_nf4`."""
-    out = torch.empty(numel, dtype=out_dtype, device=codes.device)
-    dequantize_range_(
-        out,
-        codes,
-        scales,
-        scale_groups,
-        start=0,
-        block_size=block_size,
-        scale_block_size=scale_block_size,
-        scale_format=scale_format,
-        dtype=dtype,
-    )
+    """As `nf4_reference.dequantize`."""
+    out = torch.empty(*shape, dtype=out_dtype, device=fields[0].device)
+    dequantize_range_(out, fields, format=format, start=0, dtype=dtype)
     return out
 
 
 def dequantize_range_(
     out: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    scale_groups: Tensor,
+    fields: Sequence[Tensor],
     *,
+    format: NF4Format,
     start: int,
-    block_size: int,
-    scale_block_size: int,
-    scale_format: str,
     dtype: torch.dtype,
 ) -> None:
     """Decode the elements from `start` (a multiple of block_size) into all of contiguous `out`."""
+    codes, scales, scale_groups = fields
+    block_size = format.block_size
     assert out.is_contiguous()
     assert start % block_size == 0
     rows = _tile_rows(block_size)
@@ -179,41 +153,31 @@ def dequantize_range_(
             out.numel(),
             (out.numel() + 1) // 2,
             BLOCK_SIZE=block_size,
-            SCALE_BLOCK_SIZE=scale_block_size,
+            SCALE_BLOCK_SIZE=format.scale_block_size,
             ROWS=rows,
-            FORMAT=_FORMATS[scale_format],
+            FORMAT=_FORMATS[format.scale_format],
             DTYPE=_DTYPES[dtype],
             OUT_DTYPE=_DTYPES[out.dtype],
         )
 
 
-def matmul_nf4(
+def matmul(
     input: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    scale_groups: Tensor,
+    fields: Sequence[Tensor],
     bias: Tensor | None,
     *,
+    format: NF4Format,
     shape: Sequence[int],
     transposed: bool,
-    block_size: int,
-    scale_block_size: int,
-    scale_format: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `nf4_reference.matmul_nf4`: for a few tokens in one pass, else by tiles."""
-    fields = (codes, scales, scale_groups)
-    options: dict[str, Any] = {
-        "block_size": block_size,
-        "scale_block_size": scale_block_size,
-        "scale_format": scale_format,
-        "dtype": dtype,
-    }
-    if transposed and input.shape[0] <= _MATVEC_BATCH and shape[1] % block_size == 0:
-        return _matvec(input, *fields, bias, shape=shape, **options)
+    """As `nf4_reference.matmul`: for a few tokens in one pass, else by tiles."""
+    columns, block_size = shape[1], format.block_size
+    if transposed and input.shape[0] <= _MATVEC_BATCH and columns % block_size == 0:
+        return _matvec(input, fields, bias, format=format, shape=shape, dtype=dtype)
 
     def decode(rows: slice, _all: slice, out: Tensor) -> None:
-        dequantize_range_(out, *fields, start=rows.start * shape[1], **options)
+        dequantize_range_(out, fields, format=format, start=rows.start * columns, dtype=dtype)
 
     return tiled_matmul(
         input,
@@ -221,24 +185,21 @@ def matmul_nf4(
         decode,
         shape=shape,
         transposed=transposed,
-        row_multiple=block_size // math.gcd(shape[1], block_size),  # a tile begins with a block
+        row_multiple=block_size // math.gcd(columns, block_size),  # a tile begins with a block
     )
 
 
 def _matvec(
     input: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    scale_groups: Tensor,
+    fields: Sequence[Tensor],
     bias: Tensor | None,
     *,
+    format: NF4Format,
     shape: Sequence[int],
-    block_size: int,
-    scale_block_size: int,
-    scale_format: str,
     dtype: torch.dtype,
 ) -> Tensor:
     """input [m, in], m at most 8 -> [m, out]."""
+    codes, scales, scale_groups = fields
     m, (out_features, in_features) = input.shape[0], shape
     input = input.contiguous()
     output = input.new_empty(m, out_features)
@@ -259,10 +220,10 @@ def _matvec(
             out_features,
             BATCH=1 << (m - 1).bit_length(),
             ROWS=_MATVEC_ROWS,
-            BLOCKS=max(1, _MATVEC_ELEMENTS // block_size),
-            BLOCK_SIZE=block_size,
-            SCALE_BLOCK_SIZE=scale_block_size,
-            FORMAT=_FORMATS[scale_format],
+            BLOCKS=max(1, _MATVEC_ELEMENTS // format.block_size),
+            BLOCK_SIZE=format.block_size,
+            SCALE_BLOCK_SIZE=format.scale_block_size,
+            FORMAT=_FORMATS[format.scale_format],
             DTYPE=_DTYPES[dtype],
             OUT_DTYPE=_DTYPES[input.dtype],
             HAS_BIAS=bias is not None,

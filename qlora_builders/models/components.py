@@ -16,25 +16,58 @@ from torch import nn
 
 from qlora_builders.errors import PlanError, did_you_mean
 from qlora_builders.models.slot_patterns import match_names
-from qlora_builders.modules import FrozenNF4Linear, Linear, LoRALinear, check_lora_options
-from qlora_builders.modules.lora_init import DEFAULT, stored_rank
-from qlora_builders.tensor import check_nf4_options
+from qlora_builders.modules import (
+    FrozenLinear,
+    FrozenNF4Linear,
+    Linear,
+    LoRALinear,
+    check_lora_options,
+)
+from qlora_builders.modules.lora_init import stored_rank
+from qlora_builders.tensor import QUANTIZED_TYPES, Format
 
-_NF4_OPTIONS = ("block_size", "scale_block_size", "scale_format", "scale_search")
-_NF4_DEFAULTS = {"block_size": 64, "scale_block_size": 256, "scale_format": "geometric"}
-_LORA_OPTIONS = (
-    "rank", "alpha", "dropout", "use_rslora", "lora_bias", "use_dora", "init_lora_weights"
-)  # fmt: skip
-KINDS: dict[str, tuple[str, ...]] = {
-    "linear": ("trainable",),
-    "frozen_nf4": _NF4_OPTIONS,
-    "lora": _LORA_OPTIONS,
-    "qlora": _LORA_OPTIONS + _NF4_OPTIONS,
+# What each part of a rule takes, with its type. A plain weight alone has the first; a quantized
+# base has the options of its format, which checks them; `check_lora_options` checks an adapter's.
+_PLAIN_WEIGHT: dict[str, type] = {"trainable": bool}
+ADAPTERS: dict[str, dict[str, type]] = {
+    "none": {},
+    "lora": {
+        "rank": int,
+        "alpha": float,
+        "dropout": float,
+        "use_rslora": bool,
+        "lora_bias": bool,
+        "use_dora": bool,
+        "init_lora_weights": str,
+    },
 }
 _MOST_RULES = 10_000  # the largest Llama has 883 slots
-_INTEGERS = ("rank", "block_size", "scale_block_size")
-_NUMBERS = ("alpha", "dropout")
-_SWITCHES = ("use_rslora", "lora_bias", "use_dora", "trainable", "scale_search")
+BASES: dict[str, type[Format] | None] = {
+    "none": None,
+    **{name: cls.kernels.format_type for name, cls in QUANTIZED_TYPES.items()},
+}
+# kind -> (base, adapter)
+KINDS = {
+    "linear": ("none", "none"),
+    "frozen_nf4": ("nf4", "none"),
+    "lora": ("none", "lora"),
+    "qlora": ("nf4", "lora"),
+}
+_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+}
+_PARTS = ("match", "kind", "base", "adapter")
+
+
+def takes(base: str, adapter: str) -> dict[str, type]:
+    """The options of a rule with this base and adapter, and their types."""
+    if base == adapter == "none":
+        return _PLAIN_WEIGHT
+    format_type = BASES[base]
+    of_base = {} if format_type is None else format_type().options
+    return ADAPTERS[adapter] | {name: type(default) for name, default in of_base.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +76,25 @@ class ComponentRule:
 
     Attributes:
         match: pattern of slot names without the leading `model.`; see `slot_patterns`.
-        kind: `linear`, `frozen_nf4`, `lora` (plain base) or `qlora` (NF4 base).
-        rank, alpha: of the adapter; both needed by `lora` and `qlora`.
+        base, adapter: what the weight is stored as (`none`, `nf4`, ...), and what trains on it
+            (`none`, `lora`); a rule that gives one of them leaves the other at `none`.
+        kind: shorthand for both: `linear`, `frozen_nf4`, `lora` (plain base) or `qlora` (NF4 base).
+            Rules of either spelling are equal; empty where no kind says the same.
+        rank, alpha: of the adapter; both needed.
         dropout, use_rslora, lora_bias, use_dora, init_lora_weights: of the adapter; see
             `LoRALinear`.
         block_size, scale_block_size, scale_format, scale_search: of the NF4 base; see `to_nf4`.
         trainable: train the weight itself, in float32; `linear` only.
 
     Raises:
-        PlanError: for an unknown kind, an option the kind does not take, a missing or bad value.
+        PlanError: for an unknown kind, base or adapter, a kind that contradicts them, an option
+            that they do not take, a missing or bad value.
     """
 
     match: str
-    kind: str
+    kind: str = ""
+    base: str = ""
+    adapter: str = ""
     rank: int | None = None
     alpha: float | None = None
     dropout: float | None = None
@@ -71,55 +110,98 @@ class ComponentRule:
 
     def __post_init__(self) -> None:
         where = f"rule {self.match!r}"
-        if not isinstance(self.match, str) or not isinstance(self.kind, str):
-            raise PlanError(f"{where}, kind {self.kind!r}: match and kind must be strings")
-        if self.kind not in KINDS:
-            raise PlanError(f"{where}: unknown kind {self.kind!r}{did_you_mean(self.kind, KINDS)}")
-        allowed = KINDS[self.kind]
-        for name in self.options:
-            if name not in allowed:
-                raise PlanError(
-                    f"{where}: kind {self.kind!r} does not take {name!r}; "
-                    f"it takes {', '.join(allowed)}"
-                )
-        for names, types, wanted in (
-            (_INTEGERS, (int,), "an integer"),
-            (_NUMBERS, (int, float), "a number"),
-            (_SWITCHES, (bool,), "true or false"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and type(value) not in types:  # True is an int to isinstance
-                    raise PlanError(f"{where}: {name} is {value!r}; it must be {wanted}")
+        if not all(isinstance(getattr(self, part), str) for part in _PARTS):
+            said = ", ".join(f"{part} {getattr(self, part)!r}" for part in _PARTS[1:])
+            raise PlanError(
+                f"{where}, {said}: match and kind must be strings, and so must base and adapter"
+            )
         try:
-            if "rank" in allowed:
-                if self.rank is None or self.alpha is None:
-                    raise PlanError(f"kind {self.kind!r} needs rank and alpha")
-                check_lora_options(
-                    rank=self.rank,
-                    alpha=self.alpha,
-                    dropout=self.dropout or 0.0,
-                    lora_bias=bool(self.lora_bias),
-                    use_dora=bool(self.use_dora),
-                    init_lora_weights=DEFAULT
-                    if self.init_lora_weights is None
-                    else self.init_lora_weights,
-                    quantize_base=self.kind == "qlora",
-                )
-            nf4 = {name: value for name, value in self.options.items() if name in _NF4_OPTIONS}
-            check_nf4_options(**{**_NF4_DEFAULTS, **nf4})
+            self._resolve_kind()
+            self._check_types()
+            if self.adapter == "lora":
+                self._check_lora()
+            _ = self.format
         except ValueError as error:
             raise PlanError(f"{where}: {error}") from error
 
+    def _resolve_kind(self) -> None:
+        """All three are set, whichever of them were given."""
+        for part, known in (("kind", KINDS), ("base", BASES), ("adapter", ADAPTERS)):
+            value = getattr(self, part)
+            if value and value not in known:
+                raise PlanError(f"unknown {part} {value!r}{did_you_mean(value, known)}")
+        if not (self.kind or self.base or self.adapter):
+            raise PlanError("kind missing, or base and adapter")
+        if self.kind:
+            base, adapter = KINDS[self.kind]
+            for part, value in (("base", base), ("adapter", adapter)):
+                if getattr(self, part) not in ("", value):
+                    raise PlanError(
+                        f"kind {self.kind!r} has {part} {value!r}, which {part} "
+                        f"{getattr(self, part)!r} contradicts; drop one of them"
+                    )
+        else:
+            base, adapter = self.base or "none", self.adapter or "none"
+        kind = next((name for name, parts in KINDS.items() if parts == (base, adapter)), "")
+        for part, value in (("kind", kind), ("base", base), ("adapter", adapter)):
+            object.__setattr__(self, part, value)
+
+    def _check_types(self) -> None:
+        taken = takes(self.base, self.adapter)
+        for name, value in self.options.items():
+            if name not in taken:
+                listed = ", ".join(taken) or "no options"
+                raise PlanError(f"{self._said} does not take {name!r}; it takes {listed}")
+            types, wanted = _TYPES.get(taken[name], ((object,), ""))
+            if wanted and type(value) not in types:  # True is an int to isinstance
+                raise PlanError(f"{name} is {value!r}; it must be {wanted}")
+
+    def _check_lora(self) -> None:
+        if self.rank is None or self.alpha is None:
+            raise PlanError(f"{self._said} needs rank and alpha")
+        given = {name: v for name, v in self.options.items() if name in ADAPTERS["lora"]}
+        given.pop("use_rslora", None)
+        check_lora_options(**{"dropout": 0.0, **given, "quantize_base": self.base != "none"})
+
+    @property
+    def _said(self) -> str:
+        return f"kind {self.kind!r}" if self.kind else f"base {self.base!r}, {self._adapter_said}"
+
+    @property
+    def _adapter_said(self) -> str:
+        return "without an adapter" if self.adapter == "none" else f"adapter {self.adapter!r}"
+
+    @property
+    def name(self) -> str:
+        """For tables: the kind, or "mxfp4", "mxfp4 + lora"."""
+        adapter = "" if self.adapter == "none" else f" + {self.adapter}"
+        return self.kind or self.base + adapter
+
+    @property
+    def format(self) -> Format | None:
+        """Of the base; None where that is plain."""
+        format_type = BASES[self.base]
+        if format_type is None:
+            return None
+        known = format_type().options
+        return format_type(**{name: v for name, v in self.options.items() if name in known})
+
     @property
     def options(self) -> dict[str, Any]:
-        """The options that were given, without `match` and `kind`."""
+        """The options that were given, without what they are options of."""
         given = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {k: v for k, v in given if v is not None and k not in ("match", "kind")}
+        return {k: v for k, v in given if v is not None and k not in _PARTS}
+
+    @property
+    def spelled(self) -> dict[str, Any]:
+        """The mapping that `parse` takes: by kind where there is one, as releases before bases and
+        adapters read it."""
+        parts = {"kind": self.kind} if self.kind else {"base": self.base, "adapter": self.adapter}
+        return {"match": self.match, **parts, **self.options}
 
     @property
     def trains(self) -> bool:
-        return self.kind in ("lora", "qlora") or bool(self.trainable)
+        return self.adapter != "none" or bool(self.trainable)
 
     @property
     def stored_rank(self) -> int | None:
@@ -128,9 +210,14 @@ class ComponentRule:
 
     def frozen(self) -> ComponentRule:
         """The rule for the same base alone: no adapter, and nothing that trains."""
-        kind = {"lora": "linear", "qlora": "frozen_nf4"}.get(self.kind, self.kind)
-        kept = {k: v for k, v in self.options.items() if k in KINDS[kind] and k != "trainable"}
-        return ComponentRule(match=self.match, kind=kind, **kept)
+        known = takes(self.base, "none")
+        kept = {k: v for k, v in self.options.items() if k in known and k != "trainable"}
+        return ComponentRule(match=self.match, base=self.base, **kept)
+
+    @classmethod
+    def of_format(cls, match: str, format: Format) -> ComponentRule:
+        """A frozen base of this format."""
+        return cls(match=match, base=format.name, **format.options)
 
     @classmethod
     def parse(cls, rule: ComponentRule | Mapping[str, Any]) -> ComponentRule:
@@ -150,7 +237,9 @@ class ComponentRule:
         for key in rule:
             if key not in known:
                 raise PlanError(f"{where}: unknown option {key!r}{did_you_mean(str(key), known)}")
-        missing = [key for key in ("match", "kind") if key not in rule]
+        missing = [] if "match" in rule else ["match"]
+        if not {"kind", "base", "adapter"} & set(rule):
+            missing.append("kind")
         if missing:
             raise PlanError(f"{where}: {' and '.join(missing)} missing")
         return cls(**rule)
@@ -173,7 +262,7 @@ def resolve(
         try:
             matched = match_names(rule.match, slots)
         except PlanError as error:
-            raise PlanError(f"rule of kind {rule.kind!r}: {error}") from error
+            raise PlanError(f"rule of {rule._said}: {error}") from error
         plan.update(dict.fromkeys(matched, rule))
     _check_dora(plan.values())
     return plan
@@ -181,7 +270,7 @@ def resolve(
 
 def _check_dora(rules: Iterable[ComponentRule]) -> None:
     """PEFT's files have one switch for all adapters."""
-    dora = {bool(rule.use_dora): rule for rule in rules if rule.kind in ("lora", "qlora")}
+    dora = {bool(rule.use_dora): rule for rule in rules if rule.adapter != "none"}
     if len(dora) > 1:
         raise PlanError(
             f"rule {dora[True].match!r} has use_dora and rule {dora[False].match!r} has not; an "
@@ -199,24 +288,20 @@ def build_linear(
     dtype: torch.dtype,
 ) -> nn.Module:
     """The layer that `rule` asks for. A weight that trains is a float32 master whatever `dtype`."""
-    options = rule.options
-    if rule.kind == "linear":
+    shape: dict[str, Any] = {"in_features": in_features, "out_features": out_features, "bias": bias}
+    format = rule.format
+    if rule.adapter == "none" and format is None:
         dtype = torch.float32 if rule.trains else dtype
-        layer = Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        return layer.requires_grad_(rule.trains)
-    if rule.kind == "frozen_nf4":
-        return FrozenNF4Linear(
-            in_features, out_features, bias, device=device, dtype=dtype, **options
-        )
+        return Linear(**shape, device=device, dtype=dtype).requires_grad_(rule.trains)
+    if rule.adapter == "none" and rule.base == "nf4":  # has a public layer of its own
+        return FrozenNF4Linear(**shape, device=device, dtype=dtype, **rule.options)
+    if rule.adapter == "none":
+        assert format is not None
+        return FrozenLinear(**shape, format=format, device=device, dtype=dtype)
+    options = {name: v for name, v in rule.options.items() if name in ADAPTERS[rule.adapter]}
     try:
         return LoRALinear(
-            in_features,
-            out_features,
-            bias=bias,
-            quantize_base=rule.kind == "qlora",
-            device=device,
-            dtype=dtype,
-            **options,
+            **shape, quantize_base=format or False, device=device, dtype=dtype, **options
         )
     except ValueError as error:
         raise PlanError(f"rule {rule.match!r}: {error}") from error

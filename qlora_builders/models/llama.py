@@ -237,7 +237,7 @@ def _resolve_tokens(
     if len(set(tokens)) < len(tokens):
         repeated = sorted({token for token in tokens if tokens.count(token) > 1})
         raise PlanError(f"train embed_tokens[...]: named twice: {repeated[:5]}")
-    if not any(rule.kind in ("lora", "qlora") for rule in plan.values()):
+    if not any(rule.adapter != "none" for rule in plan.values()):
         raise PlanError(
             "train embed_tokens[...] is stored with an adapter, and the plan has none; add a rule "
             "of kind 'lora' or 'qlora'"
@@ -254,9 +254,9 @@ def _resolve_tokens(
 def _check_tied_head(rule: ComponentRule, *, embedding_trains: bool) -> None:
     """The head of a model with tied embeddings can only be what the embedding is too."""
     shared = f"rule {rule.match!r}: lm_head shares the embedding's weight in this model"
-    if rule.kind in ("frozen_nf4", "qlora"):
+    if rule.base != "none":
         raise PlanError(f"{shared} and cannot be quantized; use kind 'lora' or 'linear' for it")
-    if rule.kind == "lora" and embedding_trains:
+    if rule.adapter != "none" and embedding_trains:
         raise PlanError(
             f"{shared}, which trains itself; drop this rule or 'embed_tokens' from `train`"
         )

@@ -41,7 +41,7 @@ def summarize(model: CausalLM) -> list[SummaryRow]:
     for name in [*other_modules(arch), *plan]:
         module = model.get_submodule(name if name == "lm_head" else f"model.{name}")
         rule = plan.get(name)
-        kind = type(module).__name__ if rule is None else rule.kind
+        kind = type(module).__name__ if rule is None else rule.name
         options = {} if rule is None else rule.options
         tied = name == "lm_head" and model.tie_word_embeddings
         layer = re.match(r"layers\.(\d+)\.(.+)", name)

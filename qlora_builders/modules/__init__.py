@@ -5,7 +5,7 @@ from qlora_builders.modules.attention import Attention
 from qlora_builders.modules.decoder import CausalLM, Decoder, DecoderLayer
 from qlora_builders.modules.feed_forward import ACTIVATIONS, FeedForward
 from qlora_builders.modules.kv_cache import KVCache
-from qlora_builders.modules.linear import FrozenNF4Linear, Linear, quantize_
+from qlora_builders.modules.linear import FrozenLinear, FrozenNF4Linear, Linear, quantize_
 from qlora_builders.modules.lora import LoRALinear, check_lora_options, is_adapter
 from qlora_builders.modules.loss import (
     IGNORE_INDEX,
@@ -31,6 +31,7 @@ __all__ = [
     "Decoder",
     "DecoderLayer",
     "FeedForward",
+    "FrozenLinear",
     "FrozenNF4Linear",
     "KVCache",
     "Linear",

@@ -1,4 +1,4 @@
-"""Linear, FrozenNF4Linear, and the state_dict hooks of NF4 weights; LoRALinear is in `lora.py`.
+"""Frozen linear layers, and the state_dict hooks of quantized weights; LoRALinear is in `lora.py`.
 
 Every component computes in the dtype of its input and casts its parameters where they are used, so
 one rule serves a bfloat16 base under float32 compute and float32 adapters under bfloat16 compute.
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.modules.cast_linear import cast_linear
-from qlora_builders.tensor import NF4Tensor, linear_nf4, to_nf4
-from qlora_builders.tensor.nf4_layouts import stored_parts, unpack
+from qlora_builders.tensor import Format, NF4Format, QuantizedTensor, quantize, quantized_linear
+from qlora_builders.tensor.layouts import stored_parts, unpack
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` in the input's dtype, whatever the weight is stored as. [..., in] -> [..., out]"""
-    if isinstance(weight, NF4Tensor):
-        return linear_nf4(input, weight, bias)
+    if isinstance(weight, QuantizedTensor):
+        return quantized_linear(input, weight, bias)
     return cast_linear(input, weight, bias)
 
 
@@ -33,8 +33,8 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-class FrozenNF4Linear(nn.Module):
-    """A linear layer whose weight is stored in NF4 and never trained.
+class FrozenLinear(nn.Module):
+    """A linear layer whose weight is stored quantized and never trained.
 
     Its `state_dict` holds a plain `weight` in `dtype`, so it is interchangeable with `nn.Linear`'s;
     loading quantizes. Saving and loading again gives the same bits.
@@ -43,8 +43,8 @@ class FrozenNF4Linear(nn.Module):
         in_features: size of the last input axis.
         out_features: size of the last output axis.
         bias: whether there is a bias; it is kept in `dtype` and frozen.
+        format: of the weight.
         dtype: dtype of the weight that the codes stand for.
-        nf4_options: `block_size`, `scale_block_size`, `scale_format`, `scale_search` of `to_nf4`.
     """
 
     weight: Tensor
@@ -56,21 +56,42 @@ class FrozenNF4Linear(nn.Module):
         out_features: int,
         bias: bool = False,
         *,
+        format: Format,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        **nf4_options: Any,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         add_frozen_base(self, bias=bias, device=device, dtype=dtype)
-        quantize_weight_(self, **nf4_options)
+        quantize_weight_(self, format)
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return describe_linear(self)
+
+
+class FrozenNF4Linear(FrozenLinear):
+    """`FrozenLinear` in NF4.
+
+    Args:
+        nf4_options: `block_size`, `scale_block_size`, `scale_format`, `scale_search` of `to_nf4`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        **nf4_options: Any,
+    ) -> None:
+        format = NF4Format(**nf4_options)
+        super().__init__(in_features, out_features, bias, format=format, device=device, dtype=dtype)
 
 
 # ---- quantized weights in modules ---------------------------------------------------------------
@@ -101,7 +122,7 @@ def quantize_(
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear)
         and name.rpartition(".")[2] not in ("lora_A", "lora_B")
-        and not isinstance(layer.weight, NF4Tensor)
+        and not isinstance(layer.weight, QuantizedTensor)
         and (filter_fn is None or filter_fn(name, layer))
     ]
     if not layers:
@@ -110,16 +131,16 @@ def quantize_(
         _check_not_shared(module, name, layer)
     for name, layer in layers:
         try:
-            quantize_weight_(layer, **nf4_options)
+            quantize_weight_(layer, NF4Format(**nf4_options))
         except ValueError as error:
             raise ValueError(f"{_key(name, 'weight')}: {error}") from error
     return module
 
 
-def quantize_weight_(module: nn.Module, **nf4_options: Any) -> None:
-    """Replace `module.weight` by its NF4 form and register the state_dict hooks."""
+def quantize_weight_(module: nn.Module, format: Format) -> None:
+    """Replace `module.weight` by its quantized form and register the state_dict hooks."""
     assert isinstance(module.weight, Tensor)
-    module.weight = nn.Parameter(to_nf4(module.weight, **nf4_options), requires_grad=False)
+    module.weight = nn.Parameter(quantize(module.weight, format), requires_grad=False)
     module.register_state_dict_post_hook(dequantize_state_dict)
     module.register_load_state_dict_pre_hook(quantize_state_dict)
 
@@ -152,7 +173,7 @@ def dequantize_state_dict(
     """state_dict post-hook: a plain `weight` in the weight's own dtype instead of the codes."""
     key = prefix + "weight"
     weight = state_dict.get(key)
-    if isinstance(weight, NF4Tensor):
+    if isinstance(weight, QuantizedTensor):
         state_dict[key] = weight.dequantize()
 
 
@@ -166,16 +187,16 @@ def quantize_state_dict(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """load_state_dict pre-hook: quantize a plain `weight` on arrival, with the module's options.
+    """load_state_dict pre-hook: quantize a plain `weight` on arrival, into the module's format.
 
-    An `NF4Tensor`, or the parts of one as files hold it (`tensor/nf4_layouts.py`), is taken as it
-    is if it has the module's format and dtype, else dequantized and quantized anew. The weight goes
+    A quantized one, or its parts as files hold them (`tensor/layouts.py`), is taken as it is if it
+    has the module's format and dtype, else dequantized and quantized anew. The weight goes
     to the module's device first (unless that is meta). A weight of the wrong shape is left to
     PyTorch, which reports it with both shapes.
     """
     key = prefix + "weight"
     own = module.weight
-    if not isinstance(own, NF4Tensor):
+    if not isinstance(own, QuantizedTensor):
         return  # the weight was replaced by a plain one since
     parts = stored_parts(state_dict, key)
     if len(parts) > 1:
@@ -190,15 +211,15 @@ def quantize_state_dict(
     if not isinstance(weight, Tensor) or weight.shape != own.shape:
         return
     device = weight.device if own.is_meta else own.device
-    if isinstance(weight, NF4Tensor):
-        if weight.nf4_format == own.nf4_format and weight.dtype == own.dtype:
+    if isinstance(weight, QuantizedTensor):
+        if own.means_the_same(weight):
             state_dict[key] = weight.to(device)
             return
         weight = weight.dequantize()
     try:
         if not weight.is_floating_point():
             raise ValueError(f"has dtype {weight.dtype}; a floating-point weight is needed")
-        state_dict[key] = to_nf4(weight.to(device=device, dtype=own.dtype), **own.nf4_options)
+        state_dict[key] = quantize(weight.to(device=device, dtype=own.dtype), own.format)
     except ValueError as error:
         error_msgs.append(f"{key}: {error}")
 
@@ -212,13 +233,9 @@ def add_frozen_base(
     module.register_parameter("bias", layer.bias.requires_grad_(False) if bias else None)
 
 
-def plain(weight: Tensor) -> Tensor:
-    """The weight itself, or what its codes stand for, in its own dtype."""
-    return weight.dequantize() if isinstance(weight, NF4Tensor) else weight
-
-
 def describe_linear(module: Any) -> str:
-    weight = "NF4" if isinstance(module.weight, NF4Tensor) else str(module.weight.dtype)
+    own = module.weight
+    weight = own.title if isinstance(own, QuantizedTensor) else str(own.dtype)
     return (
         f"in_features={module.in_features}, out_features={module.out_features}, "
         f"bias={module.bias is not None}, weight={weight}"

@@ -11,23 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_builders.modules.dora import row_squares, updated_norms
+from qlora_builders.modules.dora import Magnitudes
 from qlora_builders.modules.linear import (
     Linear,
     add_frozen_base,
     describe_linear,
     linear,
-    plain,
     quantize_weight_,
 )
-from qlora_builders.modules.lora_init import (
-    DEFAULT,
-    LOFTQ,
-    check_init,
-    is_pissa,
-    low_rank,
-    stored_rank,
-)
+from qlora_builders.modules.lora_init import DEFAULT, LOFTQ, Start, check_init, stored_rank
+from qlora_builders.tensor import Format, NF4Format, plain
 
 
 class LoRALinear(nn.Module):
@@ -52,7 +45,7 @@ class LoRALinear(nn.Module):
         rank: r >= 1.
         alpha: numerator of the scaling, > 0.
         dropout: probability of dropping an input of the adapter, in [0, 1).
-        quantize_base: store `weight` in NF4.
+        quantize_base: store `weight` in NF4, or in the format given.
         init_lora_weights: `default` is as above; `pissa` or `pissa_niter_N`; `loftq`, only with
             `quantize_base`.
         dtype: dtype of the base weight; None is torch's default dtype.
@@ -69,7 +62,6 @@ class LoRALinear(nn.Module):
     lora_magnitude_vector: Tensor | None
     lora_A_init: Tensor | None
     lora_B_init: Tensor | None
-    base_squares: Tensor | None  # of the weight's rows, for DoRA; follows the weight, never saved
 
     def __init__(
         self,
@@ -80,7 +72,7 @@ class LoRALinear(nn.Module):
         *,
         dropout: float = 0.0,
         bias: bool = False,
-        quantize_base: bool = False,
+        quantize_base: bool | Format = False,
         use_rslora: bool = False,
         lora_bias: bool = False,
         use_dora: bool = False,
@@ -90,6 +82,7 @@ class LoRALinear(nn.Module):
         **nf4_options: Any,
     ) -> None:
         super().__init__()
+        format = _base_format(quantize_base, nf4_options)
         check_lora_options(
             rank=rank,
             alpha=alpha,
@@ -97,16 +90,9 @@ class LoRALinear(nn.Module):
             lora_bias=lora_bias,
             use_dora=use_dora,
             init_lora_weights=init_lora_weights,
-            quantize_base=quantize_base,
+            quantize_base=format is not None,
         )
-        if nf4_options and not quantize_base:
-            names = ", ".join(sorted(nf4_options))
-            raise ValueError(f"{names} need quantize_base=True; the base weight is not quantized")
-        if init_lora_weights != DEFAULT and rank > min(in_features, out_features):
-            raise ValueError(
-                f"rank is {rank}; with init_lora_weights={init_lora_weights!r} a weight "
-                f"[{out_features}, {in_features}] allows {min(in_features, out_features)} at most"
-            )
+        _check_fits(rank, init_lora_weights, out_features, in_features)
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
@@ -115,43 +101,49 @@ class LoRALinear(nn.Module):
         self.init_lora_weights = init_lora_weights
         add_frozen_base(self, bias=bias, device=device, dtype=dtype)
         original = self.weight
-        if quantize_base:
-            quantize_weight_(self, **nf4_options)
+        if format is not None:
+            quantize_weight_(self, format)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_A = Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = Linear(rank, out_features, bias=lora_bias, device=device, dtype=torch.float32)
-        lengths = torch.empty(out_features, device=device, dtype=torch.float32)
-        magnitudes = nn.Parameter(lengths) if use_dora else None
-        self.register_parameter("lora_magnitude_vector", magnitudes)
-        self.register_buffer("base_squares", None, persistent=False)
-        if use_dora:
-            self.register_load_state_dict_post_hook(_after_load)
-        for name, part in (("lora_A_init", self.lora_A), ("lora_B_init", self.lora_B)):
-            start = _frozen_like(part.weight) if is_pissa(init_lora_weights) else None
-            self.register_parameter(name, start)
+        self.register_parameter("lora_magnitude_vector", None)
+        self.magnitudes = Magnitudes() if use_dora else None
+        if self.magnitudes is not None:
+            self.magnitudes.add_to(self, device)
+        self.start = Start(init_lora_weights)
+        self.start.add_to(self)
         self.reset_lora_parameters(original)
 
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, self.in_features)  # [n, in]
+        if not self.adapter_enabled:
+            output = linear(rows, self.weight, self.bias)  # [n, out]
+            return output.view(*input.shape[:-1], self.out_features)
+        dropped = self.dropout(rows)  # [n, in]
+        down = self.lora_A(dropped)  # [n, r]
+        if self.magnitudes is None:
+            output = self._updated(rows, down, self._whole_bias())  # [n, out]
+        else:
+            output = scaled = self._updated(rows, down, None)  # [n, out]
+            if self.training and not isinstance(self.dropout, nn.Identity):
+                scaled = self._updated(dropped, down, None)
+            output = self.magnitudes.stretch(self, output, scaled)
+            output = output if self.bias is None else output + self.bias.to(output.dtype)
+        return output.view(*input.shape[:-1], self.out_features)
 
-    @property
-    def stored_rank(self) -> int:
-        """The rank in an adapter file, where the frozen start of PiSSA is part of the adapter."""
-        return stored_rank(self.rank, self.init_lora_weights)
+    def _updated(self, rows: Tensor, down: Tensor, bias: Tensor | None) -> Tensor:
+        """Base and update: rows [n, in] through W, down [n, r] through B. [n, out]"""
+        output = self.start.take_off_(self, rows, linear(rows, self.weight, bias))
+        up = self.lora_B.weight.to(down.dtype).t()  # [r, out]
+        return output.addmm_(down, up, alpha=self.scaling)
 
-    @property
-    def stored_alpha(self) -> float:
-        """The alpha that gives `scaling` with `stored_rank`."""
-        ratio = self.stored_rank / self.rank
-        return self.alpha * (math.sqrt(ratio) if self.use_rslora else ratio)
+    def _whole_bias(self) -> Tensor | None:
+        update = self.lora_bias_delta()
+        if update is None or self.bias is None:
+            return self.bias if update is None else update
+        return self.bias.float() + update
 
-    def stored_factors(self) -> tuple[Tensor, Tensor]:
-        """A and B as an adapter file has them: [stored_rank, in] and [out, stored_rank]."""
-        a, b = self.lora_A.weight, self.lora_B.weight
-        if self.lora_A_init is None or self.lora_B_init is None:
-            return a, b
-        return torch.cat([a, self.lora_A_init]), torch.cat([b, -self.lora_B_init], dim=1)
+    # ---- where it starts ------------------------------------------------------------------------
 
     def reset_lora_parameters(self, original: Tensor | None = None) -> None:
         """A as PEFT and the LoRA authors' code draw it, B zero; then `init_from_base`."""
@@ -170,79 +162,36 @@ class LoRALinear(nn.Module):
         self.base_changed()
         if self.weight.is_meta:
             return
-        if self.init_lora_weights != DEFAULT:
-            a, b = low_rank(self._start(original), self.rank, self.scaling, self.init_lora_weights)
-            self.lora_A.weight.copy_(a)
-            self.lora_B.weight.copy_(b)
-            if self.lora_A_init is not None:
-                self.lora_A_init = nn.Parameter(a.clone(), requires_grad=False)
-                self.lora_B_init = nn.Parameter(b.clone(), requires_grad=False)
-        if self.lora_magnitude_vector is not None:
-            # replaced, not written to, because it may still be on meta
-            self.lora_magnitude_vector = nn.Parameter(self._lengths(torch.float32))
-
-    def _start(self, original: Tensor | None) -> Tensor:
-        """The matrix whose best approximation the adapter starts from, [out, in]."""
-        base = plain(self.weight)
-        if self.init_lora_weights != LOFTQ:
-            return base
-        if original is None:
-            raise ValueError("init_lora_weights='loftq' needs the weight before quantization")
-        return original.to(base.device).float() - base.float()
+        self.start.fill(self, original)
+        if self.magnitudes is not None:
+            self.magnitudes.fill(self)
 
     @torch.no_grad()
     def base_changed(self) -> None:
         """To be called after `weight` was replaced or written to; loading a state_dict does it."""
-        if self.lora_magnitude_vector is None:
-            return
-        if self.weight.is_meta:
-            self.base_squares = torch.empty(self.out_features, device="meta")
-        else:
-            self.base_squares = row_squares(plain(self.weight))
+        if self.magnitudes is not None:
+            self.magnitudes.base_changed(self)
 
-    def forward(self, input: Tensor) -> Tensor:
-        rows = input.reshape(-1, self.in_features)  # [n, in]
-        if not self.adapter_enabled:
-            output = linear(rows, self.weight, self.bias)  # [n, out]
-            return output.view(*input.shape[:-1], self.out_features)
-        dropped = self.dropout(rows)  # [n, in]
-        down = self.lora_A(dropped)  # [n, r]
-        up = self.lora_B.weight.to(down.dtype).t()  # [r, out]
-        magnitudes = self.lora_magnitude_vector
-        bias = self._whole_bias() if magnitudes is None else None
-        output = self._base(rows, bias).addmm_(down, up, alpha=self.scaling)  # [n, out]
-        if magnitudes is not None:
-            scaled = output  # [n, out], what the magnitudes act on
-            if self.training and not isinstance(self.dropout, nn.Identity):
-                scaled = self._base(dropped, None).addmm_(down, up, alpha=self.scaling)
-            # not by stretch itself, which is 1.0078 in bfloat16 for 1.005
-            stretch = magnitudes / self._lengths(rows.dtype)
-            output = torch.addcmul(output, scaled, (stretch - 1).to(output.dtype))
-            output = output if self.bias is None else output + self.bias.to(output.dtype)
-        return output.view(*input.shape[:-1], self.out_features)
+    # ---- what files and merging see -------------------------------------------------------------
 
-    def _base(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        """What the adapter is added to: the base, less what PiSSA trains of it. [n, out]"""
-        output = linear(rows, self.weight, bias)
-        if self.lora_A_init is None or self.lora_B_init is None:
-            return output
-        down = linear(rows, self.lora_A_init, None)  # [n, r]
-        up = self.lora_B_init.to(down.dtype).t()  # [r, out]
-        return output.addmm_(down, up, alpha=-self.scaling)
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-    @torch.no_grad()
-    def _lengths(self, dtype: torch.dtype) -> Tensor:
-        """|W + scaling * B A| of each row, float32 [out]; the product with W is in `dtype`."""
-        assert self.base_squares is not None
-        a, b = (factor.float() for factor in self.stored_factors())
-        products = linear(a.to(dtype), self.weight, None)  # [r, out]
-        return updated_norms(self.base_squares, products, a, b, self.scaling)
+    @property
+    def stored_rank(self) -> int:
+        """The rank in an adapter file, where the frozen start of PiSSA is part of the adapter."""
+        return stored_rank(self.rank, self.init_lora_weights)
 
-    def _whole_bias(self) -> Tensor | None:
-        update = self.lora_bias_delta()
-        if update is None or self.bias is None:
-            return self.bias if update is None else update
-        return self.bias.float() + update
+    @property
+    def stored_alpha(self) -> float:
+        """The alpha that gives `scaling` with `stored_rank`."""
+        ratio = self.stored_rank / self.rank
+        return self.alpha * (math.sqrt(ratio) if self.use_rslora else ratio)
+
+    def stored_factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as an adapter file has them: [stored_rank, in] and [out, stored_rank]."""
+        return self.start.factors(self)
 
     def lora_delta(self, weight: Tensor | None = None) -> Tensor:
         """The float32 [out, in] update that merging adds to `weight`, by default the layer's own.
@@ -250,14 +199,10 @@ class LoRALinear(nn.Module):
         That is scaling * B A. With DoRA it depends on the weight: W' - W, see `dora.py`.
         """
         a, b = self.stored_factors()
-        delta = self.scaling * (b.float() @ a.float())
-        if self.lora_magnitude_vector is None:
-            return delta
-        base = plain(self.weight if weight is None else weight).float()
-        whole = base + delta
-        stretch = self.lora_magnitude_vector.float() / row_squares(whole).sqrt()
-        # a row of zeros stays one
-        return whole.mul_(stretch.nan_to_num_(nan=0.0)[:, None]).sub_(base)
+        update = self.scaling * (b.float() @ a.float())
+        if self.magnitudes is None:
+            return update
+        return self.magnitudes.delta(self, update, plain(self.weight if weight is None else weight))
 
     def lora_bias_delta(self) -> Tensor | None:
         """What merging adds to the bias: float32 [out], or None without `lora_bias`."""
@@ -266,23 +211,30 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         described = f"{describe_linear(self)}, rank={self.rank}, alpha={self.alpha}"
-        if self.lora_magnitude_vector is not None:
+        if self.magnitudes is not None:
             described += ", use_dora=True"
         if self.init_lora_weights != DEFAULT:
             described += f", init_lora_weights={self.init_lora_weights!r}"
         return described
 
 
-def _frozen_like(parameter: Tensor) -> nn.Parameter:
-    """Not by zeros_like, which has torch import its compiler on meta."""
-    zeros = torch.zeros(parameter.shape, device=parameter.device, dtype=parameter.dtype)
-    return nn.Parameter(zeros, requires_grad=False)
+def _base_format(quantize_base: bool | Format, nf4_options: dict[str, Any]) -> Format | None:
+    """None for a plain base."""
+    if nf4_options and quantize_base is not True:
+        names = ", ".join(sorted(nf4_options))
+        if quantize_base:
+            raise ValueError(f"{names} contradict quantize_base={quantize_base}, a whole format")
+        raise ValueError(f"{names} need quantize_base=True; the base weight is not quantized")
+    return NF4Format(**nf4_options) if quantize_base is True else quantize_base or None
 
 
-def _after_load(module: LoRALinear, incompatible_keys: Any) -> None:
-    """load_state_dict post-hook. A model on meta is being filled, and asks when it is whole."""
-    if module.lora_magnitude_vector is not None and not module.lora_magnitude_vector.is_meta:
-        module.base_changed()
+def _check_fits(rank: int, init: str, out_features: int, in_features: int) -> None:
+    most = min(in_features, out_features)
+    if init != DEFAULT and rank > most:
+        raise ValueError(
+            f"rank is {rank}; with init_lora_weights={init!r} a weight "
+            f"[{out_features}, {in_features}] allows {most} at most"
+        )
 
 
 def is_adapter(parameter_name: str) -> bool:

@@ -15,9 +15,14 @@ Shapes: in = in_features, out = out_features, r = rank.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from qlora_builders.modules.linear import linear
+from qlora_builders.tensor import plain
 
 DEFAULT, PISSA, LOFTQ = "default", "pissa", "loftq"
 
@@ -62,3 +67,54 @@ def low_rank(matrix: Tensor, rank: int, scaling: float, init: str) -> tuple[Tens
         vh = v.t()
     root = (s[:rank] / scaling).sqrt()  # [r]
     return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+@dataclass(frozen=True)
+class Start:
+    """The part of a `LoRALinear` that knows where A and B start. The layer holds all tensors: under
+    PiSSA also the frozen `lora_A_init` [r, in] and `lora_B_init` [out, r]."""
+
+    init: str
+
+    def add_to(self, layer: Any) -> None:
+        for name, factor in (("lora_A_init", layer.lora_A), ("lora_B_init", layer.lora_B)):
+            like = factor.weight
+            # not by zeros_like, which has torch import its compiler on meta
+            start = torch.zeros(like.shape, device=like.device, dtype=like.dtype)
+            kept = nn.Parameter(start, requires_grad=False) if is_pissa(self.init) else None
+            layer.register_parameter(name, kept)
+
+    def fill(self, layer: Any, original: Tensor | None) -> None:
+        """A and B from the layer's weight, and for LoftQ from what it was before quantization.
+
+        Raises:
+            ValueError: if LoftQ has no original.
+        """
+        if self.init == DEFAULT:
+            return
+        matrix = plain(layer.weight)
+        if self.init == LOFTQ:
+            if original is None:
+                raise ValueError("init_lora_weights='loftq' needs the weight before quantization")
+            matrix = original.to(matrix.device).float() - matrix.float()
+        a, b = low_rank(matrix, layer.rank, layer.scaling, self.init)
+        layer.lora_A.weight.copy_(a)
+        layer.lora_B.weight.copy_(b)
+        if layer.lora_A_init is not None:
+            layer.lora_A_init = nn.Parameter(a.clone(), requires_grad=False)
+            layer.lora_B_init = nn.Parameter(b.clone(), requires_grad=False)
+
+    def take_off_(self, layer: Any, rows: Tensor, output: Tensor) -> Tensor:
+        """What PiSSA trains of the base, taken off its output [n, out] for rows [n, in]."""
+        if layer.lora_A_init is None:
+            return output
+        down = linear(rows, layer.lora_A_init, None)  # [n, r]
+        up = layer.lora_B_init.to(down.dtype).t()  # [r, out]
+        return output.addmm_(down, up, alpha=-layer.scaling)
+
+    def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
+        """A and B as an adapter file has them: [stored_rank, in] and [out, stored_rank]."""
+        a, b = layer.lora_A.weight, layer.lora_B.weight
+        if layer.lora_A_init is None:
+            return a, b
+        return torch.cat([a, layer.lora_A_init]), torch.cat([b, -layer.lora_B_init], dim=1)

@@ -42,6 +42,7 @@ from qlora_builders.checkpoint.peft_export import (
     write_adapter_files,
 )
 from qlora_builders.checkpoint.safetensors_io import MAX_SHARD_BYTES, atomic_directory, open_tensors
+from qlora_builders.distributed.gathering import shard_optimizer_state_
 from qlora_builders.distributed.sharded_state import (
     has_parts,
     read_parts,
@@ -54,12 +55,7 @@ from qlora_builders.files.manifest import MANIFEST_FILE, check_manifest, write_m
 from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.runs.stored_state import read_state, restore_optimizer
-from qlora_builders.tensor.sharded import (
-    compute_device,
-    copy_whole_,
-    is_sharded,
-    shard_optimizer_state_,
-)
+from qlora_builders.tensor.sharded import compute_device, copy_whole_, is_sharded
 
 STATE_FILE = "train_state.pt"
 INFO_FILE = "train_state.json"

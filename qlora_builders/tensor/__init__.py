@@ -1,25 +1,26 @@
-"""The NF4 tensor type. `nf4_ops` and `nf4_fsdp` fill the dispatch tables on import."""
+"""Quantized weights: one base class, and the types."""
 
-import torch
-
-from qlora_builders.tensor.nf4_fsdp import (
-    gather_nf4,
-    held_elements,
-    is_nf4_shard,
-    shard_nf4,
+from qlora_builders.kernels import Format, NF4Format
+from qlora_builders.tensor.nf4 import NF4Tensor, linear_nf4, to_nf4
+from qlora_builders.tensor.quantized import (
+    QUANTIZED_TYPES,
+    QuantizedTensor,
+    plain,
+    quantize,
+    quantized_linear,
 )
-from qlora_builders.tensor.nf4_ops import linear_nf4
-from qlora_builders.tensor.nf4_tensor import NF4Tensor, check_nf4_options, to_nf4
-
-torch.serialization.add_safe_globals([NF4Tensor])  # torch.load(weights_only=True)
+from qlora_builders.tensor.sharded import gather
 
 __all__ = [
+    "QUANTIZED_TYPES",
+    "Format",
+    "NF4Format",
     "NF4Tensor",
-    "check_nf4_options",
-    "gather_nf4",
-    "held_elements",
-    "is_nf4_shard",
+    "QuantizedTensor",
+    "gather",
     "linear_nf4",
-    "shard_nf4",
+    "plain",
+    "quantize",
+    "quantized_linear",
     "to_nf4",
 ]

@@ -166,7 +166,7 @@ def test_any_plan_loads(stored: Path) -> None:
     assert kinds == {
         ("NF4Tensor", torch.bfloat16), ("Parameter", torch.bfloat16), ("Parameter", torch.float32)
     }  # fmt: skip
-    assert model.lm_head.weight.block_size == 32  # stored plain, so the rule decides
+    assert model.lm_head.weight.format.block_size == 32  # stored plain, so the rule decides
 
 
 def test_stored_weights_keep_their_dtype(stored: Path) -> None:

@@ -114,8 +114,8 @@ def test_frozen_nf4_and_options(checkpoints: Callable[..., Path]) -> None:
     model = load_checkpoint(checkpoints("biased"), [rule | {"scale_format": "none"}])
     layer = model.model.layers[0].mlp.down_proj
     assert isinstance(layer, FrozenNF4Linear)
-    assert layer.weight.block_size == 32
-    assert layer.weight.scale_format == "none"
+    assert layer.weight.format.block_size == 32
+    assert layer.weight.format.scale_format == "none"
     assert layer.bias is not None
 
 

@@ -98,7 +98,9 @@ def test_refused(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     model = load_checkpoint(checkpoints(), [qlora])
     with pytest.raises(CheckpointError, match="has LoRA adapters; write them with save_adapter"):
         save_checkpoint(model, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="format is 'gguf'; allowed: bnb-4bit, hf, nf4"):
+    with pytest.raises(
+        CheckpointError, match="format is 'gguf'; allowed: bnb-4bit, hf, native, nf4"
+    ):
         save_checkpoint(model, tmp_path / "out", format="gguf")
     assert not list(tmp_path.iterdir())
 

@@ -32,7 +32,7 @@ def load(native: Path, **options: object) -> CausalLM:
 
 
 def mapped_here(file: Path) -> int:
-    return Path("/proc/self/maps").read_text().count(str(file))
+    return Path("/proc/self/maps").read_bytes().count(os.fsencode(file))
 
 
 @on_linux

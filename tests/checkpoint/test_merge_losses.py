@@ -163,7 +163,7 @@ def test_what_was_accepted_by_name_is_quantized_where_the_model_was(
     weights = dict(merged.named_parameters())
     quantized = {name for name, p in weights.items() if isinstance(p, NF4Tensor)}
     assert quantized == {n for n, p in model.named_parameters() if isinstance(p, NF4Tensor)}
-    assert {weights[name].scale_format for name in quantized} == {scale_format}
+    assert {weights[name].format.scale_format for name in quantized} == {scale_format}
     plain = merge_adapter(model)
     for name in quantized:
         expected = to_nf4(plain.get_parameter(name).data, scale_format=scale_format)

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint, stored_plan
 from qlora_builders.checkpoint.safetensors_header import read_header
 from qlora_builders.errors import CheckpointError
-from qlora_builders.kernels import quantize_nf4
-from qlora_builders.tensor import NF4Tensor, nf4_tensor
+from qlora_builders.kernels import NF4
+from qlora_builders.tensor import NF4Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAN = [
@@ -44,7 +44,7 @@ def assert_same_bits(a: nn.Module, b: nn.Module) -> None:
         assert parameter.dtype == other.dtype
         if isinstance(parameter, NF4Tensor):
             quantized += 1
-            assert parameter.nf4_options == other.nf4_options, name
+            assert parameter.format == other.format, name
             for field in NF4Tensor.tensor_fields:
                 assert torch.equal(getattr(parameter, field), getattr(other, field)), (name, field)
         else:
@@ -74,9 +74,10 @@ def test_reload_is_bit_identical(
 
     def only_shapes(weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
         assert weight.is_meta, "a stored weight was quantized again"
-        return quantize_nf4(weight, **options)
+        return quantize(weight, **options)
 
-    monkeypatch.setattr(nf4_tensor, "quantize_nf4", only_shapes)
+    quantize = NF4.quantize
+    monkeypatch.setattr(NF4, "quantize", only_shapes)
     reloaded = load_checkpoint(tmp_path / "nf4", stored_plan(tmp_path / "nf4"), dtype=dtype)
     assert_same_bits(model, reloaded)
     assert torch.equal(logits(model), logits(reloaded))

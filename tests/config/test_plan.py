@@ -8,7 +8,7 @@ from qlora_builders.config.compose import compose
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.sections import PRESETS
 from qlora_builders.models import LlamaArch, llama
-from qlora_builders.models.components import KINDS
+from qlora_builders.models.components import KINDS, takes
 
 TINY = LlamaArch(
     vocab_size=32,
@@ -45,7 +45,7 @@ def test_full_training_names_everything() -> None:
 def test_a_method_takes_every_option_of_its_rules(method: str) -> None:
     """Those of the components, but for `trainable`, which only plain layers have."""
     adapter, base = PRESETS[method]
-    assert {*adapter, *base} == set(KINDS[method])
+    assert {*adapter, *base} == set(takes(*KINDS[method]))
     values = {
         "rank": "3", "alpha": "5.0", "dropout": "0.1", "use_rslora": "true", "use_dora": "false",
         "lora_bias": "true", "init_lora_weights": "pissa", "block_size": "32",

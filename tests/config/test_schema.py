@@ -203,7 +203,7 @@ def test_quantize() -> None:
     assert required(cfg) == ["output_dir is required: write output_dir=..."]
     cfg.max_shard_size, cfg.format, cfg.scale_format = "5", "hf", "bnbb"
     problems = "\n".join(check(cfg))
-    assert "format='hf' is not allowed; allowed: nf4, bnb-4bit" in problems
+    assert "format='hf' is not allowed; allowed: nf4, native, bnb-4bit" in problems
     assert "scale_format='bnbb' is not allowed; allowed: geometric, none, bnb" in problems
     assert "max_shard_size='5' is not a size" in problems
 

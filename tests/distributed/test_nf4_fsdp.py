@@ -17,8 +17,13 @@ from torch.distributed.fsdp import fully_shard
 from qlora_builders import FrozenNF4Linear, LoRALinear, to_nf4
 from qlora_builders.distributed import Ranks, make_mesh
 from qlora_builders.names import SCALE_FORMATS
-from qlora_builders.tensor import gather_nf4, held_elements, is_nf4_shard, shard_nf4
-from qlora_builders.tensor.nf4_fsdp import NF4Shard
+from qlora_builders.tensor import gather
+from qlora_builders.tensor.sharded import (
+    QuantizedShard,
+    held_elements,
+    is_quantized_shard,
+    shard_quantized,
+)
 
 # odd widths begin rows inside a byte; few rows leave ranks without any; scale groups straddle rows
 SHAPES = [(7, 33), (3, 1000), (1, 5), (129, 64)]
@@ -50,7 +55,7 @@ def fields(weight: Any) -> list[torch.Tensor]:
 
 
 def assert_same_weight(a: Any, b: Any) -> None:
-    assert (a.shape, a.dtype, a.nf4_options) == (b.shape, b.dtype, b.nf4_options)
+    assert (a.shape, a.dtype, a.format) == (b.shape, b.dtype, b.format)
     for ours, theirs in zip(fields(a), fields(b), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -63,9 +68,9 @@ def train_sharded(ranks: Ranks) -> None:
         fully_shard(layers, mesh=mesh)
         for name in "01":
             weight = layers.get_parameter(f"{name}.weight")
-            assert is_nf4_shard(weight)
+            assert is_quantized_shard(weight)
             assert weight.shape == whole.get_parameter(f"{name}.weight").shape
-            assert_same_weight(gather_nf4(weight), whole.get_parameter(f"{name}.weight"))
+            assert_same_weight(gather(weight), whole.get_parameter(f"{name}.weight"))
         x = torch.randn(4, shape[1])
         for _ in range(2):  # the second time FSDP2 fills the tensors of the first
             output = layers(x)
@@ -98,20 +103,20 @@ def reassemble(ranks: Ranks) -> None:
         layers = nn.Sequential(FrozenNF4Linear(shape[1], shape[0], device="meta", **options))
         fully_shard(layers, mesh=mesh)
         meta = layers.get_parameter("0.weight")
-        layers[0].weight = nn.Parameter(shard_nf4(meta, whole), requires_grad=False)
-        assert_same_weight(gather_nf4(layers[0].weight), whole)
+        layers[0].weight = nn.Parameter(shard_quantized(meta, whole), requires_grad=False)
+        assert_same_weight(gather(layers[0].weight), whole)
         if options["scale_format"] != "bnb":  # its offset is the mean over the whole weight
             start, stop = held_elements(meta)
             part = to_nf4(weight.flatten()[start:stop], **whole.nf4_options)
-            assert_same_weight(gather_nf4(shard_nf4(meta, part)), whole)
+            assert_same_weight(gather(shard_quantized(meta, part)), whole)
         other = to_nf4(weight.half(), block_size=128, scale_block_size=5)
-        assert_same_weight(gather_nf4(shard_nf4(meta, other)), other)
+        assert_same_weight(gather(shard_quantized(meta, other)), other)
         assert torch.equal(layers(torch.eye(shape[1])), whole.dequantize(torch.float32).T)
         layers.reshard()
         # a state_dict of shards, into memory that holds something else
         state = {key: value.clone() for key, value in layers.state_dict().items()}
         layers.to_empty(device="cpu").load_state_dict(state)
-        assert_same_weight(gather_nf4(layers[0].weight), whole)
+        assert_same_weight(gather(layers[0].weight), whole)
         assert torch.equal(layers(torch.eye(shape[1])), whole.dequantize(torch.float32).T)
 
 
@@ -162,8 +167,8 @@ def test_a_rank_holds_and_sends_its_share_of_the_4_bit_bytes() -> None:
 def gather_alone(ranks: Ranks, offloaded: bool) -> tuple[bool, int]:
     """(Whether the whole weight is this rank's own shard, bytes of its codes after it is freed.)"""
     if offloaded:  # FSDP2 takes a copy to its device and asks that
-        original = NF4Shard.fsdp_pre_all_gather
-        NF4Shard.fsdp_pre_all_gather = lambda self, mesh: original(self.clone(), mesh)
+        original = QuantizedShard.fsdp_pre_all_gather
+        QuantizedShard.fsdp_pre_all_gather = lambda self, mesh: original(self.clone(), mesh)
     layer, x = FrozenNF4Linear(512, 96), torch.randn(3, 512, requires_grad=True)
     output = layer(x)
     (expected,) = torch.autograd.grad(output.square().sum(), x)
@@ -175,7 +180,7 @@ def gather_alone(ranks: Ranks, offloaded: bool) -> tuple[bool, int]:
         layer.unshard()
         codes = layer.weight.codes
         layer.reshard()
-    shared = codes.data_ptr() == layer.weight._local_tensor.codes.data_ptr()
+    shared = codes.data_ptr() == layer.weight._local_tensor.fields[0].data_ptr()
     return shared, codes.untyped_storage().nbytes()
 
 
@@ -190,7 +195,7 @@ def refuse(ranks: Ranks) -> list[str]:
     fully_shard(layer, mesh=make_mesh(ranks, "cpu"))
     calls = [
         lambda: layer.weight + 1,
-        lambda: shard_nf4(layer.weight, to_nf4(torch.zeros(9))),
+        lambda: shard_quantized(layer.weight, to_nf4(torch.zeros(9))),
         lambda: torch.chunk(whole, 2, dim=1),
         lambda: layer.to(torch.float32),
     ]
@@ -205,8 +210,8 @@ def refuse(ranks: Ranks) -> list[str]:
 def test_what_a_shard_cannot_do_is_refused() -> None:
     (messages,) = run_ranks(1, refuse)
     expected = [
-        "gather the whole with qlora_builders.tensor.gather_nf4",
-        r"NF4Shard\(.*\) with .* cannot hold NF4Tensor\(shape=\[9\]",
+        "gather the whole with qlora_builders.tensor.gather",
+        r"QuantizedShard\(.*\) with .* cannot hold NF4Tensor\(shape=\[9\]",
         "sharded along dim 0, not 1",
         "keeps its dtype",
     ]

@@ -11,8 +11,7 @@ from qlora_builders import LlamaArch, llama
 from qlora_builders.distributed import Ranks, group_bytes, make_mesh, shard_model, sharding
 from qlora_builders.errors import ConfigError
 from qlora_builders.modules import CausalLM
-from qlora_builders.tensor.nf4_fsdp import with_local
-from qlora_builders.tensor.sharded import held_bytes, held_rows, local_part
+from qlora_builders.tensor.sharded import held_bytes, held_rows, local_part, with_local
 
 ARCH = LlamaArch(
     vocab_size=61,

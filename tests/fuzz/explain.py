@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qlora_builders.config.resume import flatten
 from qlora_builders.tensor import to_nf4
-from qlora_builders.tensor.nf4_layouts import BNB_JSON
+from qlora_builders.tensor.layouts import BNB_JSON
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from mutate_bytes import any_bytes
 from mutate_json import change_json, change_tree, text_or_json
 
-from qlora_builders.tensor.nf4_layouts import BNB_JSON, NATIVE_JSON
+from qlora_builders.tensor.layouts import BNB_JSON, native_suffixes
 
 # ---- safetensors --------------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ def change_description(data: bytes, rng: random.Random) -> bytes:
     """The JSON that a weight has as a tensor, in the place and length that the header gives it."""
     end = header_end(data)
     header = json.loads(data[8:end])
-    names = sorted(name for name in header if name.endswith((NATIVE_JSON, BNB_JSON)))
+    names = sorted(name for name in header if name.endswith((*native_suffixes(), BNB_JSON)))
     first, last = (end + x for x in header[rng.choice(names)]["data_offsets"])
     text = text_or_json(data[first:last], rng)[: last - first]
     return data[:first] + text.ljust(last - first) + data[last:]

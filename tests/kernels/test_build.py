@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_builders.kernels import nf4_cpu
+from qlora_builders.kernels import NF4Format, nf4_cpu
 from qlora_builders.kernels.build import CacheError, Sources, cache_folder, load_library
 from qlora_builders.kernels.compiler import CompilerError, TimeLimit
 
@@ -333,9 +333,10 @@ def test_the_commands_share_a_limit(
 def test_the_kernels_warn_once_of_what_was_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", 'cc "')
     nf4_cpu._library.cache_clear()
+    format = NF4Format(scale_format="none")
     try:
         with pytest.warns(UserWarning, match="set CC. CC='cc \"' cannot be split") as caught:
-            assert [nf4_cpu.supports("none") for _ in range(2)] == [False, False]
+            assert [nf4_cpu.supports(format) for _ in range(2)] == [False, False]
     finally:
         nf4_cpu._library.cache_clear()
     assert len(caught) == 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_builders import NF4Tensor, to_nf4
 from qlora_builders.config.shipped import demo_path
-from qlora_builders.kernels.nf4_reference import dynamic_codebook
+from qlora_builders.kernels.nf4_format import NF4Format, dynamic_codebook
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((512, 512), (7, 13), (64, 64), (33, 100))
@@ -57,9 +57,9 @@ def test_dequantizing_their_buffers_gives_their_weights(
             weight, blocksize=64, quant_type="nf4", compress_statistics=True
         )
         groups = torch.stack([state.state2.absmax, state.offset.expand_as(state.state2.absmax)], 1)
-        ours = NF4Tensor(
-            packed.flatten(), state.absmax, groups, shape=shape, dtype=dtype, scale_format="bnb"
-        )
+        format = NF4Format(scale_format="bnb")
+        fields = packed.flatten(), state.absmax, groups
+        ours = NF4Tensor(*fields, shape=shape, dtype=dtype, format=format)
         assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(packed, state))
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from nf4_weights import DTYPES, FORMATS, adversarial, bits
 
 from qlora_builders import linear_nf4, to_nf4
-from qlora_builders.kernels import nf4_cpu, nf4_reference, tiles
+from qlora_builders.kernels import NF4Format, nf4_cpu, nf4_reference, tiles
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler"
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale_format", FORMATS)
 def test_equals_the_reference(dtype: torch.dtype, scale_format: str) -> None:
-    assert nf4_cpu.supports(scale_format, dtype)
+    assert nf4_cpu.supports(NF4Format(scale_format=scale_format), dtype)
     for name, weight in adversarial(dtype).items():
         if scale_format == "bnb" and name == "huge":
             continue  # refused where its mean overflows: the next test
@@ -36,21 +37,24 @@ def test_equals_the_reference(dtype: torch.dtype, scale_format: str) -> None:
             (1, 64, 256),
         ]:
             options: dict[str, Any] = {
-                "block_size": block_size,
-                "scale_block_size": scale_block_size,
-                "scale_format": scale_format,
+                "format": NF4Format(
+                    block_size=block_size,
+                    scale_block_size=scale_block_size,
+                    scale_format=scale_format,
+                )
             }
+            stored = options["format"]
             for search in (False, True) if scale_format != "bnb" else (False,):
-                options["scale_search"] = search
-                expected = nf4_reference.quantize_nf4(weight[:size], **options)
-                got = nf4_cpu.quantize_nf4(weight[:size], **options)
+                options["format"] = replace(stored, scale_search=search)
+                expected = nf4_reference.quantize(weight[:size], **options)
+                got = nf4_cpu.quantize(weight[:size], **options)
                 for want, have in zip(expected, got, strict=True):
                     assert torch.equal(bits(want), bits(have)), (name, options)
-            del options["scale_search"]
+            options["format"] = stored
             for out_dtype in DTYPES:
-                options |= {"numel": size, "dtype": dtype, "out_dtype": out_dtype}
-                want = nf4_reference.dequantize_nf4(*expected, **options)
-                have = nf4_cpu.dequantize_nf4(*expected, **options)
+                options |= {"shape": (size,), "dtype": dtype, "out_dtype": out_dtype}
+                want = nf4_reference.dequantize(expected, **options)
+                have = nf4_cpu.dequantize(expected, **options)
                 assert torch.equal(bits(want), bits(have)), (name, options)
 
 
@@ -58,7 +62,9 @@ def test_equals_the_reference(dtype: torch.dtype, scale_format: str) -> None:
 def test_bnb_refuses_a_mean_scale_that_overflows(backend: Any) -> None:
     weight = torch.full((640,), torch.finfo(torch.float32).max)
     with pytest.raises(ValueError, match="too large for scale_format 'bnb'"):
-        backend.quantize_nf4(weight, block_size=64, scale_block_size=256, scale_format="bnb")
+        backend.quantize(
+            weight, format=NF4Format(block_size=64, scale_block_size=256, scale_format="bnb")
+        )
 
 
 def test_every_half_converts_exactly() -> None:
@@ -66,13 +72,11 @@ def test_every_half_converts_exactly() -> None:
     weight = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     weight = weight[torch.isfinite(weight)].repeat_interleave(32)
     options: dict[str, Any] = {
-        "block_size": 32,
-        "scale_block_size": 256,
-        "scale_format": "none",
+        "format": NF4Format(block_size=32, scale_block_size=256, scale_format="none")
     }
     for want, have in zip(
-        nf4_reference.quantize_nf4(weight, **options),
-        nf4_cpu.quantize_nf4(weight, **options),
+        nf4_reference.quantize(weight, **options),
+        nf4_cpu.quantize(weight, **options),
         strict=True,
     ):
         assert torch.equal(want, have)
@@ -81,17 +85,15 @@ def test_every_half_converts_exactly() -> None:
 def test_a_range_is_part_of_the_whole() -> None:
     weight = adversarial(torch.bfloat16)["normal"]
     options: dict[str, Any] = {
-        "block_size": 64,
-        "scale_block_size": 3,
-        "scale_format": "geometric",
+        "format": NF4Format(block_size=64, scale_block_size=3, scale_format="geometric"),
         "dtype": torch.bfloat16,
     }
     q = to_nf4(weight, scale_block_size=3)
     whole = q.dequantize(torch.float32)
     for start, stop in [(0, 64), (64, 128), (192, 1000), (4992, 5000), (0, 5000)]:
         out = torch.empty(stop - start)
-        fields = (q.codes, q.scales, q.scale_groups)
-        nf4_cpu.dequantize_range_(out, *fields, start=start, **options)
+        fields = q.fields
+        nf4_cpu.dequantize_range_(out, fields, start=start, **options)
         assert torch.equal(out, whole[start:stop])
 
 
@@ -109,7 +111,7 @@ def test_elements_beyond_two_to_the_31_are_found(scale_format: str) -> None:
         groups[-2:] = part.scale_groups
     out = torch.empty(part.numel())
     nf4_cpu.dequantize_range_(
-        out, codes, scales, groups, start=first, dtype=part.dtype, **part.nf4_format
+        out, (codes, scales, groups), start=first, dtype=part.dtype, format=part.format
     )
     assert torch.equal(out, part.dequantize())
 
@@ -123,17 +125,17 @@ def test_tiled_products_are_those_of_the_reference(
     generator = torch.Generator().manual_seed(0)
     weight = to_nf4(torch.randn(shape, generator=generator).bfloat16(), block_size=32)
     bias = torch.randn(shape[0], generator=generator).to(dtype)
-    fields = (weight.codes, weight.scales, weight.scale_groups)
-    options = {**weight.nf4_format, "dtype": weight.dtype, "shape": shape}
+    fields = weight.fields
+    options = {"format": weight.format, "dtype": weight.dtype, "shape": shape}
     for tile, tolerance in ((1 << 21, 0.0), (1, 1e-5 if dtype == torch.float32 else 0.05)):
         monkeypatch.setattr(tiles, "_TILE_ELEMENTS", tile)
         for transposed in (True, False):
             width = shape[1] if transposed else shape[0]
             input = torch.randn(6, width, generator=generator).to(dtype)
             for b in (None, bias) if transposed else (None,):
-                args = (input, *fields, b)
-                want = nf4_reference.matmul_nf4(*args, **options, transposed=transposed)
-                got = nf4_cpu.matmul_nf4(*args, **options, transposed=transposed)
+                args = (input, fields, b)
+                want = nf4_reference.matmul(*args, **options, transposed=transposed)
+                got = nf4_cpu.matmul(*args, **options, transposed=transposed)
                 torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
@@ -143,14 +145,14 @@ def test_some_columns_at_a_time(shape: tuple[int, int], monkeypatch: pytest.Monk
     monkeypatch.setattr(tiles, "_FEWEST_COLUMNS", 64)
     generator = torch.Generator().manual_seed(0)
     weight = to_nf4(torch.randn(shape, generator=generator).bfloat16(), scale_block_size=3)
-    options = {**weight.nf4_format, "dtype": weight.dtype, "shape": shape, "transposed": False}
-    args = weight.codes, weight.scales, weight.scale_groups, None
+    options = {"format": weight.format, "dtype": weight.dtype, "shape": shape, "transposed": False}
+    args = weight.fields, None
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         grad = torch.randn(70, shape[0], generator=generator).to(dtype)
-        want = nf4_reference.matmul_nf4(grad, *args, **options)
+        want = nf4_reference.matmul(grad, *args, **options)
         for columns in (64, 128, 192):
             monkeypatch.setattr(tiles, "_TILE_ELEMENTS", shape[0] * columns + 63)
-            got = nf4_cpu.matmul_nf4(grad, *args, **options)
+            got = nf4_cpu.matmul(grad, *args, **options)
             torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
@@ -158,11 +160,11 @@ def test_some_columns_at_a_time(shape: tuple[int, int], monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pieces_that_lie_apart(dtype: torch.dtype, scale_format: str) -> None:
     weight = to_nf4(torch.randn(6, 256).to(dtype), block_size=32, scale_format=scale_format)
-    fields = weight.codes, weight.scales, weight.scale_groups
+    fields = weight.fields
     for out_dtype in DTYPES:
         out = torch.full((3, 96), 7, dtype=out_dtype)
-        options = {**weight.nf4_format, "dtype": dtype, "start": 2 * 256 + 64, "stride": 256}
-        nf4_cpu.dequantize_range_(out, *fields, **options)
+        options = {"format": weight.format, "dtype": dtype, "start": 2 * 256 + 64, "stride": 256}
+        nf4_cpu.dequantize_range_(out, fields, **options)
         assert torch.equal(out, weight.dequantize(out_dtype)[2:5, 64:160])
 
 
@@ -176,15 +178,15 @@ def test_few_rows_are_multiplied_without_decoding(dtype: torch.dtype, scale_form
         q = to_nf4(
             weight, block_size=sizes[0], scale_block_size=sizes[1], scale_format=scale_format
         )
-        options = {**q.nf4_format, "dtype": dtype, "shape": shape, "transposed": True}
-        fields = q.codes, q.scales, q.scale_groups
+        options = {"format": q.format, "dtype": dtype, "shape": shape, "transposed": True}
+        fields = q.fields
         for input_dtype, tolerance in zip(DTYPES, (1e-5, 4e-3, 5e-4), strict=True):
             exact = q.dequantize(input_dtype).double()
             bias = torch.randn(shape[0], generator=generator).to(input_dtype)
             for rows in range(1, nf4_cpu._FEW_ROWS + 1):
                 input = torch.randn(rows, shape[1], generator=generator).to(input_dtype)
                 for b in (None, bias):
-                    got = nf4_cpu.matmul_nf4(input, *fields, b, **options)
+                    got = nf4_cpu.matmul(input, fields, b, **options)
                     want = input.double() @ exact.t() + (0 if b is None else b.double())
                     assert got.dtype == input_dtype
                     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
@@ -211,8 +213,9 @@ def test_both_backends_refuse_what_is_not_finite(value: float, dtype: torch.dtyp
     weight[299] = value
     for backend in (nf4_cpu, nf4_reference):
         with pytest.raises(ValueError, match="the weight has NaN or infinite elements"):
-            backend.quantize_nf4(
-                weight, block_size=64, scale_block_size=2, scale_format="geometric"
+            backend.quantize(
+                weight,
+                format=NF4Format(block_size=64, scale_block_size=2, scale_format="geometric"),
             )
 
 
@@ -244,7 +247,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     q = to_nf4(torch.linspace(-1, 1, 640))
     q.dequantize()
-    supported = nf4_cpu.supports("geometric", torch.float32)
+    supported = nf4_cpu.supports(q.format, torch.float32)
 print(supported, len(caught), q.dequantize().sum().item(), *[str(w.message) for w in caught])
 """
 

@@ -11,14 +11,7 @@ import torch
 from nf4_by_reference import bits_equal, quantize, round_trip
 from torch import Tensor
 
-from qlora_builders.kernels import (
-    NF4_CODEBOOK,
-    dequantize_nf4,
-    field_dtypes,
-    field_shapes,
-    nf4_reference,
-    quantize_nf4,
-)
+from qlora_builders.kernels import NF4, NF4_CODEBOOK, NF4Format, nf4_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("geometric", "none")
@@ -60,15 +53,15 @@ def test_codebook_values_keep_their_codes_and_the_first_is_in_the_high_nibble() 
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("numel", [0, 1, 2, 31, 32, 33, 64, 65, 127, 129, 4095, 4097])
 def test_sizes_and_tails(numel: int, scale_format: str) -> None:
-    options = {"block_size": 32, "scale_block_size": 3, "scale_format": scale_format}
     weight = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
-    fields, _ = quantize(weight, **options)
+    options = {"block_size": 32, "scale_block_size": 3, "scale_format": scale_format}
+    fields, used = quantize(weight, **options)
     blocks = -(-numel // 32)
     groups = 0 if scale_format == "none" else -(-blocks // 3)
     shapes = (((numel + 1) // 2,), (blocks,), (groups, 2))
-    assert field_shapes(numel, **options) == shapes
+    assert used["format"].field_shapes((numel,)) == shapes
     assert tuple(tuple(field.shape) for field in fields) == shapes
-    assert tuple(field.dtype for field in fields) == field_dtypes(scale_format)
+    assert tuple(field.dtype for field in fields) == used["format"].field_dtypes()
     decoded = round_trip(weight, **options)
     assert decoded.shape == weight.shape
     assert numel < 64 or relative_error(weight, decoded) < 0.11
@@ -76,13 +69,15 @@ def test_sizes_and_tails(numel: int, scale_format: str) -> None:
 
 @pytest.mark.parametrize("scale_format", FORMATS)
 def test_the_fake_kernels_promise_what_the_real_ones_give(scale_format: str) -> None:
-    options = {"block_size": 32, "scale_block_size": 2, "scale_format": scale_format}
-    real = quantize_nf4(torch.randn(131), **options)
-    fake = quantize_nf4(torch.empty(131, device="meta"), **options)
+    options = {"format": NF4Format(block_size=32, scale_block_size=2, scale_format=scale_format)}
+    real = NF4.quantize(torch.randn(131), **options)
+    fake = NF4.quantize(torch.empty(131, device="meta"), **options)
     for field, promised in zip(real, fake, strict=True):
         assert promised.is_meta
         assert (promised.shape, promised.dtype) == (field.shape, field.dtype)
-    out = dequantize_nf4(*fake, numel=131, **options, dtype=torch.float32, out_dtype=torch.float16)
+    out = NF4.dequantize(
+        fake, shape=(131,), **options, dtype=torch.float32, out_dtype=torch.float16
+    )
     assert out.is_meta
     assert (tuple(out.shape), out.dtype) == ((131,), torch.float16)
 
@@ -90,7 +85,7 @@ def test_the_fake_kernels_promise_what_the_real_ones_give(scale_format: str) -> 
 def test_sizes_beyond_32_bits() -> None:
     numel = 3 * 2**31 + 1
     weight = torch.empty(numel, device="meta", dtype=torch.bfloat16)
-    fields = quantize_nf4(weight, block_size=64, scale_block_size=256, scale_format="geometric")
+    fields = NF4.quantize(weight, format=NF4Format())
     assert fields[0].numel() == 3 * 2**30 + 1
     assert fields[1].numel() == 3 * 2**25 + 1
     assert tuple(fields[2].shape) == (3 * 2**17 + 1, 2)
@@ -103,8 +98,8 @@ def test_decoding_matches_the_definition_element_by_element() -> None:
     )
     fields, options = quantize(weight, 32, 4, "geometric")
     codes, scales, groups = (field.tolist() for field in fields)
-    decoded = nf4_reference.dequantize_nf4(
-        *fields, numel=210, **options, dtype=torch.float32, out_dtype=torch.float32
+    decoded = nf4_reference.dequantize(
+        fields, shape=(210,), **options, dtype=torch.float32, out_dtype=torch.float32
     )
     for index, value in enumerate(decoded.tolist()):
         code = codes[index // 2] >> 4 if index % 2 == 0 else codes[index // 2] & 15
@@ -171,14 +166,14 @@ def test_zero_blocks_decode_to_positive_zeros(scale_format: str) -> None:
 
 def decode_every_scale_code(lo: float, hi: float, dtype: torch.dtype) -> Tensor:
     """The scales that codes 0 .. 255 of a group stand for: 256 blocks that hold nothing but 1.0."""
-    return nf4_reference.dequantize_nf4(
-        torch.full((256 * 16,), 0xFF, dtype=torch.uint8),
-        torch.arange(256, dtype=torch.uint8),
-        torch.tensor([[lo, hi]]),
-        numel=256 * 32,
-        block_size=32,
-        scale_block_size=256,
-        scale_format="geometric",
+    return nf4_reference.dequantize(
+        (
+            torch.full((256 * 16,), 0xFF, dtype=torch.uint8),
+            torch.arange(256, dtype=torch.uint8),
+            torch.tensor([[lo, hi]]),
+        ),
+        format=NF4Format(block_size=32),
+        shape=(256 * 32,),
         dtype=dtype,
         out_dtype=torch.float32,
     )[::32]

@@ -11,12 +11,7 @@ import torch
 from nf4_by_reference import bits_equal, quantize, round_trip
 from torch import Tensor
 
-from qlora_builders import kernels
-from qlora_builders.kernels import (
-    dequantize_nf4,
-    nf4_reference,
-    quantize_nf4,
-)
+from qlora_builders.kernels import NF4, NF4Format, nf4_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("geometric", "none")
@@ -63,7 +58,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("backend", [nf4_reference, kernels], ids=["reference", "by device"])
+@pytest.mark.parametrize("backend", [nf4_reference, NF4], ids=["reference", "by device"])
 @hypothesis.settings(max_examples=120, deadline=None, derandomize=True)
 @hypothesis.given(
     kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=9),
@@ -91,26 +86,26 @@ def test_round_trip_changes_no_bit(
     weight = weight.clamp(-limit, limit).to(dtype)
 
     options = {
-        "block_size": block_size,
-        "scale_block_size": scale_block_size,
-        "scale_format": scale_format,
+        "format": NF4Format(
+            block_size=block_size, scale_block_size=scale_block_size, scale_format=scale_format
+        )
     }
-    first = backend.quantize_nf4(weight, **options)
+    first = backend.quantize(weight, **options)
     fields = first
     decoded = None
     for _ in range(3):
-        again = backend.dequantize_nf4(
-            *fields, numel=weight.numel(), **options, dtype=dtype, out_dtype=dtype
+        again = backend.dequantize(
+            fields, shape=weight.shape, **options, dtype=dtype, out_dtype=dtype
         )
         assert torch.isfinite(again).all()
         assert decoded is None or bits_equal(decoded, again)
         decoded = again
-        fields = backend.quantize_nf4(decoded, **options)
+        fields = backend.quantize(decoded, **options)
         for before, after in zip(first, fields, strict=True):
             assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("backend", [nf4_reference, kernels], ids=["reference", "by device"])
+@pytest.mark.parametrize("backend", [nf4_reference, NF4], ids=["reference", "by device"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale_format", FORMATS)
 @pytest.mark.parametrize("with_huge_block", [False, True])
@@ -128,14 +123,14 @@ def test_round_trip_of_every_small_subnormal(
     weight = units * (info.smallest_normal * info.eps)
     if with_huge_block:
         weight[0] = info.max  # leaves the others few scale codes
-    options = {"block_size": 256, "scale_block_size": 256, "scale_format": scale_format}
-    fields = backend.quantize_nf4(weight.to(dtype), **options)
-    decode = {"numel": weight.numel(), **options, "dtype": dtype, "out_dtype": dtype}
-    decoded = backend.dequantize_nf4(*fields, **decode)
-    again = backend.quantize_nf4(decoded, **options)
+    options = {"format": NF4Format(block_size=256, scale_block_size=256, scale_format=scale_format)}
+    fields = backend.quantize(weight.to(dtype), **options)
+    decode = {"shape": weight.shape, **options, "dtype": dtype, "out_dtype": dtype}
+    decoded = backend.dequantize(fields, **decode)
+    again = backend.quantize(decoded, **options)
     for before, after in zip(fields, again, strict=True):
         assert torch.equal(before, after)
-    assert bits_equal(decoded, backend.dequantize_nf4(*again, **decode))
+    assert bits_equal(decoded, backend.dequantize(again, **decode))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -162,12 +157,12 @@ def test_chunking_does_not_show(monkeypatch: pytest.MonkeyPatch, scale_format: s
 
 def test_out_dtype_is_a_cast_of_the_rounded_weight() -> None:
     fields, options = quantize(torch.randn(100).bfloat16())
-    plain = nf4_reference.dequantize_nf4(
-        *fields, numel=100, **options, dtype=torch.bfloat16, out_dtype=torch.bfloat16
+    plain = nf4_reference.dequantize(
+        fields, shape=(100,), **options, dtype=torch.bfloat16, out_dtype=torch.bfloat16
     )
     for dtype in (torch.float32, torch.float64, torch.float16):
-        wide = nf4_reference.dequantize_nf4(
-            *fields, numel=100, **options, dtype=torch.bfloat16, out_dtype=dtype
+        wide = nf4_reference.dequantize(
+            fields, shape=(100,), **options, dtype=torch.bfloat16, out_dtype=dtype
         )
         assert bits_equal(wide, plain.to(dtype))
 
@@ -200,9 +195,9 @@ def test_cuda_gives_the_same_bits(dtype: torch.dtype, scale_format: str) -> None
     limit = torch.finfo(dtype).max
     weight = weight.clamp(-limit, limit).to(dtype)
     on_cpu, options = quantize(weight, scale_format=scale_format)
-    on_cuda = quantize_nf4(weight.cuda(), **options)
+    on_cuda = NF4.quantize(weight.cuda(), **options)
     for a, b in zip(on_cpu, on_cuda, strict=True):
         assert torch.equal(a, b.cpu())
-    decode = {"numel": weight.numel(), **options, "dtype": dtype, "out_dtype": dtype}
-    expected = nf4_reference.dequantize_nf4(*on_cpu, **decode)
-    assert bits_equal(expected, dequantize_nf4(*on_cuda, **decode).cpu())
+    decode = {"shape": weight.shape, **options, "dtype": dtype, "out_dtype": dtype}
+    expected = nf4_reference.dequantize(on_cpu, **decode)
+    assert bits_equal(expected, NF4.dequantize(on_cuda, **decode).cpu())

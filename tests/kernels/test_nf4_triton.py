@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlora_builders import kernels as kernels_package
 from qlora_builders import linear_nf4, to_nf4
-from qlora_builders.kernels import nf4_reference, tiles
+from qlora_builders.kernels import NF4Format, nf4_reference, tiles
 
 pytest.importorskip("triton")
 
@@ -67,19 +67,19 @@ def test_equal_the_reference(
 ) -> None:
     weight = every_case(dtype, scale_format, numel)
     options: dict[str, Any] = {
-        "block_size": block_size,
-        "scale_block_size": scale_block_size,
-        "scale_format": scale_format,
+        "format": NF4Format(
+            block_size=block_size, scale_block_size=scale_block_size, scale_format=scale_format
+        )
     }
-    fields = nf4_reference.quantize_nf4(weight.to(device), **options)
-    got = kernels.quantize_nf4(weight.to(device), **options)
+    fields = nf4_reference.quantize(weight.to(device), **options)
+    got = kernels.quantize(weight.to(device), **options)
     for want, have in zip(fields, got, strict=True):
         assert torch.equal(bits(want), bits(have))
     expected = [field.cpu() for field in fields]
-    options |= {"numel": weight.numel(), "dtype": dtype}
+    options |= {"shape": weight.shape, "dtype": dtype}
     for out_dtype in DTYPES:
-        want = nf4_reference.dequantize_nf4(*expected, **options, out_dtype=out_dtype)
-        have = kernels.dequantize_nf4(*fields, **options, out_dtype=out_dtype)
+        want = nf4_reference.dequantize(expected, **options, out_dtype=out_dtype)
+        have = kernels.dequantize(fields, **options, out_dtype=out_dtype)
         assert torch.equal(bits(want), bits(have.cpu())), out_dtype
 
 
@@ -91,13 +91,12 @@ def test_scale_search_equals_the_reference(
 ) -> None:
     weight = every_case(dtype, scale_format, 192)
     options: dict[str, Any] = {
-        "block_size": 64,
-        "scale_block_size": 5,
-        "scale_format": scale_format,
-        "scale_search": True,
+        "format": NF4Format(
+            block_size=64, scale_block_size=5, scale_format=scale_format, scale_search=True
+        )
     }
-    expected = nf4_reference.quantize_nf4(weight, **options)
-    got = kernels.quantize_nf4(weight.to(device), **options)
+    expected = nf4_reference.quantize(weight, **options)
+    got = kernels.quantize(weight.to(device), **options)
     for want, have in zip(expected, got, strict=True):
         assert torch.equal(bits(want), bits(have.cpu()))
 
@@ -106,15 +105,13 @@ def test_scale_search_equals_the_reference(
 @pytest.mark.parametrize("numel", [1, 2, 63, 64, 65, 4097])
 def test_odd_sizes_and_empty_weights(kernels: ModuleType, device: str, numel: int) -> None:
     options: dict[str, Any] = {
-        "block_size": 64,
-        "scale_block_size": 256,
-        "scale_format": "geometric",
+        "format": NF4Format(block_size=64, scale_block_size=256, scale_format="geometric")
     }
     weight = adversarial(torch.bfloat16)["mixed scales"][:numel]
-    expected = nf4_reference.quantize_nf4(weight, **options)
-    got = kernels.quantize_nf4(weight.to(device), **options)
+    expected = nf4_reference.quantize(weight, **options)
+    got = kernels.quantize(weight.to(device), **options)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, got, strict=True))
-    empty = kernels.quantize_nf4(weight[:0].to(device), **options)
+    empty = kernels.quantize(weight[:0].to(device), **options)
     assert [field.numel() for field in empty] == [0, 0, 0]
 
 
@@ -127,19 +124,19 @@ def test_what_is_not_finite_is_refused(
     weight = torch.ones(300, dtype=dtype, device=device)
     weight[299] = value
     with pytest.raises(ValueError, match="the weight has NaN or infinite elements"):
-        kernels.quantize_nf4(weight, block_size=64, scale_block_size=2, scale_format="geometric")
+        kernels.quantize(
+            weight, format=NF4Format(block_size=64, scale_block_size=2, scale_format="geometric")
+        )
 
 
 @on_each_device
 def test_large_groups_are_encoded_by_the_reference(kernels: ModuleType, device: str) -> None:
     weight = torch.randn(5000 * 32)
     options: dict[str, Any] = {
-        "block_size": 32,
-        "scale_block_size": 5000,
-        "scale_format": "geometric",
+        "format": NF4Format(block_size=32, scale_block_size=5000, scale_format="geometric")
     }
-    expected = nf4_reference.quantize_nf4(weight, **options)
-    got = kernels.quantize_nf4(weight.to(device), **options)
+    expected = nf4_reference.quantize(weight, **options)
+    got = kernels.quantize(weight.to(device), **options)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, got, strict=True))
 
 
@@ -156,7 +153,7 @@ def test_elements_beyond_two_to_the_31_are_found(kernels: ModuleType, device: st
     groups[-2:] = part.scale_groups
     out = torch.empty(part.numel(), device=device)
     kernels.dequantize_range_(
-        out, codes, scales, groups, start=first, dtype=part.dtype, **part.nf4_format
+        out, (codes, scales, groups), start=first, dtype=part.dtype, format=part.format
     )
     assert torch.equal(out.cpu(), part.dequantize())
 
@@ -191,14 +188,14 @@ def test_products_with_a_few_rows(
         scale_block_size=5,
         scale_format=scale_format,
     )
-    fields = [f.to(device) for f in (weight.codes, weight.scales, weight.scale_groups)]
+    fields = [f.to(device) for f in weight.fields]
     bias = torch.randn(shape[0], generator=generator).to(dtype)
-    options = {**weight.nf4_format, "dtype": dtype, "shape": shape, "transposed": True}
+    options = {"format": weight.format, "dtype": dtype, "shape": shape, "transposed": True}
     for rows in (1, 3, 8):
         input = torch.randn(rows, shape[1], generator=generator).to(dtype)
         for b in (None, bias):
             moved = None if b is None else b.to(device)
-            have = kernels.matmul_nf4(input.to(device), *fields, moved, **options)
+            have = kernels.matmul(input.to(device), fields, moved, **options)
             assert have.dtype == dtype
             assert_rounded_product(have, input, weight.dequantize(), b)
 
@@ -210,16 +207,16 @@ def test_products_by_tiles(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = to_nf4(torch.randn(shape, generator=generator), block_size=32)
-    fields = [f.to(device) for f in (weight.codes, weight.scales, weight.scale_groups)]
+    fields = [f.to(device) for f in weight.fields]
     dense = weight.dequantize().double()
-    options = {**weight.nf4_format, "dtype": weight.dtype, "shape": shape}
+    options = {"format": weight.format, "dtype": weight.dtype, "shape": shape}
     monkeypatch.setattr(tiles, "_TILE_ELEMENTS", 1)
     monkeypatch.setattr(tiles, "_GPU_TILE_ELEMENTS", 1)
     for transposed in (True, False):
         width = shape[1] if transposed else shape[0]
         input = torch.randn(11, width, generator=generator)
         want = input.double() @ (dense.t() if transposed else dense)
-        have = kernels.matmul_nf4(input.to(device), *fields, None, **options, transposed=transposed)
+        have = kernels.matmul(input.to(device), fields, None, **options, transposed=transposed)
         torch.testing.assert_close(have.cpu().double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -227,13 +224,13 @@ def test_without_triton_the_reference_serves_with_one_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "qlora_builders.kernels.nf4_triton", None)
-    select = kernels_package._backend
+    select = kernels_package._nf4_backend
     kernels_package._triton_backend.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Triton is not installed.*pip install triton"):
-            backend = select(torch.device("cuda"), "geometric", torch.float32)
+            backend = select(torch.device("cuda"), NF4Format(), torch.float32)
         assert backend is nf4_reference
-        assert select(torch.device("cuda"), "geometric", torch.float32) is nf4_reference  # no more
+        assert select(torch.device("cuda"), NF4Format(), torch.float32) is nf4_reference  # no more
     finally:
         kernels_package._triton_backend.cache_clear()
 

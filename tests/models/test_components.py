@@ -9,7 +9,7 @@ import torch
 
 from qlora_builders.errors import PlanError
 from qlora_builders.models import ComponentRule, resolve
-from qlora_builders.models.components import KINDS, build_linear
+from qlora_builders.models.components import KINDS, build_linear, takes
 from qlora_builders.modules import FrozenNF4Linear, Linear, LoRALinear
 from qlora_builders.tensor import NF4Tensor
 
@@ -112,7 +112,7 @@ def test_options_are_those_given() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trains(kind: str) -> None:
-    adapter = {"rank": 1, "alpha": 1} if "rank" in KINDS[kind] else {}
+    adapter = {"rank": 1, "alpha": 1} if "rank" in takes(*KINDS[kind]) else {}
     assert ComponentRule(match="x", kind=kind, **adapter).trains == (kind in ("lora", "qlora"))
 
 
@@ -191,7 +191,7 @@ def test_build_frozen_nf4() -> None:
     layer = build(ComponentRule(match="x", kind="frozen_nf4", block_size=32, scale_format="none"))
     assert type(layer) is FrozenNF4Linear
     assert isinstance(layer.weight, NF4Tensor)
-    assert (layer.weight.block_size, layer.weight.scale_format) == (32, "none")
+    assert (layer.weight.format.block_size, layer.weight.format.scale_format) == (32, "none")
     assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in layer.parameters())
 

@@ -113,7 +113,7 @@ def test_the_plan_of_the_design() -> None:
     assert found["layers.1.self_attn.o_proj"] == "qlora"
     assert found["layers.1.mlp.down_proj"] == "frozen_nf4"
     assert found["layers.3.mlp.down_proj"] == "qlora"
-    assert model.model.layers[3].mlp.down_proj.weight.block_size == 32
+    assert model.model.layers[3].mlp.down_proj.weight.format.block_size == 32
     assert found["lm_head"] == "lora"
 
 

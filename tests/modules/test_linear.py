@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_builders.modules import FrozenNF4Linear, Linear, LoRALinear
-from qlora_builders.tensor import NF4Tensor, to_nf4
+from qlora_builders.tensor import NF4Format, NF4Tensor, to_nf4
 
 IN, OUT, RANK, ALPHA = 70, 30, 4, 8.0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,7 +56,7 @@ def test_frozen_nf4_linear_takes_the_options_of_to_nf4() -> None:
     options = {"block_size": 32, "scale_block_size": 7, "scale_format": "none"}
     layer = FrozenNF4Linear(IN, OUT, **options)
     assert isinstance(layer.weight, NF4Tensor)
-    assert layer.weight.nf4_format == options
+    assert layer.weight.format.stored == options
     assert FrozenNF4Linear(IN, OUT).weight.dtype == torch.bfloat16
 
 
@@ -285,6 +285,10 @@ def test_a_training_step_changes_the_adapter_alone() -> None:
         ({"dropout": -0.1}, r"dropout is -0\.1; it must be in \[0, 1\)"),
         ({"block_size": 32}, "block_size need quantize_base=True; the base weight is not quant"),
         ({"quantize_base": True, "block_size": 33}, "block_size is 33; allowed: 32, 64"),
+        (
+            {"quantize_base": NF4Format(), "block_size": 32},
+            "block_size contradict quantize_base=NF4",
+        ),
     ],
 )
 def test_bad_lora_options(options: dict[str, Any], message: str) -> None:

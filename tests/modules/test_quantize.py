@@ -27,7 +27,7 @@ def test_it_replaces_parameters_not_modules() -> None:
         weight = model[index].weight
         assert isinstance(weight, NF4Tensor)
         assert not weight.requires_grad
-        assert (weight.block_size, weight.scale_format) == (32, "none")
+        assert (weight.format.block_size, weight.format.scale_format) == (32, "none")
     assert model[0].bias.requires_grad
     assert torch.equal(model[0].bias, plain["0.bias"])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlora_builders.modules import FrozenNF4Linear, Linear, LoRALinear
 from qlora_builders.tensor import NF4Tensor, to_nf4
-from qlora_builders.tensor.nf4_layouts import pack_bnb, pack_native, stored_parts, unpack
+from qlora_builders.tensor.layouts import pack_bnb, pack_native, stored_parts, unpack
 
 IN, OUT = 70, 30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,7 +43,7 @@ Build = Callable[..., nn.ModuleDict]
 def assert_same_bits(a: Tensor, b: Tensor) -> None:
     assert isinstance(a, NF4Tensor)
     assert isinstance(b, NF4Tensor)
-    assert (a.dtype, a.nf4_options) == (b.dtype, b.nf4_options)
+    assert (a.dtype, a.format) == (b.dtype, b.format)
     for name in NF4Tensor.tensor_fields:
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
@@ -202,7 +202,7 @@ def test_stored_codes_load_strictly(
     assert torch.equal(model["proj"].weight.dequantize(), dequantized)
     default = build()
     default.load_state_dict(state, strict=True, assign=assign)
-    same_format = taken.nf4_options == default["proj"].weight.nf4_options
+    same_format = taken.format == default["proj"].weight.format
     assert_same_bits(default["proj"].weight, taken if same_format else to_nf4(dequantized))
 
 

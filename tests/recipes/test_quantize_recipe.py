@@ -32,7 +32,7 @@ def test_formats(
     out = tmp_path / "out"
     weight = quantize(checkpoint, out, f"format={format}")
     assert detect_format(out) == format
-    assert (weight.scale_format, weight.block_size) == (scales, 64)
+    assert (weight.format.scale_format, weight.format.block_size) == (scales, 64)
     plan = [{"match": "layers.**", "kind": "frozen_nf4", "scale_format": scales}]
     expected = load_checkpoint(checkpoint, plan).get_parameter(UP)
     assert torch.equal(weight.codes, expected.codes)
@@ -46,11 +46,11 @@ def test_formats(
 def test_options(checkpoint: Path, tmp_path: Path) -> None:
     rule = "components=[{match: 'layers.1.mlp.*', kind: frozen_nf4, block_size: 32}]"
     weight = quantize(checkpoint, tmp_path / "a", rule, "max_shard_size=20KB")
-    assert weight.block_size == 32
+    assert weight.format.block_size == 32
     assert len(list((tmp_path / "a").glob("nf4-*.safetensors"))) > 1
     options = ["block_size=128", "scale_format=none", "scale_search=true", "dtype=float32"]
     weight = quantize(checkpoint, tmp_path / "b", *options)
-    assert weight.nf4_options == {
+    assert weight.format == {
         "block_size": 128, "scale_block_size": 256, "scale_format": "none", "scale_search": True
     }  # fmt: skip
     assert weight.dtype == torch.float32

@@ -20,6 +20,6 @@ def make(
 def assert_same(a: Tensor, b: Tensor) -> None:
     assert isinstance(a, NF4Tensor)
     assert isinstance(b, NF4Tensor)
-    assert (a.shape, a.dtype, a.nf4_options) == (b.shape, b.dtype, b.nf4_options)
+    assert (a.shape, a.dtype, a.format) == (b.shape, b.dtype, b.format)
     for name in NF4Tensor.tensor_fields:
         assert torch.equal(getattr(a, name), getattr(b, name)), name

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from qlora_builders.tensor import NF4Tensor, to_nf4
-from qlora_builders.tensor.nf4_layouts import (
+from qlora_builders.tensor.layouts import (
     BNB_JSON,
-    NATIVE_JSON,
     pack_bnb,
     pack_native,
     tensor_bytes,
@@ -41,7 +40,7 @@ def weight(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tenso
 
 def same(a: NF4Tensor, b: NF4Tensor) -> bool:
     fields = all(torch.equal(getattr(a, n), getattr(b, n)) for n in NF4Tensor.tensor_fields)
-    return fields and (a.shape, a.dtype, a.nf4_options) == (b.shape, b.dtype, b.nf4_options)
+    return fields and (a.shape, a.dtype, a.format) == (b.shape, b.dtype, b.format)
 
 
 def edit_json(parts: dict[str, Tensor], suffix: str, **changes: Any) -> dict[str, Tensor]:
@@ -107,7 +106,7 @@ def test_we_read_bitsandbytes_with_equal_values(
     )
     assert packed.dtype == storage
     ours = unpack_bnb({"": packed, **{f".{k}": v for k, v in state.as_dict(packed=True).items()}})
-    assert ours.scale_format == ("bnb" if nested else "none")
+    assert ours.format.scale_format == ("bnb" if nested else "none")
     assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(packed, state).view(-1))
     parts = pack_bnb(ours)
     for name, tensor in state.as_dict(packed=True).items():
@@ -223,7 +222,7 @@ def test_nested_and_plain_descriptions_are_not_mixed_up() -> None:
 )
 def test_native_description_is_checked(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        unpack_native(edit_json(NATIVE_PARTS, NATIVE_JSON, **change))
+        unpack_native(edit_json(NATIVE_PARTS, ".nf4", **change))
 
 
 @pytest.mark.parametrize("field", [".codes", ".scales", ".scale_groups"])

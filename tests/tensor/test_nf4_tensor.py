@@ -14,7 +14,7 @@ import torch
 from nf4_tensors import assert_same, make
 from torch import Tensor, nn
 
-from qlora_builders.tensor import NF4Tensor, to_nf4
+from qlora_builders.tensor import NF4Format, NF4Tensor, to_nf4
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -219,14 +219,14 @@ def test_meta_and_to_empty(scale_format: str) -> None:
 def test_moving_to_meta_keeps_type_and_options() -> None:
     moved = make(block_size=128).to("meta")
     assert isinstance(moved, NF4Tensor)
-    assert (moved.device.type, moved.block_size) == ("meta", 128)
+    assert (moved.device.type, moved.format.block_size) == ("meta", 128)
     assert all(getattr(moved, name).is_meta for name in NF4Tensor.tensor_fields)
 
 
 def test_empty_like_moves_every_field() -> None:
     empty = torch.empty_like(make(block_size=32), device="meta")
     assert isinstance(empty, NF4Tensor)
-    assert empty.block_size == 32
+    assert empty.format.block_size == 32
     assert all(getattr(empty, name).is_meta for name in NF4Tensor.tensor_fields)
     plain = torch.empty_like(make(), dtype=torch.float32)
     assert type(plain) is Tensor
@@ -313,11 +313,17 @@ def test_the_constructor_checks_its_fields() -> None:
     with pytest.raises(ValueError, match=r"scales is torch.float32 \[33\].*needs torch.uint8"):
         NF4Tensor(**wrong, shape=(30, 70), dtype=torch.float32)
     with pytest.raises(ValueError, match="scale_groups is"):
-        NF4Tensor(**fields, shape=(30, 70), dtype=torch.float32, scale_block_size=2)
+        NF4Tensor(
+            **fields, shape=(30, 70), dtype=torch.float32, format=NF4Format(scale_block_size=2)
+        )
     with pytest.raises(ValueError, match=r"cannot stand for dtype torch\.float64"):
         NF4Tensor(**fields, shape=(30, 70), dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"takes codes, scales, scale_groups, .*; got 0 fields and"):
+        NF4Tensor(**fields, shape=(30, 70), dtype=torch.float32, block_size=64)
+    with pytest.raises(TypeError, match=r"got 2 fields and no names"):
+        NF4Tensor(weight.codes, weight.scales, shape=(30, 70), dtype=torch.float32)
     with pytest.raises(ValueError, match="block_size is 63"):
-        NF4Tensor(**fields, shape=(30, 70), dtype=torch.float32, block_size=63)
+        NF4Tensor(**fields, shape=(30, 70), dtype=torch.float32, format=NF4Format(block_size=63))
 
 
 @pytest.mark.gpu

@@ -1,12 +1,14 @@
-"""Our own NF4 directories: codes and scales as they are in memory, read back without quantizing.
+"""Our own directories of quantized weights: codes and scales as they are in memory.
 
     config.json        as of a Hugging Face checkpoint, and
-                       "quantization_config": {"quant_method": "qlora_builders_nf4", "version": 1}
-    nf4.safetensors    or nf4-00001-of-0000N.safetensors with nf4.safetensors.index.json
+                       "quantization_config": {"quant_method": ..., "version": 1}
+    STEM.safetensors   or STEM-00001-of-0000N.safetensors with STEM.safetensors.index.json
 
-The name of the weight files keeps other tools from loading what they would not understand. For
-every NF4 weight the file holds the parts of the native layout in `tensor/nf4_layouts.py`; all
-other tensors lie beside them as usual.
+Where all quantized weights are in NF4 the method is `qlora_builders_nf4` and the stem `nf4`;
+`qlora_builders_native` and `native` serve every type and any mix of them. The name of the weight
+files keeps other tools from loading what they would not understand. For every quantized weight the
+file holds the parts of the native layout in `tensor/layouts.py`; all other tensors lie beside them
+as usual.
 """
 
 from __future__ import annotations
@@ -20,47 +22,55 @@ from torch import Tensor
 
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, open_tensors
 from qlora_builders.errors import CheckpointError
-from qlora_builders.tensor import NF4Tensor
-from qlora_builders.tensor.nf4_layouts import (
-    NATIVE_JSON,
+from qlora_builders.tensor import QuantizedTensor
+from qlora_builders.tensor.layouts import (
+    Stored,
     native_metadata,
+    native_suffixes,
     pack_native,
     unpack_native,
 )
 
-STEM = "nf4"
-QUANT_METHOD = "qlora_builders_nf4"
 _SMALL_BYTES = 2**16
-QUANTIZATION_CONFIG = {"quant_method": QUANT_METHOD, "version": 1}
+# format -> its files' stem
+STEMS = {"nf4": "nf4", "native": "native"}
+QUANTIZATION_CONFIGS = {
+    name: {"quant_method": f"qlora_builders_{name}", "version": 1} for name in STEMS
+}
+QUANT_METHODS = {str(config["quant_method"]): n for n, config in QUANTIZATION_CONFIGS.items()}
 
 
-def read_native(directory: Path) -> dict[str, LazyTensor]:
+def read_native(directory: Path, *, format: str) -> dict[str, LazyTensor]:
     """
     Raises:
         CheckpointError: for a file that cannot be read, or a weight that is not as documented.
     """
-    stored = open_tensors(directory, stem=STEM, mappable=True)
-    return collect_weights(stored, NATIVE_JSON, native_metadata, unpack_native)
+    stored = open_tensors(directory, stem=STEMS[format], mappable=True)
+    types = {suffix: cls.kernels.format_type.name for suffix, cls in native_suffixes().items()}
+    return collect_weights(stored, types, native_metadata, unpack_native)
 
 
-def native_parts(name: str, weight: NF4Tensor) -> Iterator[LazyTensor]:
+def native_parts(name: str, weight: QuantizedTensor) -> Iterator[LazyTensor]:
     return lazy_parts(name, weight, pack_native)
 
 
-# ---- for every layout of NF4 weights -----------------------------------------------------------
+# ---- for every layout of quantized weights -----------------------------------------------------
 
 
 def collect_weights(
     tensors: Mapping[str, LazyTensor],
-    json_suffix: str,
-    metadata: Callable[[Tensor], dict[str, Any]],
-    unpack: Callable[[Mapping[str, Tensor]], NF4Tensor],
+    types: Mapping[str, str],
+    metadata: Callable[[Tensor, str], Stored],
+    unpack: Callable[[Mapping[str, Tensor]], QuantizedTensor],
 ) -> dict[str, LazyTensor]:
-    """One lazy NF4 weight for the parts of each; tensors that belong to none stay as they are."""
+    """One lazy weight for the parts of each; tensors that belong to none stay as they are.
+
+    Args:
+        types: suffix of a JSON part -> type of the weight that it describes.
+    """
     parts_of = {name: _split(name) for name in tensors}
-    weights: dict[str, dict[str, LazyTensor]] = {
-        key: {} for key, suffix in parts_of.values() if suffix == json_suffix
-    }
+    described = {key: suffix for key, suffix in parts_of.values() if suffix in types}
+    weights: dict[str, dict[str, LazyTensor]] = {key: {} for key in described}
     found = {}
     for name, tensor in tensors.items():
         key, suffix = parts_of[name]
@@ -69,20 +79,21 @@ def collect_weights(
         else:
             found[name] = tensor
     for key, parts in weights.items():
-        text = parts[json_suffix]
-        stored = text.load()
+        suffix = described[key]
+        text = parts[suffix]
+        content = text.load()
         try:
-            head = metadata(stored)
+            stored = metadata(content, suffix)
         except ValueError as error:
             raise CheckpointError(f"{text.source}: {text.name}: {error}") from error
         load = partial(_load, key, parts, unpack)
         found[key] = LazyTensor(
             key,
-            head["shape"],
-            head["dtype"],
+            stored.shape,
+            stored.dtype,
             load,
             text.source,
-            quantized=True,
+            quantized=types[suffix],
             map=partial(load, mapped=True),
         )
     return found
@@ -97,10 +108,10 @@ def _split(name: str) -> tuple[str, str]:
 def _load(
     key: str,
     parts: Mapping[str, LazyTensor],
-    unpack: Callable[[Mapping[str, Tensor]], NF4Tensor],
+    unpack: Callable[[Mapping[str, Tensor]], QuantizedTensor],
     *,
     mapped: bool = False,
-) -> NF4Tensor:
+) -> QuantizedTensor:
     """`mapped`: those parts that can be."""
     tensors = {
         suffix: part.map() if mapped and part.map else part.load() for suffix, part in parts.items()
@@ -113,11 +124,11 @@ def _load(
 
 
 def lazy_parts(
-    name: str, weight: NF4Tensor, pack: Callable[[NF4Tensor], dict[str, Tensor]]
+    name: str, weight: QuantizedTensor, pack: Callable[[Any], dict[str, Tensor]]
 ) -> Iterator[LazyTensor]:
     """The parts of a weight to be written. Large ones that packing computes (decoded scales) are
     computed again when they are written: for a whole model they would add up."""
-    memory = {getattr(weight, field).data_ptr() for field in NF4Tensor.tensor_fields}
+    memory = {field.data_ptr() for field in weight.fields}
 
     def part_again(suffix: str) -> Tensor:
         return pack(weight)[suffix]

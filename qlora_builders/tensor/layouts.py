@@ -1,12 +1,12 @@
-"""An NF4Tensor as the plain tensors that files hold, and back, without changing a bit.
+"""Quantized weights as the plain tensors that files hold, and back, without changing a bit.
 
-A layout names its parts by what they add to the weight's key `K`. n elements, B blocks, G groups:
+A layout names its parts by what they add to the weight's key `K`. The native one serves every type;
+bitsandbytes' is NF4's alone. n elements, B blocks, G groups:
 
-native       K.codes, K.scales, K.scale_groups   the fields of NF4Tensor, as they are
-             K.nf4                               uint8, JSON: version (1), shape, dtype, block_size,
-                                                 scale_block_size, scale_format, scale_search, and
-                                                 crc32 of the bytes of the three fields and of this
-                                                 JSON without its last member
+native       K.codes, K.scales, ...              the fields of the type, as they are
+             K.nf4 (the name of the type)        uint8, JSON: version (1), shape, dtype, the options
+                                                 of the format, and crc32 of the bytes of the
+                                                 fields and of this JSON without its last member
 bitsandbytes K                                   uint8 [ceil(n / 2), 1]; or the same bytes in
                                                  another dtype (`bnb_4bit_quant_storage`)
              K.absmax                            float32 [B], or uint8 [B] where nested
@@ -27,86 +27,110 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_builders.kernels import NF4_CODEBOOK
-from qlora_builders.kernels.nf4_reference import decode_scales, dynamic_codebook
+from qlora_builders.kernels import NF4_CODEBOOK, NF4Format
+from qlora_builders.kernels.nf4_format import decode_scales, dynamic_codebook
 from qlora_builders.strict_json import parse_json
-from qlora_builders.tensor.nf4_tensor import NF4Tensor, check_nf4_options
+from qlora_builders.tensor.nf4 import NF4Tensor
+from qlora_builders.tensor.quantized import QUANTIZED_TYPES, QuantizedTensor
 
-NATIVE_JSON = ".nf4"
 BNB_JSON = ".quant_state.bitsandbytes__nf4"
 BNB_FP4_JSON = ".quant_state.bitsandbytes__fp4"
 _BNB_PLAIN = {"", ".absmax", ".quant_map", BNB_JSON}
 _BNB_NESTED = {*_BNB_PLAIN, ".nested_absmax", ".nested_quant_map"}
 _BNB_NESTED_BLOCK = 256
-_FORMAT_TYPES = {
-    "block_size": int,
-    "scale_block_size": int,
-    "scale_format": str,
-    "scale_search": bool,
-}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_NATIVE = {f".{field}" for field in NF4Tensor.tensor_fields} | {NATIVE_JSON}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the JSON part of a weight says: `content` as it is written, the rest checked."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    format: Any
+    content: dict[str, Any]
 
 
 # ---- native -------------------------------------------------------------------------------------
 
 
-def pack_native(weight: NF4Tensor) -> dict[str, Tensor]:
+def native_suffixes() -> dict[str, type[QuantizedTensor]]:
+    """What the JSON part adds to a weight's key, of each type."""
+    return {f".{name}": cls for name, cls in QUANTIZED_TYPES.items()}
+
+
+def pack_native(weight: QuantizedTensor) -> dict[str, Tensor]:
     """Suffix -> tensor; the fields are the weight's own memory."""
-    fields = {f".{name}": getattr(weight, name) for name in NF4Tensor.tensor_fields}
+    fields = dict(zip(weight.tensor_fields, weight.fields, strict=True))
     head = {
         "version": 1,
         "shape": list(weight.shape),
         "dtype": _dtype_name(weight.dtype),
-        **weight.nf4_options,
+        **weight.format.options,
     }
-    head["crc32"] = _checksum(fields, head)
-    return {**fields, NATIVE_JSON: _json_tensor(head)}
+    head["crc32"] = _checksum(weight.fields, head)
+    parts = {f".{name}": field for name, field in fields.items()}
+    return {**parts, f".{weight.format.name}": _json_tensor(head)}
 
 
-def native_metadata(text: Tensor) -> dict[str, Any]:
-    """The checked JSON part: `shape` (torch.Size), `dtype`, `crc32` and the options of `to_nf4`.
+def native_metadata(text: Tensor, suffix: str) -> Stored:
+    """
+    Args:
+        text: the JSON part.
+        suffix: its own.
 
     Raises:
         ValueError: if it is not what `pack_native` writes.
     """
-    head = _read_json(text, {"version", "shape", "dtype", *_FORMAT_TYPES, "crc32"})
+    format_type = native_suffixes()[suffix].kernels.format_type
+    options = format_type().options
+    head = _read_json(text, {"version", "shape", "dtype", *options, "crc32"})
     if head["version"] != 1:
         raise ValueError(f"version is {head['version']!r}; this release reads version 1")
-    for name, kind in (*_FORMAT_TYPES.items(), ("crc32", int)):
-        if type(head[name]) is not kind:
-            raise ValueError(f"{name} is {head[name]!r}; it must be of type {kind.__name__}")
-    check_nf4_options(**{name: head[name] for name in _FORMAT_TYPES})
-    return head | {"shape": _shape(head["shape"]), "dtype": _dtype(head["dtype"])}
+    for name, default in (*options.items(), ("crc32", 0)):
+        if type(head[name]) is not type(default):
+            kind = type(default).__name__
+            raise ValueError(f"{name} is {head[name]!r}; it must be of type {kind}")
+    format = format_type(**{name: head[name] for name in options})
+    return Stored(_shape(head["shape"]), _dtype(head["dtype"]), format, head)
 
 
-def unpack_native(parts: Mapping[str, Tensor]) -> NF4Tensor:
+def unpack_native(parts: Mapping[str, Tensor]) -> QuantizedTensor:
     """
     Raises:
         ValueError: for parts that are missing, surplus, of a wrong shape or dtype, or damaged.
     """
-    _check_suffixes(parts, _NATIVE)
-    head = native_metadata(parts[NATIVE_JSON])
-    fields = {name: parts[f".{name}"] for name in NF4Tensor.tensor_fields}
-    options = {name: head[name] for name in _FORMAT_TYPES}
-    weight = NF4Tensor(*fields.values(), shape=head["shape"], dtype=head["dtype"], **options)
-    written = {k: v for k, v in head.items() if k != "crc32"}
-    written |= {"shape": list(head["shape"]), "dtype": _dtype_name(head["dtype"])}
-    if _checksum({f".{name}": field for name, field in fields.items()}, written) != head["crc32"]:
+    suffix = _native_suffix(parts) or "." + NF4Format.name
+    cls = native_suffixes()[suffix]
+    _check_suffixes(parts, {*(f".{field}" for field in cls.tensor_fields), suffix})
+    stored = native_metadata(parts[suffix], suffix)
+    weight = cls(
+        *(parts[f".{name}"] for name in cls.tensor_fields),
+        shape=stored.shape,
+        dtype=stored.dtype,
+        format=stored.format,
+    )
+    written = {k: v for k, v in stored.content.items() if k != "crc32"}
+    if _checksum(weight.fields, written) != stored.content["crc32"]:
         raise ValueError("the checksum does not fit the stored codes and scales: damaged")
     return weight
 
 
-def _checksum(fields: Mapping[str, Tensor], head: Mapping[str, Any]) -> int:
+def _native_suffix(parts: Mapping[str, Tensor]) -> str | None:
+    return next((suffix for suffix in native_suffixes() if suffix in parts), None)
+
+
+def _checksum(fields: Iterable[Tensor], head: Mapping[str, Any]) -> int:
     value = 0
-    for name in NF4Tensor.tensor_fields:
-        value = zlib.crc32(tensor_bytes(fields[f".{name}"]), value)
+    for field in fields:
+        value = zlib.crc32(tensor_bytes(field), value)
     return zlib.crc32(json.dumps(head).encode(), value)
 
 
@@ -115,10 +139,11 @@ def _checksum(fields: Mapping[str, Tensor], head: Mapping[str, Any]) -> int:
 
 def pack_bnb(weight: NF4Tensor) -> dict[str, Tensor]:
     """Suffix -> tensor. Codes are the weight's own memory; scales are decoded unless nested."""
-    nested = weight.scale_format == "bnb" and weight.scale_block_size == _BNB_NESTED_BLOCK
+    format = weight.format
+    nested = format.scale_format == "bnb" and format.scale_block_size == _BNB_NESTED_BLOCK
     state: dict[str, Any] = {
         "quant_type": "nf4",
-        "blocksize": weight.block_size,
+        "blocksize": format.block_size,
         "dtype": _dtype_name(weight.dtype),
         "shape": list(weight.shape),
     }
@@ -132,18 +157,13 @@ def pack_bnb(weight: NF4Tensor) -> dict[str, Tensor]:
         parts[".nested_quant_map"] = dynamic_codebook()
     else:
         parts[".absmax"] = decode_scales(
-            weight.scales,
-            weight.scale_groups,
-            scale_block_size=weight.scale_block_size,
-            scale_format=weight.scale_format,
-            dtype=weight.dtype,
+            weight.scales, weight.scale_groups, format=format, dtype=weight.dtype
         )
     return {**parts, BNB_JSON: _json_tensor(state)}
 
 
-def bnb_metadata(text: Tensor) -> dict[str, Any]:
-    """The checked JSON part: `shape` (torch.Size), `dtype`, `blocksize` and, nested, the offset.
-
+def bnb_metadata(text: Tensor, suffix: str = BNB_JSON) -> Stored:
+    """
     Raises:
         ValueError: if it is not what bitsandbytes writes for NF4.
     """
@@ -160,11 +180,11 @@ def bnb_metadata(text: Tensor) -> dict[str, Any]:
     ):
         if state.get(name, allowed) != allowed:
             raise ValueError(f"{name} is {state[name]!r}; only {allowed!r} is read")
-    check_nf4_options(block_size=state["blocksize"], scale_block_size=1, scale_format="bnb")
+    format = NF4Format(block_size=state["blocksize"], scale_block_size=1, scale_format="bnb")
     offset = state.get("nested_offset", 0.0)
     if type(offset) is not float or torch.tensor(offset, dtype=torch.float32).item() != offset:
         raise ValueError(f"nested_offset is {offset!r}, which is no float32 number")
-    return state | {"shape": _shape(state["shape"]), "dtype": _dtype(state["dtype"])}
+    return Stored(_shape(state["shape"]), _dtype(state["dtype"]), format, state)
 
 
 def unpack_bnb(parts: Mapping[str, Tensor]) -> NF4Tensor:
@@ -176,9 +196,9 @@ def unpack_bnb(parts: Mapping[str, Tensor]) -> NF4Tensor:
     if BNB_FP4_JSON in parts:
         raise ValueError("quantized to FP4; only NF4 is read (bnb_4bit_quant_type='nf4')")
     _check_suffixes(parts, _BNB_NESTED if ".nested_absmax" in parts else _BNB_PLAIN)
-    state = bnb_metadata(parts[BNB_JSON])
+    stored = bnb_metadata(parts[BNB_JSON])
     nested = ".nested_absmax" in parts
-    if nested != ("nested_offset" in state):
+    if nested != ("nested_offset" in stored.content):
         raise ValueError("nested_absmax and the nested_offset of quant_state must come together")
     if not torch.equal(parts[".quant_map"].cpu(), NF4_CODEBOOK):
         raise ValueError("quant_map is not the codebook of NF4")
@@ -188,18 +208,17 @@ def unpack_bnb(parts: Mapping[str, Tensor]) -> NF4Tensor:
             absmax,
             parts[".nested_quant_map"],
             parts[".nested_absmax"],
-            offset=state["nested_offset"],
-            dtype=state["dtype"],
+            offset=stored.content["nested_offset"],
+            dtype=stored.dtype,
         )
     else:
-        fields, options = _plain_scales(absmax, state["dtype"])
+        fields, options = _plain_scales(absmax, stored.dtype)
     return NF4Tensor(
-        _bnb_codes(parts[""], state["shape"].numel()),
+        _bnb_codes(parts[""], stored.shape.numel()),
         *fields,
-        shape=state["shape"],
-        dtype=state["dtype"],
-        block_size=state["blocksize"],
-        **options,
+        shape=stored.shape,
+        dtype=stored.dtype,
+        format=NF4Format(block_size=stored.format.block_size, **options),
     )
 
 
@@ -252,9 +271,9 @@ def stored_parts(state: Mapping[str, Any], key: str) -> dict[str, Tensor]:
     }
 
 
-def unpack(parts: Mapping[str, Tensor]) -> NF4Tensor:
+def unpack(parts: Mapping[str, Tensor]) -> QuantizedTensor:
     """From either layout; errors as there."""
-    return unpack_native(parts) if NATIVE_JSON in parts else unpack_bnb(parts)
+    return unpack_native(parts) if _native_suffix(parts) else unpack_bnb(parts)
 
 
 def _check_suffixes(parts: Mapping[str, Tensor], expected: set[str]) -> None:

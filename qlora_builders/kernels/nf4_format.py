@@ -1,6 +1,7 @@
-"""Block scales in 8 bits: the `geometric` and `bnb` formats that `nf4_reference` describes.
+"""NF4's format: its options, the shapes they give, and block scales in 8 bits.
 
-`dynamic_codebook` defines the 256 values of `bnb`.
+`nf4_reference` describes what the fields mean. The `geometric` and `bnb` formats of scales are
+computed here; `dynamic_codebook` defines the 256 values of `bnb`.
 
 Shapes: B blocks, S = scale_block_size, G = ceil(B / S) groups.
 """
@@ -8,9 +9,82 @@ Shapes: B blocks, S = scale_block_size, G = ceil(B / S) groups.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from qlora_builders.errors import did_you_mean
+from qlora_builders.kernels.formats import Format, Shape
+from qlora_builders.names import SCALE_FORMATS
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NF4Format(Format):
+    """
+    Attributes:
+        block_size: elements per scale.
+        scale_block_size: scales per group; unused by `scale_format="none"`.
+        scale_format: "geometric", "none" or "bnb".
+        scale_search: how plain weights get their scales: the best of 16 for each block.
+
+    Raises:
+        ValueError: for a block size that is not a power of two from 32 to 4096, a scale block
+            size that is not positive, an unknown scale format, or scale_search with "bnb".
+    """
+
+    name: ClassVar[str] = "nf4"
+    tensor_fields: ClassVar[tuple[str, ...]] = ("codes", "scales", "scale_groups")
+    stored_options: ClassVar[tuple[str, ...]] = ("block_size", "scale_block_size", "scale_format")
+
+    block_size: int = 64
+    scale_block_size: int = 256
+    scale_format: str = "geometric"
+    scale_search: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            allowed = ", ".join(map(str, BLOCK_SIZES))
+            raise ValueError(f"block_size is {self.block_size!r}; allowed: {allowed}")
+        if not isinstance(self.scale_block_size, int) or self.scale_block_size < 1:
+            raise ValueError(
+                f"scale_block_size is {self.scale_block_size!r}; it must be an integer >= 1"
+            )
+        if self.scale_format not in SCALE_FORMATS:
+            near = did_you_mean(str(self.scale_format), SCALE_FORMATS)
+            raise ValueError(f"scale_format is {self.scale_format!r}{near}")
+        if self.scale_search and self.scale_format == "bnb":
+            raise ValueError("scale_search cannot be combined with scale_format 'bnb'")
+
+    def field_shapes(self, shape: Sequence[int]) -> tuple[Shape, ...]:
+        numel = math.prod(shape)
+        blocks = num_blocks(numel, self.block_size)
+        groups = 0 if self.scale_format == "none" else num_blocks(blocks, self.scale_block_size)
+        return (-(-numel // 2),), (blocks,), (groups, 2)
+
+    def field_dtypes(self) -> tuple[torch.dtype, ...]:
+        scales = torch.float32 if self.scale_format == "none" else torch.uint8
+        return torch.uint8, scales, torch.float32
+
+    def unit(self, shape: Sequence[int]) -> Shape:
+        """A group of blocks of the flattened weight."""
+        blocks = 1 if self.scale_format == "none" else self.scale_block_size
+        return (blocks * self.block_size,)
+
+    @property
+    def needs_whole(self) -> bool:
+        """The offset of `bnb` is the mean over all scales."""
+        return self.scale_format == "bnb"
+
+    @property
+    def identity(self) -> str:
+        return str(self.stored)  # as hashes have had it before there were other formats
+
 
 # Groups encoded at once: their temporaries stay at about a megabyte.
 _CHUNK_GROUPS = 128
@@ -26,12 +100,13 @@ def pad(x: Tensor, multiple: int) -> Tensor:
 
 
 def encode_scales(
-    absmax: Tensor, *, scale_block_size: int, scale_format: str, dtype: torch.dtype
+    absmax: Tensor, *, format: NF4Format, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Block maxima float32 [B] of a weight of `dtype` -> (scales, scale_groups)."""
-    if scale_format == "none":
+    if format.scale_format == "none":
         return absmax, absmax.new_empty(0, 2)
-    offset = _bnb_offset(absmax) if scale_format == "bnb" else None
+    scale_block_size = format.scale_block_size
+    offset = _bnb_offset(absmax) if format.scale_format == "bnb" else None
     scales = torch.empty(absmax.numel(), dtype=torch.uint8, device=absmax.device)
     scale_groups = absmax.new_empty(num_blocks(absmax.numel(), scale_block_size), 2)
     for group in range(0, scale_groups.shape[0], _CHUNK_GROUPS):
@@ -51,19 +126,18 @@ def decode_scales(
     scales: Tensor,
     scale_groups: Tensor,
     *,
-    scale_block_size: int,
-    scale_format: str,
+    format: NF4Format,
     dtype: torch.dtype,
 ) -> Tensor:
     """What multiplies the codebook: float32 [B], for all but `bnb` rounded to `dtype`.
 
     `scales` begins at a group's first block and `scale_groups` at that group.
     """
-    if scale_format == "none":
+    if format.scale_format == "none":
         return scales.to(dtype).float()
-    codes = pad(scales, scale_block_size).view(-1, scale_block_size)  # [G, S]
+    codes = pad(scales, format.scale_block_size).view(-1, format.scale_block_size)  # [G, S]
     first, second = scale_groups[: codes.shape[0], :1], scale_groups[: codes.shape[0], 1:]
-    if scale_format == "bnb":
+    if format.scale_format == "bnb":
         decoded = dynamic_codebook().to(codes.device)[codes.int()] * first + second
         return decoded.view(-1)[: scales.numel()]
     bits = _grid_bits(codes.long(), _bits(first), _bits(second))

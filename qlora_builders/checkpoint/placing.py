@@ -1,0 +1,132 @@
+"""Where a tensor of a checkpoint goes: what of it this rank reads, and what is made of that.
+
+A parameter is plain or quantized, and whole or sharded over ranks, of which each reads and
+quantizes what it will hold. All four are a `Place`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qlora_builders.checkpoint.finite import is_finite
+from qlora_builders.checkpoint.safetensors_io import LazyTensor
+from qlora_builders.errors import CheckpointError
+from qlora_builders.tensor import Format, QuantizedTensor, plain, quantize
+from qlora_builders.tensor.sharded import (
+    format_of,
+    held_elements,
+    held_rows,
+    is_sharded,
+    quantize_held,
+    shard_quantized,
+    with_local,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """
+    Attributes:
+        part: what is to be read.
+        transient: what takes the parameter's place is other memory than what was read.
+        make: what was read -> what takes the parameter's place. Raises ValueError for what cannot
+            be quantized, CheckpointError for a plain weight with NaN or infinity.
+    """
+
+    part: LazyTensor
+    transient: bool
+    make: Callable[[Tensor], Tensor]
+
+
+def place(tensor: LazyTensor, parameter: Tensor, device: torch.device) -> Place:
+    """
+    Args:
+        tensor: as in the checkpoint.
+        parameter: what it is for, on meta for instance.
+    """
+    format = format_of(parameter)
+    on_cpu = device.type == "cpu"
+    if is_sharded(parameter):
+        part = _needed_rows(tensor, parameter, format)
+        make: Any = partial(_sharded, parameter, tensor, part, format, device)
+        return Place(part, True, make)
+    if format is not None:
+        make = partial(_quantized, parameter.dtype, format, device)
+        return Place(tensor, not (tensor.quantized and on_cpu), make)
+    same = tensor.dtype == parameter.dtype and not tensor.quantized
+    make = partial(_plain, parameter.dtype, tensor, device)
+    return Place(tensor, not (same and on_cpu), make)
+
+
+def _plain(dtype: torch.dtype, tensor: LazyTensor, device: torch.device, value: Tensor) -> Tensor:
+    value = plain(value.to(device)).to(dtype)
+    _check_finite(tensor, value)
+    return value
+
+
+def _quantized(dtype: torch.dtype, format: Format, device: torch.device, value: Tensor) -> Tensor:
+    """Stored codes stay as they are."""
+    if isinstance(value, QuantizedTensor):
+        return value.to(device)
+    return quantize(value.to(device=device, dtype=dtype), format)
+
+
+def _sharded(
+    parameter: DTensor,
+    tensor: LazyTensor,
+    part: LazyTensor,
+    format: Format | None,
+    device: torch.device,
+    value: Tensor,
+) -> Tensor:
+    if format is None:
+        value = plain(value)
+        if not tensor.quantized:
+            _check_finite(tensor, value)
+        rows = slice(*held_rows(parameter)) if value.shape[0] == parameter.shape[0] else slice(None)
+        return with_local(parameter, value[rows].to(device, parameter.dtype, copy=True))
+    weight: Any = value.to(device)
+    if isinstance(weight, QuantizedTensor):
+        return shard_quantized(parameter, weight)
+    if format.needs_whole:
+        return shard_quantized(parameter, quantize(weight.to(parameter.dtype), format))
+    start, stop = held_elements(parameter)
+    columns = parameter.shape[1:].numel()
+    first = start // columns if part is not tensor else 0  # row of what was read
+    before = start - first * columns  # elements that were read and are another rank's
+    elements = weight.flatten()[before : before + stop - start]
+    return shard_quantized(parameter, quantize_held(parameter, elements))
+
+
+def _needed_rows(tensor: LazyTensor, parameter: DTensor, format: Format | None) -> LazyTensor:
+    """The part of a tensor that this rank needs. Not every file can be read in parts; all is needed
+    of a weight that is stored quantized, and of one whose codes depend on the whole."""
+    if tensor.load_rows is None or tensor.quantized or (format and format.needs_whole):
+        return tensor
+    if format is None:
+        start, stop = held_rows(parameter)
+    else:
+        first, last = held_elements(parameter)
+        columns = parameter.shape[1:].numel()
+        start, stop = first // columns, -(-last // columns)
+    shape = torch.Size((stop - start, *tensor.shape[1:]))
+    load = partial(tensor.load_rows, start, stop)
+    return replace(tensor, shape=shape, load=load, load_into=None, map=None)
+
+
+def _check_finite(tensor: LazyTensor, value: Tensor) -> None:
+    """Of weights that stay plain; quantizing checks the others."""
+    if not is_finite(value):
+        raise CheckpointError(
+            f"{tensor.source}: {tensor.name} holds NaN or infinity in {value.dtype}; the file is "
+            "damaged, or its numbers need a wider dtype"
+        )
