@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from qlora_builders.kernels import MATMUL_OPS, tiles
-from qlora_builders.modules import CausalLM, Linear, LoRALinear, cast_linear
+from qlora_builders.kernels import MATMUL_OPS
+from qlora_builders.kernels.products import SMALL_ELEMENTS, TILE_ELEMENTS
+from qlora_builders.modules import CausalLM, Linear, LoRALinear
 from qlora_builders.modules import loss as loss_module
 
 aten = torch.ops.aten
@@ -77,7 +78,7 @@ def trace_step(
         for parameter in filter(lambda p: p.requires_grad, there):
             parameter.grad = torch.empty_like(parameter)
         there += [p.grad for p in there if p.grad is not None]
-    tile = 0 if device_type == "cpu" else tiles._GPU_TILE_ELEMENTS
+    tile = 0 if device_type == "cpu" else TILE_ELEMENTS["cuda"]
     tracer = MemoryTracer(there, num_targets=traced, tile_elements=tile)
     ids = torch.empty(batch_size, seq_len, dtype=torch.long, device="meta")
     with torch.enable_grad(), _flash_on_meta(), tracer, _segments_at_layers(model, tracer):
@@ -126,7 +127,7 @@ def _cast_large_weights(model: CausalLM) -> None:
             and isinstance(weight, nn.Parameter)
             and not is_traceable_wrapper_subclass(weight)  # quantized
             and not weight.requires_grad
-            and weight.numel() > cast_linear._SMALL_ELEMENTS
+            and weight.numel() > SMALL_ELEMENTS
         ):
             module.weight = nn.Parameter(weight.to(model.model.compute_dtype), requires_grad=False)
 

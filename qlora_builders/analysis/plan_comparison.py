@@ -23,8 +23,7 @@ from torch import Tensor
 from qlora_builders.analysis.precision import Choice
 from qlora_builders.analysis.sensitivity import draw_tokens
 from qlora_builders.errors import TrainingError
-from qlora_builders.modules import CausalLM
-from qlora_builders.modules.loss import IGNORE_INDEX, log_probabilities, trained_rows
+from qlora_builders.modules import IGNORE_INDEX, CausalLM, log_probabilities, trained_rows
 from qlora_builders.training.statistics import mean_and_error
 from qlora_builders.training.step import Batch
 

@@ -26,8 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.errors import TrainingError
-from qlora_builders.modules import CausalLM, chunked_next_token_loss, num_target_tokens
-from qlora_builders.modules.loss import IGNORE_INDEX, log_probabilities, trained_rows
+from qlora_builders.modules import (
+    IGNORE_INDEX,
+    CausalLM,
+    chunked_next_token_loss,
+    log_probabilities,
+    num_target_tokens,
+    trained_rows,
+)
 from qlora_builders.training.step import Batch
 
 _ROWS_AT_ONCE = 1024

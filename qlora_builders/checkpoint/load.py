@@ -26,8 +26,7 @@ from qlora_builders.models import (
     llama,
     resolve,
 )
-from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
-from qlora_builders.modules.lora_init import DEFAULT, LOFTQ
+from qlora_builders.modules import DEFAULT_INIT, LOFTQ, CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.tensor import QuantizedTensor
 from qlora_builders.tensor.sharded import held_rows, is_sharded, local_part
 
@@ -100,7 +99,9 @@ def _check_shardable(model: CausalLM) -> None:
     """What starts from whole weights has nothing to start from where a rank holds a share."""
     whole = {
         "use_dora": lambda m: isinstance(m, LoRALinear) and m.lora_magnitude_vector is not None,
-        "init_lora_weights": lambda m: isinstance(m, LoRALinear) and m.init_lora_weights != DEFAULT,
+        "init_lora_weights": lambda m: (
+            getattr(m, "init_lora_weights", DEFAULT_INIT) != DEFAULT_INIT
+        ),
         "train_tokens": lambda m: isinstance(m, TokenEmbedding),
     }
     used = [name for name, uses in whole.items() if any(map(uses, model.modules()))]

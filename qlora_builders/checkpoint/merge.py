@@ -37,8 +37,7 @@ from qlora_builders.checkpoint.safetensors_io import (
 )
 from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.models import ComponentRule, LlamaArch, linear_slots, llama
-from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
-from qlora_builders.modules.lora_init import LOFTQ
+from qlora_builders.modules import LOFTQ, CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.names import WRITTEN_FORMATS
 from qlora_builders.tensor import Format, NF4Format, QuantizedTensor, quantize
 

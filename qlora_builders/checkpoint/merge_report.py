@@ -22,8 +22,7 @@ from qlora_builders.checkpoint.formats import read_arch
 from qlora_builders.checkpoint.safetensors_io import find_tensors, read_tensor
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import llama
-from qlora_builders.modules import CausalLM
-from qlora_builders.modules.adapters import adapters_disabled
+from qlora_builders.modules import CausalLM, adapters_disabled
 from qlora_builders.tensor import QuantizedTensor, quantize, to_nf4
 
 # Largest |error| / |delta| that a merge may have unless told otherwise. On normal weights, rounding

@@ -16,8 +16,7 @@ from qlora_builders.checkpoint.peft_export import WEIGHTS_FILE, hf_name
 from qlora_builders.checkpoint.safetensors_io import listed
 from qlora_builders.errors import CheckpointError, PlanError, did_you_mean
 from qlora_builders.models import ComponentRule, linear_slots, resolve
-from qlora_builders.modules import CausalLM
-from qlora_builders.modules.lora_init import LOFTQ
+from qlora_builders.modules import LOFTQ, CausalLM
 
 QUANTIZE = ("auto", "nf4", "none")
 NF4_BASE = {"match": "layers.**", "kind": "frozen_nf4"}

@@ -34,8 +34,7 @@ from qlora_builders.console import PlainConsole
 from qlora_builders.data import Tokenizer
 from qlora_builders.errors import QLoRAError
 from qlora_builders.models import generate_batch
-from qlora_builders.modules import CausalLM
-from qlora_builders.modules.loss import log_probabilities
+from qlora_builders.modules import CausalLM, log_probabilities
 
 T = TypeVar("T")
 _MAX_GEN_TOKS = 256  # lm_eval's own default

@@ -10,8 +10,7 @@ import torch
 
 from qlora_builders.data import Batch, TokenizedDataset
 from qlora_builders.evaluation.figures import Figure, mean_figure, share_figure
-from qlora_builders.modules import CausalLM
-from qlora_builders.modules.loss import IGNORE_INDEX, sequence_log_probs
+from qlora_builders.modules import IGNORE_INDEX, CausalLM, sequence_log_probs
 from qlora_builders.training.samples import answer_rows
 
 

@@ -22,7 +22,7 @@ from qlora_builders.kernels.build import Sources, load_library
 from qlora_builders.kernels.compiler import CompilerError
 from qlora_builders.kernels.formats import NOT_FINITE
 from qlora_builders.kernels.nf4_format import NF4Format, dynamic_codebook, encode_scales
-from qlora_builders.kernels.tiles import tiled_matmul
+from qlora_builders.kernels.products import tiled_matmul
 
 _SOURCES = Sources(
     "nf4_cpu",

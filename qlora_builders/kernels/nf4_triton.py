@@ -23,7 +23,7 @@ from qlora_builders.kernels.nf4_format import (
     num_blocks,
 )
 from qlora_builders.kernels.nf4_reference import MIDPOINTS, NF4_CODEBOOK, SEARCHED_FACTORS
-from qlora_builders.kernels.tiles import tiled_matmul
+from qlora_builders.kernels.products import tiled_matmul
 
 _PROGRAM_ELEMENTS = 4096  # 32 a thread with 4 warps
 _LARGEST_GROUP = 4096  # scales that one program encodes

@@ -22,8 +22,8 @@ from qlora_builders.modules import (
     Linear,
     LoRALinear,
     check_lora_options,
+    stored_rank,
 )
-from qlora_builders.modules.lora_init import stored_rank
 from qlora_builders.tensor import QUANTIZED_TYPES, Format
 
 # What each part of a rule takes, with its type. A plain weight alone has the first; a quantized

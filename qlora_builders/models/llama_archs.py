@@ -15,7 +15,7 @@ from qlora_builders.modules import ACTIVATIONS
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies were changed for a longer context; see `modules/rope.py`.
+    """How rotary frequencies were changed for a longer context; see `modules/attention.py`.
 
     `linear` uses `factor` alone.
     """

@@ -1,17 +1,25 @@
-"""Causal self-attention with grouped key/value heads (https://arxiv.org/abs/2305.13245).
+"""Causal self-attention with grouped key/value heads (https://arxiv.org/abs/2305.13245), rotary
+position embedding (https://arxiv.org/abs/2104.09864), half-split as Hugging Face has it, and the
+keys and values of positions decoded before.
 
 Shapes: b = batch, s = query positions, k = key positions (s without a cache), h = num_heads,
-g = num_kv_heads, d = head_dim.
+g = num_kv_heads, d = head_dim, m = max_seq_len.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_builders.modules.documents import Documents, attend_in_documents
-from qlora_builders.modules.kv_cache import KVCache
-from qlora_builders.modules.rope import apply_rope
+
+# bool [b, 1, s, k], True where attention is allowed; the documents of packed rows; None is causal
+# for s = k and everything for s = 1
+Mask = Tensor | Documents | None
 
 
 class Attention(nn.Module):
@@ -59,15 +67,13 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         *,
-        mask: Tensor | Documents | None = None,
+        mask: Mask = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """
         Args:
             x: [b, s, hidden].
             cos: [b, 1, s, d], and sin likewise.
-            mask: bool [b, 1, s, k], True where attention is allowed; the documents of packed rows;
-                None is causal for s = k and everything for s = 1.
             cache: holds the positions before x; x's are appended.
         """
         b, s, _ = x.shape
@@ -80,9 +86,7 @@ class Attention(nn.Module):
         output = self._attend(q, k, v, mask, causal=mask is None and (cache is None or s > 1))
         return self.o_proj(output.transpose(1, 2).reshape(b, s, self.num_heads * self.head_dim))
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Documents | None, *, causal: bool
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, causal: bool) -> Tensor:
         """[b, h, s, d]"""
         dropout = self.attention_dropout if self.training else 0.0
         if isinstance(mask, Documents):
@@ -90,12 +94,149 @@ class Attention(nn.Module):
             if output is not None:
                 return output
             mask = mask.dense_mask()
+        grouped = self.num_heads != self.num_kv_heads
         return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=causal,
-            enable_gqa=self.num_heads != self.num_kv_heads,
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
         )
+
+
+# ---- rotary positions ---------------------------------------------------------------------------
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin tables for given positions.
+
+    The frequencies are Python numbers, not a buffer: building on meta, `to_empty` and
+    `Module.to(bfloat16)` cannot lose or round them.
+
+    Args:
+        frequencies: radians per position of each of the d / 2 rotated pairs, after scaling.
+    """
+
+    def __init__(self, frequencies: list[float]) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[b, s] integer positions -> cos, sin [b, 1, s, d] in `dtype`, computed in float32."""
+        device = position_ids.device
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=device)
+        angles = position_ids[:, None, :, None].float() * frequencies  # [b, 1, s, d / 2]
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + d/2) of [b, h, s, d] by the angles in cos and sin [b, 1, s, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def rope_frequencies(head_dim: int, theta: float) -> list[float]:
+    """Unscaled radians per position: theta^(-2i / head_dim) for i = 0 .. head_dim / 2 - 1."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
+    return (1.0 / (theta**exponents)).tolist()  # float32 arithmetic, as the checkpoints assume
+
+
+def linear_scaled(frequencies: list[float], *, factor: float) -> list[float]:
+    """Position interpolation: every rotation `factor` times slower (arXiv 2306.15595)."""
+    return [frequency / factor for frequency in frequencies]
+
+
+def llama3_scaled(
+    frequencies: list[float],
+    *,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+) -> list[float]:
+    """Llama 3.1's scaling: slow rotations are slowed by `factor`, fast ones kept, blended between.
+
+    A rotation is slow when its wavelength exceeds original_max / low_freq_factor positions, and
+    fast below original_max / high_freq_factor (The Llama 3 Herd of Models, arXiv 2407.21783).
+    """
+    scaled = []
+    for frequency in frequencies:
+        turns = original_max_position_embeddings * frequency / (2 * math.pi)
+        blend = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+        blend = min(max(blend, 0.0), 1.0)
+        scaled.append((1 - blend) * frequency / factor + blend * frequency)
+    return scaled
+
+
+# ---- positions decoded before -------------------------------------------------------------------
+
+
+class KVCache:
+    """One preallocated [b, g, m, d] pair per layer; every forward appends s positions to each.
+
+    After `start_rows` each row has a length of its own, and every forward appends one position. The
+    shapes are then the same at every step, which can be compiled, or replayed as a CUDA graph.
+
+    Attributes:
+        length: positions that every layer holds; of the longest row.
+        rows: [b], the number of positions that each row holds; None while it is `length` for all.
+
+    Raises:
+        ValueError: when more than `max_seq_len` positions are written.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        batch_size: int,
+        num_kv_heads: int,
+        max_seq_len: int,
+        head_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shape = (num_layers, 2, batch_size, num_kv_heads, max_seq_len, head_dim)
+        self.tensor = torch.zeros(shape, device=device, dtype=dtype)
+        self.max_seq_len = max_seq_len
+        self.length = 0
+        self.rows: Tensor | None = None
+
+    def start_rows(self, lengths: Sequence[int]) -> None:
+        """From now on row i goes on at position lengths[i]; what it held from there is dropped.
+
+        The host does not follow the rows: at most `max_seq_len - max(lengths)` more positions may
+        be written.
+        """
+        self.rows = torch.tensor(lengths, device=self.tensor.device)
+        if self.tensor.is_cuda:
+            for tensor in (self.tensor, self.rows):  # CUDA graphs may write to them
+                torch._dynamo.mark_static_address(tensor)
+
+    def row_mask(self) -> Tensor:
+        """bool [b, 1, 1, m]: what the one new position of each row may attend to."""
+        assert self.rows is not None
+        index = torch.arange(self.max_seq_len, device=self.rows.device)
+        return (index <= self.rows[:, None])[:, None, None]
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [b, g, s, d] at the end of `layer`; returns all its keys and values so far."""
+        keys, values = self.tensor[layer]
+        if self.rows is not None:
+            batch = torch.arange(len(self.rows), device=self.rows.device)
+            keys[batch, :, self.rows] = key[:, :, 0]
+            values[batch, :, self.rows] = value[:, :, 0]
+            return keys, values  # row_mask hides the rest
+        end = self.length + key.shape[2]
+        if end > self.max_seq_len:
+            raise ValueError(
+                f"the KV cache holds {self.max_seq_len} positions, but {end} are needed; "
+                "make it larger (max_seq_len) or generate fewer tokens"
+            )
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, num_positions: int) -> None:
+        """Called once per forward, after every layer has written."""
+        if self.rows is not None:
+            self.rows += num_positions
+        else:
+            self.length += num_positions

@@ -11,52 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_builders.modules.checkpointing import input_on_host, run_checkpointed
-from qlora_builders.modules.documents import Documents, find_documents
-from qlora_builders.modules.kv_cache import KVCache
+from qlora_builders.modules.attention import KVCache, Mask
+from qlora_builders.modules.checkpointing import input_on_host
+from qlora_builders.modules.documents import find_documents
+from qlora_builders.modules.layers import DecoderLayer
 from qlora_builders.modules.lora import LoRALinear
 from qlora_builders.modules.loss import chunked_next_token_loss, sequence_log_probs
 from qlora_builders.modules.token_rows import TokenEmbedding, TokenHead
-
-
-class DecoderLayer(nn.Module):
-    """x + self_attn(norm(x)), then x + mlp(norm(x)). [b, s, hidden] -> [b, s, hidden]"""
-
-    def __init__(
-        self,
-        *,
-        self_attn: nn.Module,
-        mlp: nn.Module,
-        input_layernorm: nn.Module,
-        post_attention_layernorm: nn.Module,
-    ) -> None:
-        super().__init__()
-        self.self_attn = self_attn
-        self.mlp = mlp
-        self.input_layernorm = input_layernorm
-        self.post_attention_layernorm = post_attention_layernorm
-
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | Documents | None,
-        cache: KVCache | None,
-        checkpointing: str = "none",
-    ) -> Tensor:
-        return run_checkpointed(checkpointing, self._forward, x, cos, sin, mask, cache)
-
-    def _forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | Documents | None,
-        cache: KVCache | None,
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask=mask, cache=cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -105,7 +66,7 @@ class Decoder(nn.Module):
             raise ValueError("document_ids cannot be combined with a KV cache")
         past = 0 if cache is None else cache.length
         s = input_ids.shape[1]
-        mask: Tensor | Documents | None
+        mask: Mask
         if cache is not None and cache.rows is not None:
             position_ids, mask = cache.rows[:, None], cache.row_mask()
         else:
@@ -245,7 +206,7 @@ def _positions(input_ids: Tensor, document_ids: Tensor | None, past: int) -> Ten
 
 def _attention_mask(
     document_ids: Tensor | None, *, s: int, past: int, device: torch.device
-) -> Tensor | Documents | None:
+) -> Mask:
     """bool [b, 1, s, k], or None where SDPA's own causal (s = k) or full (s = 1) case serves."""
     if document_ids is not None:
         return find_documents(document_ids)
@@ -256,16 +217,10 @@ def _attention_mask(
 
 
 def _tie_state_dict(
-    module: CausalLM,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: Any,
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
+    module: CausalLM, state_dict: dict[str, Any], prefix: str, *others: Any
 ) -> None:
     """load_state_dict pre-hook: the head's weight comes from the embedding."""
+    error_msgs: list[str] = others[-1]
     embedding_key, head_key = prefix + "model.embed_tokens.weight", prefix + "lm_head.weight"
     embedding = state_dict.get(embedding_key)
     if embedding is None:

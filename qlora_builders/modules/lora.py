@@ -1,4 +1,4 @@
-"""LoRALinear: a frozen linear layer, plain or NF4, and the low-rank update that trains on it.
+"""LoRALinear: a frozen linear layer, plain or quantized, and the low-rank update that trains on it.
 
 Shapes: n = product of the input's leading axes, in = in_features, out = out_features, r = rank.
 """
@@ -6,21 +6,16 @@ Shapes: n = product of the input's leading axes, in = in_features, out = out_fea
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qlora_builders.modules.dora import Magnitudes
-from qlora_builders.modules.linear import (
-    Linear,
-    add_frozen_base,
-    describe_linear,
-    linear,
-    quantize_weight_,
-)
-from qlora_builders.modules.lora_init import DEFAULT, LOFTQ, Start, check_init, stored_rank
-from qlora_builders.tensor import Format, NF4Format, plain
+from qlora_builders.modules.linear import Linear, add_frozen_base, describe_linear
+from qlora_builders.modules.lora_parts import DEFAULT_INIT, LOFTQ, Magnitudes, Start, stored_rank
+from qlora_builders.tensor import Format, NF4Format, linear, plain
 
 
 class LoRALinear(nn.Module):
@@ -35,8 +30,8 @@ class LoRALinear(nn.Module):
     `lora_A.weight` [r, in] and `lora_B.weight` [out, r], both float32 and never quantized; with
     `lora_bias` also `lora_B.bias` [out], trained from zero and scaled like the rest of the update;
     with `use_dora` also `lora_magnitude_vector` [out], the trained lengths of the rows of
-    W + scaling * B A (see `dora.py`), which start as those of W; with a PiSSA start also the frozen
-    `lora_A_init` and `lora_B_init`, which the update subtracts (see `lora_init.py`).
+    W + scaling * B A, which start as those of W; with a PiSSA start also the frozen `lora_A_init`
+    and `lora_B_init`, which the update subtracts. `lora_parts.py` explains DoRA and the starts.
 
     Attributes:
         adapter_enabled: off, the layer computes as its base does; see `adapters_disabled`.
@@ -76,7 +71,7 @@ class LoRALinear(nn.Module):
         use_rslora: bool = False,
         lora_bias: bool = False,
         use_dora: bool = False,
-        init_lora_weights: str = DEFAULT,
+        init_lora_weights: str = DEFAULT_INIT,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **nf4_options: Any,
@@ -92,46 +87,38 @@ class LoRALinear(nn.Module):
             init_lora_weights=init_lora_weights,
             quantize_base=format is not None,
         )
-        _check_fits(rank, init_lora_weights, out_features, in_features)
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
         self.alpha = alpha
         self.use_rslora = use_rslora
         self.init_lora_weights = init_lora_weights
-        add_frozen_base(self, bias=bias, device=device, dtype=dtype)
-        original = self.weight
-        if format is not None:
-            quantize_weight_(self, format)
+        original = add_frozen_base(self, bias=bias, format=format, device=device, dtype=dtype)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.lora_A = Linear(in_features, rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = Linear(rank, out_features, bias=lora_bias, device=device, dtype=torch.float32)
-        self.register_parameter("lora_magnitude_vector", None)
-        self.magnitudes = Magnitudes() if use_dora else None
-        if self.magnitudes is not None:
-            self.magnitudes.add_to(self, device)
         self.start = Start(init_lora_weights)
         self.start.add_to(self)
+        self.magnitudes = Magnitudes() if use_dora else None
+        self.register_parameter("lora_magnitude_vector", None)
+        if self.magnitudes is not None:
+            self.magnitudes.add_to(self, device)
         self.reset_lora_parameters(original)
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, self.in_features)  # [n, in]
         if not self.adapter_enabled:
             output = linear(rows, self.weight, self.bias)  # [n, out]
-            return output.view(*input.shape[:-1], self.out_features)
-        dropped = self.dropout(rows)  # [n, in]
-        down = self.lora_A(dropped)  # [n, r]
-        if self.magnitudes is None:
-            output = self._updated(rows, down, self._whole_bias())  # [n, out]
         else:
-            output = scaled = self._updated(rows, down, None)  # [n, out]
-            if self.training and not isinstance(self.dropout, nn.Identity):
-                scaled = self._updated(dropped, down, None)
-            output = self.magnitudes.stretch(self, output, scaled)
-            output = output if self.bias is None else output + self.bias.to(output.dtype)
+            dropped = self.dropout(rows)  # [n, in]
+            down = self.lora_A(dropped)  # [n, r]
+            if self.magnitudes is None:
+                output = self.updated(rows, down, self._whole_bias())  # [n, out]
+            else:
+                output = self.magnitudes.output(self, rows, dropped, down)  # [n, out]
         return output.view(*input.shape[:-1], self.out_features)
 
-    def _updated(self, rows: Tensor, down: Tensor, bias: Tensor | None) -> Tensor:
+    def updated(self, rows: Tensor, down: Tensor, bias: Tensor | None) -> Tensor:
         """Base and update: rows [n, in] through W, down [n, r] through B. [n, out]"""
         output = self.start.take_off_(self, rows, linear(rows, self.weight, bias))
         up = self.lora_B.weight.to(down.dtype).t()  # [r, out]
@@ -180,7 +167,6 @@ class LoRALinear(nn.Module):
 
     @property
     def stored_rank(self) -> int:
-        """The rank in an adapter file, where the frozen start of PiSSA is part of the adapter."""
         return stored_rank(self.rank, self.init_lora_weights)
 
     @property
@@ -196,7 +182,7 @@ class LoRALinear(nn.Module):
     def lora_delta(self, weight: Tensor | None = None) -> Tensor:
         """The float32 [out, in] update that merging adds to `weight`, by default the layer's own.
 
-        That is scaling * B A. With DoRA it depends on the weight: W' - W, see `dora.py`.
+        That is scaling * B A. With DoRA it depends on the weight: W' - W.
         """
         a, b = self.stored_factors()
         update = self.scaling * (b.float() @ a.float())
@@ -210,12 +196,32 @@ class LoRALinear(nn.Module):
         return None if bias is None else self.scaling * bias.float()
 
     def extra_repr(self) -> str:
-        described = f"{describe_linear(self)}, rank={self.rank}, alpha={self.alpha}"
-        if self.magnitudes is not None:
-            described += ", use_dora=True"
-        if self.init_lora_weights != DEFAULT:
-            described += f", init_lora_weights={self.init_lora_weights!r}"
-        return described
+        dora = "" if self.magnitudes is None else ", use_dora=True"
+        init = self.init_lora_weights
+        start = "" if init == DEFAULT_INIT else f", init_lora_weights={init!r}"
+        return f"{describe_linear(self)}, rank={self.rank}, alpha={self.alpha}{dora}{start}"
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, every `LoRALinear` of `model` computes as its base does; nothing is copied or moved.
+
+    Nested uses are fine, and an error inside leaves the adapters as they were before.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    before = [layer.adapter_enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.adapter_enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.adapter_enabled = enabled
+
+
+def is_adapter(parameter_name: str) -> bool:
+    """Whether a parameter of a model belongs to an adapter, by its name."""
+    return ".lora_" in parameter_name or ".token_adapter." in parameter_name
 
 
 def _base_format(quantize_base: bool | Format, nf4_options: dict[str, Any]) -> Format | None:
@@ -228,20 +234,6 @@ def _base_format(quantize_base: bool | Format, nf4_options: dict[str, Any]) -> F
     return NF4Format(**nf4_options) if quantize_base is True else quantize_base or None
 
 
-def _check_fits(rank: int, init: str, out_features: int, in_features: int) -> None:
-    most = min(in_features, out_features)
-    if init != DEFAULT and rank > most:
-        raise ValueError(
-            f"rank is {rank}; with init_lora_weights={init!r} a weight "
-            f"[{out_features}, {in_features}] allows {most} at most"
-        )
-
-
-def is_adapter(parameter_name: str) -> bool:
-    """Whether a parameter of a model belongs to an adapter, by its name."""
-    return ".lora_" in parameter_name or ".token_adapter." in parameter_name
-
-
 def check_lora_options(
     *,
     rank: int,
@@ -249,7 +241,7 @@ def check_lora_options(
     dropout: float,
     lora_bias: bool = False,
     use_dora: bool = False,
-    init_lora_weights: str = DEFAULT,
+    init_lora_weights: str = DEFAULT_INIT,
     quantize_base: bool = True,
 ) -> None:
     """
@@ -266,8 +258,7 @@ def check_lora_options(
         raise ValueError(f"dropout is {dropout!r}; it must be in [0, 1)")
     if lora_bias and use_dora:
         raise ValueError("lora_bias and use_dora exclude each other, here as in PEFT; drop one")
-    check_init(init_lora_weights)
-    if init_lora_weights == LOFTQ and not quantize_base:
+    if Start(init_lora_weights).init == LOFTQ and not quantize_base:
         raise ValueError(
             "init_lora_weights='loftq' corrects a quantized base, and this one is not (kind lora, "
             "quantize_base=False)"

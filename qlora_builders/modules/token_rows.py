@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_builders.modules.linear import Linear, linear
+from qlora_builders.modules.linear import Linear
+from qlora_builders.tensor import linear
 
 
 class TokenRows(nn.Module):

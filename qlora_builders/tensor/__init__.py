@@ -5,6 +5,8 @@ from qlora_builders.tensor.nf4 import NF4Tensor, linear_nf4, to_nf4
 from qlora_builders.tensor.quantized import (
     QUANTIZED_TYPES,
     QuantizedTensor,
+    format_of,
+    linear,
     plain,
     quantize,
     quantized_linear,
@@ -17,7 +19,9 @@ __all__ = [
     "NF4Format",
     "NF4Tensor",
     "QuantizedTensor",
+    "format_of",
     "gather",
+    "linear",
     "linear_nf4",
     "plain",
     "quantize",

@@ -8,7 +8,7 @@ What they hold are plain tensors, their fields. Those are stored data, not numbe
   transposed. `quantized_linear` is what training uses: only the fields are kept for backward.
 
 Anything else raises. A type declares its format and its kernels, and all of this is its own, with
-`state_dict` hooks (`modules/linear.py`), sharding (`sharded.py`) and a layout in files
+`state_dict` hooks (`modules/quantize.py`), sharding (`sharded.py`) and a layout in files
 (`layouts.py`).
 """
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_builders.kernels import WEIGHT_DTYPES, Format, Kernels
+from qlora_builders.kernels.products import cast_linear
 
 aten = torch.ops.aten
 # asked here, because torch 2.11 cannot compile the question
@@ -220,6 +221,11 @@ def plain(weight: Tensor) -> Tensor:
     return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
 
+def format_of(weight: Tensor) -> Format | None:
+    """The format that a weight is stored in; None if it is plain."""
+    return weight.format if isinstance(weight, QuantizedTensor) else None
+
+
 def _register(table: dict[Any, Implementation], *ops: Any) -> Callable[..., Implementation]:
     def decorator(implementation: Implementation) -> Implementation:
         for op in ops:
@@ -230,6 +236,13 @@ def _register(table: dict[Any, Implementation], *ops: Any) -> Callable[..., Impl
 
 
 # ---- linear -------------------------------------------------------------------------------------
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` in the input's dtype, whatever the weight is stored as. [..., in] -> [..., out]"""
+    if isinstance(weight, QuantizedTensor):
+        return quantized_linear(input, weight, bias)
+    return cast_linear(input, weight, bias)
 
 
 def quantized_linear(input: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:

@@ -13,8 +13,7 @@ from qlora_builders.checkpoint import load_checkpoint
 from qlora_builders.checkpoint.base_record import BASE_FILE
 from qlora_builders.errors import ConfigError
 from qlora_builders.evaluation import Candidate, find_candidates
-from qlora_builders.modules import CausalLM
-from qlora_builders.modules.adapters import adapters_disabled
+from qlora_builders.modules import CausalLM, adapters_disabled
 
 ARCH = LlamaArch(
     vocab_size=40,

@@ -15,7 +15,7 @@ import torch
 from nf4_weights import DTYPES, FORMATS, adversarial, bits
 
 from qlora_builders import linear_nf4, to_nf4
-from qlora_builders.kernels import NF4Format, nf4_cpu, nf4_reference, tiles
+from qlora_builders.kernels import NF4Format, nf4_cpu, nf4_reference, products
 
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler"
@@ -128,7 +128,7 @@ def test_tiled_products_are_those_of_the_reference(
     fields = weight.fields
     options = {"format": weight.format, "dtype": weight.dtype, "shape": shape}
     for tile, tolerance in ((1 << 21, 0.0), (1, 1e-5 if dtype == torch.float32 else 0.05)):
-        monkeypatch.setattr(tiles, "_TILE_ELEMENTS", tile)
+        monkeypatch.setitem(products.TILE_ELEMENTS, "cpu", tile)
         for transposed in (True, False):
             width = shape[1] if transposed else shape[0]
             input = torch.randn(6, width, generator=generator).to(dtype)
@@ -142,7 +142,7 @@ def test_tiled_products_are_those_of_the_reference(
 @pytest.mark.parametrize("shape", [(96, 256), (40, 1024)], ids=str)
 def test_some_columns_at_a_time(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """No sums are left to add up: as exact as one product."""
-    monkeypatch.setattr(tiles, "_FEWEST_COLUMNS", 64)
+    monkeypatch.setattr(products, "_FEWEST_COLUMNS", 64)
     generator = torch.Generator().manual_seed(0)
     weight = to_nf4(torch.randn(shape, generator=generator).bfloat16(), scale_block_size=3)
     options = {"format": weight.format, "dtype": weight.dtype, "shape": shape, "transposed": False}
@@ -151,7 +151,7 @@ def test_some_columns_at_a_time(shape: tuple[int, int], monkeypatch: pytest.Monk
         grad = torch.randn(70, shape[0], generator=generator).to(dtype)
         want = nf4_reference.matmul(grad, *args, **options)
         for columns in (64, 128, 192):
-            monkeypatch.setattr(tiles, "_TILE_ELEMENTS", shape[0] * columns + 63)
+            monkeypatch.setitem(products.TILE_ELEMENTS, "cpu", shape[0] * columns + 63)
             got = nf4_cpu.matmul(grad, *args, **options)
             torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qlora_builders import kernels as kernels_package
 from qlora_builders import linear_nf4, to_nf4
-from qlora_builders.kernels import NF4Format, nf4_reference, tiles
+from qlora_builders.kernels import NF4Format, nf4_reference, products
 
 pytest.importorskip("triton")
 
@@ -210,8 +210,8 @@ def test_products_by_tiles(
     fields = [f.to(device) for f in weight.fields]
     dense = weight.dequantize().double()
     options = {"format": weight.format, "dtype": weight.dtype, "shape": shape}
-    monkeypatch.setattr(tiles, "_TILE_ELEMENTS", 1)
-    monkeypatch.setattr(tiles, "_GPU_TILE_ELEMENTS", 1)
+    monkeypatch.setitem(products.TILE_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(products.TILE_ELEMENTS, "cuda", 1)
     for transposed in (True, False):
         width = shape[1] if transposed else shape[0]
         input = torch.randn(11, width, generator=generator)

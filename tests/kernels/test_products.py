@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from qlora_builders.kernels import products
-from qlora_builders.kernels.products import add_matmul, linear, linear_out, matmul
-from qlora_builders.kernels.tiles import tiled_matmul
+from qlora_builders.kernels.products import add_matmul, linear, linear_out, matmul, tiled_matmul
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN"

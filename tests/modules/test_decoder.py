@@ -21,8 +21,10 @@ from qlora_builders.modules import (
     FeedForward,
     KVCache,
     Linear,
+    RotaryEmbedding,
+    apply_rope,
+    rope_frequencies,
 )
-from qlora_builders.modules.rope import RotaryEmbedding, apply_rope, rope_frequencies
 from qlora_builders.names import CHECKPOINTING_MODES
 
 QLORA = [{"match": "layers.**", "kind": "qlora", "rank": 4, "alpha": 8}]

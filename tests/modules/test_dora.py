@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from qlora_builders.modules import LoRALinear
-from qlora_builders.modules.dora import row_squares, updated_norms
+from qlora_builders.modules.lora_parts import row_squares, updated_norms
 from qlora_builders.tensor import NF4Tensor
 
 IN, OUT, RANK, ALPHA = 70, 30, 4, 8.0

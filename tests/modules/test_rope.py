@@ -9,11 +9,11 @@ import torch
 
 from qlora_builders.modules import (
     RotaryEmbedding,
+    apply_rope,
     linear_scaled,
     llama3_scaled,
     rope_frequencies,
 )
-from qlora_builders.modules.rope import apply_rope
 
 transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
