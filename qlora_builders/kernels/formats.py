@@ -9,8 +9,9 @@ built without memory.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -56,7 +57,7 @@ class Format:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -74,7 +75,8 @@ class Backend(Protocol):
 
     `quantize` raises ValueError for NaN or infinity. `dequantize` rounds to the weight's own
     `dtype` and then casts to `out_dtype`. `matmul` is `input @ W.T + bias` (transposed) or
-    `input @ W` in the input's dtype, for input [n, in] (transposed) or [n, out].
+    `input @ W` in the input's dtype, for input [n, in] (transposed) or [n, out]. `shape` is the
+    weight's.
     """
 
     def quantize(self, weight: Tensor, *, format: Any) -> tuple[Tensor, ...]: ...
@@ -103,44 +105,42 @@ class Backend(Protocol):
 
 
 _library = torch.library.Library("qlora_builders", "DEF")
-_SCHEMA_TYPES = {"int": "int", "str": "str", "bool": "bool"}
 MATMUL_OPS: set[Any] = set()  # of all formats
 
 
 class Kernels:
-    """The kernels of a format behind ops, which choose the backend.
+    """The kernels of a format behind ops. Its methods are those of `Backend`.
 
     Args:
         format_type: what the ops' option arguments make.
         choose: (device, format, dtypes) -> the fastest backend that takes them.
     """
 
-    def __init__(self, format_type: type[Format], choose: Callable[..., Any]) -> None:
+    def __init__(self, format_type: type[Format], choose: Callable[..., Backend]) -> None:
         self.format_type = format_type
         self._choose = choose
-        names, name = format_type.tensor_fields, format_type.name
-        self._num_fields = len(names)
-        kinds = {f.name: _SCHEMA_TYPES[str(f.type)] for f in fields(format_type)}
-        every = [f"{kind} {option}" for option, kind in kinds.items()]
-        stored = [f"{kinds[option]} {option}" for option in format_type.stored_options]
-        tensors = [f"Tensor {field}" for field in names]
+        names = format_type.tensor_fields
+        options = {f.name: f"{f.type} {f.name}" for f in dataclasses.fields(format_type)}
+        stored = [options[name] for name in format_type.stored_options]
+        tensors = [f"Tensor {name}" for name in names]
         self._quantize_op = self._define(
-            f"quantize_{name}", ["Tensor weight"], every, ["Tensor"] * len(names)
+            "quantize",
+            ["Tensor weight"],
+            [*options.values()],
+            f"({', '.join('Tensor' for _ in names)})",
         )
         self._dequantize_op = self._define(
-            f"dequantize_{name}",
+            "dequantize",
             tensors,
             ["int[] shape", *stored, "ScalarType dtype", "ScalarType out_dtype"],
-            ["Tensor"],
         )
         self._matmul_op = self._define(
-            f"matmul_{name}",
+            "matmul",
             ["Tensor input", *tensors, "Tensor? bias"],
             ["int[] shape", "bool transposed", *stored, "ScalarType dtype"],
-            ["Tensor"],
         )
         torch.library.register_autograd(
-            f"qlora_builders::matmul_{name}",
+            self._matmul_op.default.name(),
             self._matmul_backward,
             setup_context=_keep_for_backward,
             lib=_library,
@@ -148,12 +148,11 @@ class Kernels:
         MATMUL_OPS.add(self._matmul_op.default)
 
     def _define(
-        self, name: str, arguments: list[str], keywords: list[str], returns: list[str]
+        self, kernel: str, arguments: list[str], keywords: list[str], returns: str = "Tensor"
     ) -> Any:
-        both = ", ".join([*arguments, *(["*", *keywords] if keywords else [])])
-        result = returns[0] if len(returns) == 1 else f"({', '.join(returns)})"
-        _library.define(f"{name}({both}) -> {result}")
-        kernel = name.partition("_")[0]
+        name = f"{kernel}_{self.format_type.name}"
+        both = ", ".join(arguments + ["*"][: len(keywords)] + keywords)
+        _library.define(f"{name}({both}) -> {returns}")
         for key in ("CPU", "CUDA"):
             _library.impl(name, getattr(self, f"_{kernel}"), key)
         fake = getattr(self, f"_{kernel}_fake")
@@ -161,22 +160,10 @@ class Kernels:
         return getattr(torch.ops.qlora_builders, name)
 
     def quantize(self, weight: Tensor, *, format: Format) -> tuple[Tensor, ...]:
-        """As `Backend.quantize`, of the device that the weight is on; so are the others."""
-        made = self._quantize_op(weight, **format.options)
-        return made if isinstance(made, tuple) else tuple(made)
+        return tuple(self._quantize_op(weight, **format.options))
 
-    def dequantize(
-        self,
-        fields: Sequence[Tensor],
-        *,
-        format: Format,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        decoded: Tensor = self._dequantize_op(
-            *fields, shape=shape, dtype=dtype, out_dtype=out_dtype, **format.stored
-        )
+    def dequantize(self, fields: Sequence[Tensor], *, format: Format, **others: Any) -> Tensor:
+        decoded: Tensor = self._dequantize_op(*fields, **others, **format.stored)
         return decoded
 
     def matmul(
@@ -186,28 +173,16 @@ class Kernels:
         bias: Tensor | None = None,
         *,
         format: Format,
-        shape: Sequence[int],
-        transposed: bool,
-        dtype: torch.dtype,
+        **others: Any,
     ) -> Tensor:
-        product: Tensor = self._matmul_op(
-            input,
-            *fields,
-            bias,
-            shape=shape,
-            transposed=transposed,
-            dtype=dtype,
-            **format.stored,
-        )
+        product: Tensor = self._matmul_op(input, *fields, bias, **others, **format.stored)
         return product
 
     # ---- what the ops run -----------------------------------------------------------------------
 
     def _quantize(self, weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
         format = self.format_type(**options)
-        backend = self._choose(weight.device, format, weight.dtype)
-        made: tuple[Tensor, ...] = backend.quantize(weight, format=format)
-        return made
+        return self._choose(weight.device, format, weight.dtype).quantize(weight, format=format)
 
     def _dequantize(
         self,
@@ -219,10 +194,9 @@ class Kernels:
     ) -> Tensor:
         format = self.format_type(**stored)
         backend = self._choose(fields[0].device, format, dtype, out_dtype)
-        decoded: Tensor = backend.dequantize(
+        return backend.dequantize(
             fields, format=format, shape=shape, dtype=dtype, out_dtype=out_dtype
         )
-        return decoded
 
     def _matmul(
         self,
@@ -236,39 +210,37 @@ class Kernels:
         *fields, bias = rest
         format = self.format_type(**stored)
         backend = self._choose(input.device, format, dtype, input.dtype)
-        product: Tensor = backend.matmul(
+        return backend.matmul(
             input, fields, bias, format=format, shape=shape, transposed=transposed, dtype=dtype
         )
-        return product
+
+    # ---- shapes alone ---------------------------------------------------------------------------
 
     def _quantize_fake(self, weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
         format = self.format_type(**options)
-        shapes, dtypes = format.field_shapes(weight.shape), format.field_dtypes()
-        return tuple(
-            weight.new_empty(shape, dtype=dtype)
-            for shape, dtype in zip(shapes, dtypes, strict=True)
+        held = zip(format.field_shapes(weight.shape), format.field_dtypes(), strict=True)
+        return tuple(weight.new_empty(shape, dtype=dtype) for shape, dtype in held)
+
+    def _dequantize_fake(self, *fields: Tensor, **options: Any) -> Tensor:
+        return fields[0].new_empty(options["shape"], dtype=options["out_dtype"])
+
+    def _matmul_fake(self, input: Tensor, *rest: Any, **options: Any) -> Tensor:
+        out_features, in_features = options["shape"]
+        return input.new_empty(
+            input.shape[0], out_features if options["transposed"] else in_features
         )
 
-    def _dequantize_fake(
-        self, *fields: Tensor, shape: Sequence[int], out_dtype: torch.dtype, **options: Any
-    ) -> Tensor:
-        return fields[0].new_empty(shape, dtype=out_dtype)
-
-    def _matmul_fake(
-        self, input: Tensor, *rest: Any, shape: Sequence[int], transposed: bool, **options: Any
-    ) -> Tensor:
-        return input.new_empty(input.shape[0], shape[0] if transposed else shape[1])
+    # ---- gradients ------------------------------------------------------------------------------
 
     def _matmul_backward(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """x W^T and x W are each other's gradient, so derivatives of any order work."""
         options = {**ctx.options, "transposed": not ctx.options["transposed"]}
-        nones = [None] * self._num_fields  # saved_tensors may be asked once: it may recompute
         grad_input = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = self._matmul_op(grad, *ctx.saved_tensors, None, **options)
         if ctx.needs_input_grad[-1]:
             grad_bias = grad.sum(0)
-        return grad_input, *nones, grad_bias
+        return grad_input, *(None for _ in self.format_type.tensor_fields), grad_bias
 
 
 def _keep_for_backward(
