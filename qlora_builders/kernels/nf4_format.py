@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 
 from qlora_builders.errors import did_you_mean
-from qlora_builders.kernels.formats import Format, Shape
+from qlora_builders.kernels.formats import WEIGHT_DTYPES, Format, Shape
 from qlora_builders.names import SCALE_FORMATS
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# as compiled kernels know them
+FORMAT_NUMBERS = {"geometric": 0, "none": 1, "bnb": 2}
+DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(WEIGHT_DTYPES)}
+_CHUNK_GROUPS = 128  # of scales encoded at once: their temporaries stay at about a megabyte
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +72,11 @@ class NF4Format(Format):
         return (-(-numel // 2),), (blocks,), (groups, 2)
 
     def field_dtypes(self) -> tuple[torch.dtype, ...]:
-        scales = torch.float32 if self.scale_format == "none" else torch.uint8
-        return torch.uint8, scales, torch.float32
+        return torch.uint8, self.scale_dtype, torch.float32
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float32 if self.scale_format == "none" else torch.uint8
 
     def unit(self, shape: Sequence[int]) -> Shape:
         """A group of blocks of the flattened weight."""
@@ -84,10 +91,6 @@ class NF4Format(Format):
     @property
     def identity(self) -> str:
         return str(self.stored)  # as hashes have had it before there were other formats
-
-
-# Groups encoded at once: their temporaries stay at about a megabyte.
-_CHUNK_GROUPS = 128
 
 
 def num_blocks(numel: int, block_size: int) -> int:
