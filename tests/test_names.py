@@ -15,7 +15,7 @@ from qlora_builders.config.schema import ROOTS
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.data import Batches, Tokenizer, build_dataset
 from qlora_builders.errors import CheckpointError, QLoRAError
-from qlora_builders.kernels.nf4_format import FORMAT_NUMBERS
+from qlora_builders.kernels.nf4_reference import FORMAT_NUMBERS
 from qlora_builders.modules import checkpointing
 from qlora_builders.tensor import to_nf4
 from qlora_builders.training import compile as compiling

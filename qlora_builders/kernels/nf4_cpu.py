@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qlora_builders.kernels.build import CompilerError, Sources, load_library
 from qlora_builders.kernels.formats import NOT_FINITE
-from qlora_builders.kernels.nf4_format import (
+from qlora_builders.kernels.nf4_reference import (
     DTYPE_NUMBERS,
     FORMAT_NUMBERS,
     NF4Format,
