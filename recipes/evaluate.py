@@ -39,9 +39,9 @@ from qlora_builders.evaluation import (
     measure_answers,
     measure_rows,
 )
+from qlora_builders.files.outputs import check_new, write_whole
 from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM
-from qlora_builders.outputs import check_new, write_whole
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 from qlora_builders.training.progress import table_console
 from qlora_builders.visible import visible_json

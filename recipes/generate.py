@@ -23,8 +23,8 @@ from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import GenerateConfig
 from qlora_builders.data import Prompt, Tokenizer, encode_prompt, read_prompts, row_to_prompt
 from qlora_builders.errors import ConfigError, DataError, QLoRAError, counted
+from qlora_builders.files.outputs import check_new, growing
 from qlora_builders.models import LlamaArch, check_prompt, generate_batch, max_steps
-from qlora_builders.outputs import check_new, growing
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 from qlora_builders.visible import say, visible, visible_json
 

@@ -21,7 +21,7 @@ from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import MergeConfig
 from qlora_builders.console import PlainConsole
 from qlora_builders.errors import ConfigError
-from qlora_builders.outputs import check_new, check_writable, write_whole
+from qlora_builders.files.outputs import check_new, check_writable, write_whole
 from qlora_builders.training.device import resolve_dtype
 from qlora_builders.visible import say
 

@@ -52,9 +52,9 @@ from qlora_builders.data import (
     check_token_range,
 )
 from qlora_builders.errors import ConfigError
+from qlora_builders.files.outputs import check_writable, write_whole
 from qlora_builders.models import LlamaArch, linear_slots, llama, summarize
 from qlora_builders.modules import CausalLM
-from qlora_builders.outputs import check_writable, write_whole
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
 from qlora_builders.training.progress import table_console
 from qlora_builders.visible import visible, visible_json

@@ -17,8 +17,8 @@ from qlora_builders.config.checks import size_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import QuantizeConfig
 from qlora_builders.errors import ConfigError
+from qlora_builders.files.outputs import check_writable
 from qlora_builders.models import ComponentRule, summarize
-from qlora_builders.outputs import check_writable
 from qlora_builders.training.device import resolve_dtype
 from qlora_builders.visible import say
 

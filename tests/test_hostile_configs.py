@@ -25,7 +25,9 @@ EXPERIMENTS = {
     "allow in a node": f"{G}optimizer: {{component: torch.hub.load, allow: [torch.]}}\n",
     "allow beside the nodes": f"{G}allow: [torch.]\n",
     "our command line": f"{G}loggers: [{{component: qlora_builders.cli.main, argv: [evil]}}]\n",
-    "our writer": f"{G}loggers: [{{component: qlora_builders.outputs.write_whole, path: OWNED}}]\n",
+    "our writer": (
+        f"{G}loggers: [{{component: qlora_builders.files.outputs.write_whole, path: OWNED}}]\n"
+    ),
     "our process": f"{G}loggers: [{{component: qlora_builders.sweep.process.JobRunner}}]\n",
     "optimizer module": f"{G}optimizer: {{component: torch.optim.sgd.torch.load, f: evil.pt}}\n",
     "optimizer as logger": f"{G}loggers: [{{component: torch.optim.AdamW}}]\n",

@@ -21,9 +21,8 @@ FILES = sorted(PACKAGE.rglob("*.py")) + RECIPES
 # A part may import the parts of earlier layers; the parts of one layer do not import each other.
 LAYERS = (
     {"errors", "names"},
-    {"plain_files", "visible"},
-    {"strict_json", "outputs", "console"},
-    {"files"},
+    {"visible"},
+    {"console", "files"},
     {"confined"},
     {"kernels"},
     {"tensor"},

@@ -9,7 +9,7 @@ import torch
 
 from qlora_builders.checkpoint.config_keys import Key, in_words_of, read_keys, size
 from qlora_builders.errors import CheckpointError, QLoRAError
-from qlora_builders.files.json_object import read_json_object
+from qlora_builders.files.reading import read_json_object
 from qlora_builders.models import LlamaArch, RopeScaling
 
 THETA = Key(field="rope_theta", kind=float, default=10_000.0, above=0, high=1e30)

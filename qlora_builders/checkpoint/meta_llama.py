@@ -27,9 +27,8 @@ from qlora_builders.checkpoint.hf_config import KEYS as HF_KEYS
 from qlora_builders.checkpoint.hf_config import head_dim_of
 from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.errors import CheckpointError, QLoRAError
-from qlora_builders.files.json_object import read_json_object
+from qlora_builders.files.reading import open_plain, read_json_object
 from qlora_builders.models import LLAMA_ARCHS, LlamaArch, RopeScaling
-from qlora_builders.plain_files import open_plain
 
 PARAMS_FILE = "params.json"
 _TOP_NAMES = {

@@ -18,8 +18,8 @@ from qlora_builders.checkpoint.safetensors_io import listed
 from qlora_builders.confined import patterns as confined_patterns
 from qlora_builders.confined.process import Limits, OverrunError, RaisedError, ask
 from qlora_builders.errors import CheckpointError
-from qlora_builders.files.json_object import read_json_object
-from qlora_builders.outputs import step_folders
+from qlora_builders.files.outputs import step_folders
+from qlora_builders.files.reading import read_json_object
 
 CONFIG_FILE = "adapter_config.json"
 

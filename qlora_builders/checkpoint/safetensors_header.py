@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from qlora_builders.errors import CheckpointError
-from qlora_builders.plain_files import open_plain
-from qlora_builders.strict_json import parse_json
+from qlora_builders.files.reading import open_plain, parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 DTYPES = {

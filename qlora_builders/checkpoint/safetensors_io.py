@@ -24,7 +24,7 @@ from torch import Tensor
 from qlora_builders.checkpoint.mapped_file import MappedFile
 from qlora_builders.checkpoint.safetensors_header import Entry, read_header, write_header
 from qlora_builders.errors import CheckpointError
-from qlora_builders.files.json_object import read_json_object
+from qlora_builders.files.reading import read_json_object
 from qlora_builders.tensor.layouts import tensor_bytes
 
 STEM = "model"  # model.safetensors, or model-00001-of-00002.safetensors with an index

@@ -15,7 +15,7 @@ from qlora_builders.config.instantiate import allow_prefixes
 from qlora_builders.config.overrides import GLOBAL, groups, primary_config
 from qlora_builders.config.schema import ROOTS
 from qlora_builders.errors import ConfigError, did_you_mean
-from qlora_builders.outputs import write_whole
+from qlora_builders.files.outputs import write_whole
 from qlora_builders.visible import say, visible
 
 USAGE = """\

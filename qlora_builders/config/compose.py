@@ -39,7 +39,7 @@ from qlora_builders.config.references import RefusedError, Text, check_reference
 from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
 from qlora_builders.config.shipped import demo_path, shipped_dir
 from qlora_builders.errors import ConfigError, did_you_mean, expand_home
-from qlora_builders.outputs import fault_of_path, write_whole
+from qlora_builders.files.outputs import fault_of_path, write_whole
 
 _FOREIGN_RESOLVERS = (
     "oc.create",

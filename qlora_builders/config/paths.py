@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_builders.config.checks import value_of
 from qlora_builders.config.knobs import knobs
-from qlora_builders.outputs import fault_of_path, step_folders
+from qlora_builders.files.outputs import fault_of_path, step_folders
 
 _FOLDERS = ("checkpoint.dir", "tokenizer.path", "adapter.path")
 _ROWS = ("data.train", "data.eval", "prompts_file")

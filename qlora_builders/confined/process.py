@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from qlora_builders.confined.wire import CHUNK, HEAD, LENGTHS, Request
 from qlora_builders.errors import QLoRAError
-from qlora_builders.strict_json import parse_json
+from qlora_builders.files.reading import parse_json
 
 _MB = 10**6
 _ROOT = str(Path(__file__).resolve().parents[2])

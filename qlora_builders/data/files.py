@@ -12,8 +12,7 @@ from typing import Any, cast, overload
 import numpy as np
 
 from qlora_builders.errors import DataError, expand_home, nearest, optional_import
-from qlora_builders.plain_files import read_plain
-from qlora_builders.strict_json import parse_json
+from qlora_builders.files.reading import parse_json, read_plain
 
 Row = dict[str, Any]
 

@@ -20,7 +20,7 @@ from qlora_builders.data.messages import (
 )
 from qlora_builders.data.tokenizer import Tokenizer, check_text
 from qlora_builders.errors import DataError, expand_home
-from qlora_builders.plain_files import read_plain
+from qlora_builders.files.reading import read_plain
 
 TEXT_SUFFIXES = ("", ".txt")
 

@@ -19,7 +19,7 @@ from qlora_builders.confined.rendered import Message, RenderedChat
 from qlora_builders.data.chat_template import ChatTemplate, Conversation
 from qlora_builders.data.token_backend import Encoding, TokenBackend
 from qlora_builders.errors import DataError, expand_home
-from qlora_builders.strict_json import parse_json
+from qlora_builders.files.reading import parse_json
 
 
 def check_text(text: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_builders.distributed.ranks import LOST_PEER, USER_ERROR
-from qlora_builders.outputs import how_to_go_on
+from qlora_builders.files.outputs import how_to_go_on
 
 
 def launch(arguments: Sequence[str], *, nproc_per_node: int, max_restarts: int = 0) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_builders.errors import CheckpointError
-from qlora_builders.files.json_object import read_json_object
+from qlora_builders.files.reading import read_json_object
 
 MANIFEST_FILE = "manifest.json"
 _BLOCK = 1 << 20

@@ -23,7 +23,7 @@ from qlora_builders.config.knobs import knobs
 from qlora_builders.config.resume import flatten
 from qlora_builders.config.schema import ROOTS, TRAINING_VERBS
 from qlora_builders.data import spell_asked
-from qlora_builders.outputs import check_writable, write_whole
+from qlora_builders.files.outputs import check_writable, write_whole
 from qlora_builders.report.charts import NUM_COLORS, layer_charts, spell, step_charts
 from qlora_builders.report.run import AVERAGED, Run, final_figures, layer_figures
 

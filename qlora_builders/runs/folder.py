@@ -17,7 +17,7 @@ from typing import Any
 
 from qlora_builders.checkpoint.safetensors_io import clean_up, remove_directory
 from qlora_builders.errors import CheckpointError, ConfigError
-from qlora_builders.outputs import (
+from qlora_builders.files.outputs import (
     CONFIG_FILE,
     RESULTS,
     check_writable,

@@ -10,8 +10,8 @@ from typing import NoReturn
 import torch
 
 from qlora_builders.errors import TrainingError
+from qlora_builders.files.outputs import how_to_go_on, last_checkpoint, step_folders
 from qlora_builders.modules import CausalLM
-from qlora_builders.outputs import how_to_go_on, last_checkpoint, step_folders
 from qlora_builders.runs.folder import step_folder
 from qlora_builders.runs.log import Log
 from qlora_builders.runs.saving import Checkpoints

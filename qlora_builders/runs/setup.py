@@ -19,9 +19,9 @@ from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.data import Batches, Tokenizer, build_dataset
 from qlora_builders.distributed import Ranks, sharding
 from qlora_builders.errors import ConfigError, counted
+from qlora_builders.files.outputs import step_folders
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
-from qlora_builders.outputs import step_folders
 from qlora_builders.runs.about import (
     check_about,
     check_resume,

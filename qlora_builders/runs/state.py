@@ -50,8 +50,8 @@ from qlora_builders.distributed.sharded_state import (
     write_parts,
 )
 from qlora_builders.errors import CheckpointError
-from qlora_builders.files.json_object import read_json_object
 from qlora_builders.files.manifest import MANIFEST_FILE, check_manifest, write_manifest
+from qlora_builders.files.reading import read_json_object
 from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.runs.stored_state import read_state, restore_optimizer

@@ -16,9 +16,9 @@ from rich.table import Table
 from qlora_builders.config.schema import TRAINING_VERBS
 from qlora_builders.config.sweep import short_names
 from qlora_builders.errors import ConfigError
-from qlora_builders.outputs import write_whole
+from qlora_builders.files.outputs import write_whole
+from qlora_builders.files.reading import read_json
 from qlora_builders.report import AVERAGED, final_figures, read_run
-from qlora_builders.strict_json import read_json
 
 RESULTS_FILE = "sweep.json"
 FINISHED = "finished"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qlora_builders import __version__
-from qlora_builders.outputs import append_rows
+from qlora_builders.files.outputs import append_rows
 
 ENVIRONMENT_FILE = "environment.jsonl"
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "datasets")

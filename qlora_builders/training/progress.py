@@ -14,7 +14,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_builders.console import PlainConsole
-from qlora_builders.outputs import append_rows, write_whole
+from qlora_builders.files.outputs import append_rows, write_whole
 from qlora_builders.training.loggers import Loggers
 from qlora_builders.training.step import StepResult
 from qlora_builders.visible import visible

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
+from qlora_builders.files.outputs import append_rows
 from qlora_builders.models import generate
 from qlora_builders.modules import CausalLM
-from qlora_builders.outputs import append_rows
 
 SAMPLES_FILE = "samples.jsonl"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_builders import cli
-from qlora_builders.outputs import fault_of_path
+from qlora_builders.files.outputs import fault_of_path
 
 KEYS = {
     "checkpoint.dir": "generate prompt=x",

@@ -16,7 +16,7 @@ import torch
 
 from qlora_builders.errors import CheckpointError, ConfigError
 from qlora_builders.files.manifest import write_manifest
-from qlora_builders.outputs import how_to_go_on, last_checkpoint, step_folders
+from qlora_builders.files.outputs import how_to_go_on, last_checkpoint, step_folders
 from qlora_builders.runs.folder import (
     Start,
     find_start,

@@ -11,7 +11,13 @@ from typing import NoReturn
 import pytest
 
 from qlora_builders.errors import ConfigError, QLoRAError
-from qlora_builders.outputs import append_rows, check_new, check_writable, growing, write_whole
+from qlora_builders.files.outputs import (
+    append_rows,
+    check_new,
+    check_writable,
+    growing,
+    write_whole,
+)
 
 
 def test_written_into_new_folders_and_over_what_was_there(tmp_path: Path) -> None:

@@ -17,10 +17,9 @@ from qlora_builders.checkpoint.safetensors_io import find_tensors
 from qlora_builders.data import load_rows
 from qlora_builders.data.prompts import read_prompts
 from qlora_builders.errors import QLoRAError
-from qlora_builders.plain_files import open_plain
+from qlora_builders.files.reading import open_plain, parse_json
 from qlora_builders.report import read_run
 from qlora_builders.report.page import report_page
-from qlora_builders.strict_json import parse_json
 from qlora_builders.sweep.results import figures_of, read_results
 
 SECONDS = 60

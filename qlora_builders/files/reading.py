@@ -1,16 +1,49 @@
-"""JSON of files that nobody vouches for: what the standard parser lets pass is an error here."""
+"""Reading files that somebody else may have put there: what waits or never ends is no file, and
+what the standard JSON parser lets pass is an error here."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from qlora_builders.plain_files import read_plain
+from qlora_builders.errors import CheckpointError
 
 _DEEPEST = 200  # objects and lists in each other: whoever walks them must not exhaust the stack
 _TOO_DEEP = "not JSON that can be read: nested too deeply"
+
+
+def open_plain(file: Path) -> BinaryIO:
+    """For reading, if it is a plain file or a link to one.
+
+    Raises:
+        ValueError: that says what is wrong, for the caller to add the file.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # pipes would wait
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise ValueError(f"is {kind}; a plain file is needed")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_plain(file: Path) -> bytes:
+    """
+    Raises:
+        ValueError: as `open_plain`.
+    """
+    with open_plain(file) as handle:
+        try:
+            return handle.read()
+        except OSError as error:
+            raise ValueError(f"cannot be read: {error.strerror}") from error
 
 
 def read_json(file: Path) -> Any:
@@ -20,6 +53,25 @@ def read_json(file: Path) -> Any:
         ValueError: that says what is wrong, for the caller to add the file.
     """
     return parse_json(read_plain(file))
+
+
+def read_json_object(file: Path, *, expected: str) -> dict[str, Any]:
+    """
+    Args:
+        expected: what the folder should have been, for the message about a missing file.
+
+    Raises:
+        CheckpointError: if the file is missing or does not hold one JSON object.
+    """
+    if not file.exists():
+        raise CheckpointError(f"{file}: missing; expected {expected}")
+    try:
+        content = read_json(file)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds {type(content).__name__}, expected an object")
+    return content
 
 
 def parse_json(text: bytes) -> Any:
