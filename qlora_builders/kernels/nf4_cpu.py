@@ -162,7 +162,7 @@ def _numbers(format: NF4Format, dtype: torch.dtype) -> tuple[int, int, int, int]
 
 def _call(function: str, *arguments: Tensor | int) -> int:
     """Tensors go as pointers, and all is 64 bits wide; the last argument is the threads to use."""
-    words = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    words = [a if isinstance(a, int) else a.data_ptr() for a in arguments]
     status: int = getattr(_library(), function)(*words, torch.get_num_threads())
     return status
 
