@@ -15,7 +15,7 @@ from qlora_builders.config.shipped import demo_path
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.data import Batches, Tokenizer, build_dataset
 from qlora_builders.errors import CheckpointError, QLoRAError
-from qlora_builders.kernels import nf4_cpu, nf4_triton
+from qlora_builders.kernels.nf4_reference import FORMAT_NUMBERS
 from qlora_builders.modules import checkpointing
 from qlora_builders.tensor import to_nf4
 from qlora_builders.training import compile as compiling
@@ -33,7 +33,7 @@ def test_tables_have_the_names() -> None:
     assert sorted(READERS) == sorted(names.CHECKPOINT_FORMATS)
     assert tuple(SHAPES) == names.LR_SHAPES
     assert tuple(LOSSES) == names.DPO_LOSSES
-    assert set(nf4_cpu._FORMATS) == set(nf4_triton._FORMATS) == set(names.SCALE_FORMATS)
+    assert set(FORMAT_NUMBERS) == set(names.SCALE_FORMATS)
     assert listed_in(checkpointing.__doc__) == names.CHECKPOINTING_MODES
     assert listed_in(compiling.__doc__) == names.COMPILE_MODES
 

@@ -14,8 +14,7 @@ import torch
 
 from qlora_builders.kernels import nf4_cpu, nf4_reference
 from qlora_builders.kernels.formats import MATMUL_OPS, WEIGHT_DTYPES, Format, Kernels
-from qlora_builders.kernels.nf4_format import NF4Format
-from qlora_builders.kernels.nf4_reference import NF4_CODEBOOK
+from qlora_builders.kernels.nf4_reference import NF4_CODEBOOK, NF4Format
 
 __all__ = [
     "MATMUL_OPS",

@@ -8,6 +8,9 @@ a temporary folder for this process alone.
 Nothing can be changed between the check of a library and its loading: who could write the file or
 the folder is the owner, and our own processes only ever put a whole file in the place of another.
 
+The compiler runs for a bounded time and what it prints is read to a bound: whatever CC is, what
+comes of it is a library or one readable `CompilerError`.
+
 Environment: CC names the compiler, QLORA_BUILDERS_CACHE the folder (default: qlora_builders in
 XDG_CACHE_HOME, else in .cache of the home folder).
 """
@@ -18,43 +21,56 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
+import signal
 import stat
+import subprocess
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
-from qlora_builders.kernels.compiler import (
-    Compiler,
-    CompilerError,
-    CompilerTimeoutError,
-    TimeLimit,
-)
-
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _MOST_BYTES = 64 << 20  # more is not read: the kernels have 45 KB
+_KEPT = 1000  # bytes of what a command prints: a compiler's first complaint is the telling one
 
 
 class CacheError(Exception):
     """A folder that keeps no library; the message names it and says why."""
 
 
+class CompilerError(Exception):
+    """No library; the message names CC and what happened."""
+
+
+class _Failed(CompilerError):
+    """Not for good: another way or place may do."""
+
+
 @dataclass(frozen=True)
 class Sources:
-    """What a library is made of, and the functions that it must have then."""
+    """What a library is made of, and the functions that it must have then.
+
+    Attributes:
+        files: those named *.c are compiled; the others are headers.
+        seconds: for one command of the compiler, and for all; it takes two on a machine at rest.
+    """
 
     name: str
     files: Sequence[Path]
-    headers: Sequence[Path]
     flags: Sequence[str]
     functions: Sequence[str]
+    seconds: tuple[float, float] = (60.0, 120.0)
 
 
-def load_library(sources: Sources, *, limit: TimeLimit | None = None) -> ctypes.CDLL:
+def load_library(sources: Sources) -> ctypes.CDLL:
     """The library of these sources, compiled now if it is not kept from an earlier start.
 
     Warns once if it cannot be kept.
@@ -62,23 +78,23 @@ def load_library(sources: Sources, *, limit: TimeLimit | None = None) -> ctypes.
     Raises:
         CompilerError: if there is no library, naming CC and what happened.
     """
-    compiler = Compiler(limit or TimeLimit())
-    stem = f"{sources.name}_{_key(sources, compiler)}"
-    problem: CacheError | CompilerError
+    compiler = _Compiler(sources)
+    stem = f"{sources.name}_{_key(sources, compiler.words)}"
+    problem: Exception
     try:
         folder = cache_folder()
         return _load_kept(folder, stem) or _build(sources, compiler, folder, stem)
-    except CompilerTimeoutError:
-        raise
-    except (CacheError, CompilerError) as error:  # also for a disk that is full there
+    except (CacheError, _Failed) as error:  # also for a disk that is full there
         problem = error
     try:
         library = _build(sources, compiler)
-    except (CacheError, CompilerError) as error:
-        text = str(error) if isinstance(problem, CompilerError) else f"{error}; {problem}"
-        raise CompilerError(text) from error
-    _warn_not_kept(problem if isinstance(problem, CacheError) else f"in {folder}: {problem}")
+    except CacheError as error:
+        raise CompilerError(f"{error}; {problem}") from error
+    _warn_not_kept(problem)
     return library
+
+
+# ---- the folder ---------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
@@ -96,17 +112,17 @@ def cache_folder() -> Path:
         no_programs = os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
     except OSError as error:
         raise CacheError(f"{folder}: {error.strerror}") from error
-    if stat.S_ISLNK(status.st_mode):
-        raise CacheError(f"{folder} is a link, which others could turn; name the folder itself")
-    if not stat.S_ISDIR(status.st_mode):
-        raise CacheError(f"{folder} is not a folder")
-    if status.st_uid != os.geteuid():
-        raise CacheError(f"{folder} belongs to user {status.st_uid}; you are user {os.geteuid()}")
-    if status.st_mode & _OTHERS_WRITE:
-        mode = stat.S_IMODE(status.st_mode)
-        raise CacheError(f"others can write in {folder} (mode {mode:o}); chmod go-w it")
-    if no_programs:  # seen before compiling, where it would pass for a lack of OpenMP
-        raise CacheError(f"{folder} is on a file system that is mounted noexec")
+    mode, owner, user = status.st_mode, status.st_uid, os.geteuid()
+    for is_wrong, why in (
+        (stat.S_ISLNK(mode), "is a link, which others could turn; name the folder itself"),
+        (not stat.S_ISDIR(mode), "is not a folder"),
+        (owner != user, f"belongs to user {owner}; you are user {user}"),
+        (mode & _OTHERS_WRITE, f"has mode {mode & 0o7777:o}: others can write in it; chmod go-w"),
+        # seen before compiling, where it would pass for a lack of OpenMP
+        (no_programs, "is on a file system that is mounted noexec"),
+    ):
+        if is_wrong:
+            raise CacheError(f"{folder} {why}")
     return folder
 
 
@@ -129,6 +145,22 @@ def _chosen_folder() -> Path:
     return home / ".cache" / "qlora_builders"
 
 
+def _key(sources: Sources, words: Sequence[str]) -> str:
+    texts = [file.read_text() for file in sources.files]
+    key = "\n".join([*texts, *sources.flags, *words, _cpu_identity(), torch.__version__])
+    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _cpu_identity() -> str:
+    """-march=native code must not run on another CPU that shares the home folder."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    kept = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join(sorted(set(kept)))
+
+
 def _load_kept(folder: Path, stem: str) -> ctypes.CDLL | None:
     for file in sorted(folder.glob(f"{stem}_*.so")):
         if _is_whole(file):
@@ -139,29 +171,28 @@ def _load_kept(folder: Path, stem: str) -> ctypes.CDLL | None:
 
 def _is_whole(file: Path) -> bool:
     """Whether a file is ours alone and has the content that its name tells."""
+    careful = os.O_NOFOLLOW | os.O_NONBLOCK  # a link is not followed, a pipe not waited for
     try:
-        # a link is not followed, a pipe not waited for
-        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            status = os.fstat(descriptor)
-            if not (
-                stat.S_ISREG(status.st_mode)
-                and status.st_uid == os.geteuid()
-                and not status.st_mode & _OTHERS_WRITE
-                and status.st_size <= _MOST_BYTES
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | careful)) as opened:
+            status = os.fstat(opened.fileno())
+            if (
+                not stat.S_ISREG(status.st_mode)
+                or status.st_uid != os.geteuid()
+                or status.st_mode & _OTHERS_WRITE
+                or status.st_size > _MOST_BYTES
             ):
                 return False
-            with open(descriptor, "rb", closefd=False) as opened:
-                content = opened.read()
-        finally:
-            os.close(descriptor)
+            digest = hashlib.sha256(opened.read()).hexdigest()
     except OSError:
         return False
-    return hashlib.sha256(content).hexdigest() == file.stem.rpartition("_")[2]
+    return digest == file.stem.rpartition("_")[2]
+
+
+# ---- the library --------------------------------------------------------------------------------
 
 
 def _build(
-    sources: Sources, compiler: Compiler, folder: Path | None = None, stem: str = ""
+    sources: Sources, compiler: _Compiler, folder: Path | None = None, stem: str = ""
 ) -> ctypes.CDLL:
     """Compiled, loaded and, with `folder`, kept there: only what could be loaded is."""
     try:
@@ -171,11 +202,11 @@ def _build(
     except OSError as error:
         raise CacheError(f"{folder or 'temporary files'}: {error.strerror}") from error
     with work:
-        made = compiler.compile(sources.files, sources.flags, Path(work.name))
+        made = compiler.compile(Path(work.name))
         library = compiler.load(made)
         missing = [name for name in sources.functions if not hasattr(library, name)]
         if missing:
-            raise CompilerError(f"what {compiler.name} wrote lacks {', '.join(missing)}")
+            raise _Failed(f"what {compiler.name} wrote lacks {', '.join(missing)}")
         if folder is not None:
             try:
                 _keep(made, folder, stem)
@@ -193,14 +224,6 @@ def _keep(made: Path, folder: Path, stem: str) -> None:
         _fsync(folder)
 
 
-def _warn_not_kept(problem: CacheError | str) -> None:
-    warnings.warn(
-        f"the compiled CPU kernels cannot be kept, so each start compiles them again: {problem}; "
-        "set QLORA_BUILDERS_CACHE to a folder that only you can write",
-        stacklevel=2,
-    )
-
-
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -209,17 +232,118 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _key(sources: Sources, compiler: Compiler) -> str:
-    texts = [file.read_text() for file in (*sources.files, *sources.headers)]
-    key = "\n".join([*texts, *sources.flags, *compiler.words, _cpu_identity(), torch.__version__])
-    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
+def _warn_not_kept(problem: Exception | str) -> None:
+    warnings.warn(
+        f"the compiled CPU kernels cannot be kept, so each start compiles them again: {problem}; "
+        "set QLORA_BUILDERS_CACHE to a folder that only you can write",
+        stacklevel=2,
+    )
 
 
-def _cpu_identity() -> str:
-    """-march=native code must not run on another CPU that shares the home folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    kept = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return "\n".join(sorted(set(kept)))
+class _Compiler:
+    """CC as it is set now. All its commands together have the second of `Sources.seconds`.
+
+    Raises:
+        CompilerError: if CC has no words.
+    """
+
+    def __init__(self, sources: Sources) -> None:
+        value = os.environ.get("CC")
+        self.name = "'cc' (CC is not set)" if value is None else f"CC={value!r}"
+        self._sources = sources
+        self._end = time.monotonic() + sources.seconds[1]
+        try:
+            self.words = shlex.split("cc" if value is None else value)
+        except ValueError as error:
+            raise CompilerError(f"{self.name} cannot be split into words: {error}") from error
+        if not self.words:
+            raise CompilerError(f"{self.name} is empty")
+
+    def compile(self, folder: Path) -> Path:
+        """Path of a shared library in `folder`.
+
+        To objects with OpenMP, then linked without it, so that torch's OpenMP serves them. A second
+        OpenMP library in the process would bring its own, competing threads. Compilers without
+        OpenMP give a library that works in one thread.
+        """
+        library, flags = folder / "library.so", self._sources.flags
+        sources = [file for file in self._sources.files if file.suffix == ".c"]
+        try:
+            # where the compiler's own temporary files lie, so that a full disk around `library`
+            # does not pass for a lack of OpenMP
+            scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        except OSError as error:
+            raise CacheError(f"temporary files: {error.strerror}") from error
+        with scratch:
+            objects = [Path(scratch.name) / f"{source.stem}.o" for source in sources]
+            to_object = [*(flag for flag in flags if flag != "-shared"), "-fopenmp", "-c"]
+            try:
+                for source, made in zip(sources, objects, strict=True):
+                    self._run([*to_object, source, "-o", made])
+            except _Failed:  # no OpenMP, or nothing works
+                objects = []
+            if objects:
+                self._run(["-shared", *objects, "-o", library])
+                with suppress(_Failed):  # torch brings no OpenMP that can be used
+                    self.load(library, mode=os.RTLD_NOW)
+                    return library
+        self._run([*flags, "-Wno-unknown-pragmas", *sources, "-o", library])
+        return library
+
+    def load(self, library: Path, *, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
+        """What was compiled, if it is a library that this process can load."""
+        if library.is_symlink() or not library.is_file():  # opening a pipe would wait for ever
+            raise _Failed(f"{self.name} ended with exit code 0, but wrote no library")
+        try:
+            return ctypes.CDLL(str(library), mode=mode)
+        except OSError as error:
+            raise _Failed(f"what {self.name} wrote cannot be loaded: {error}") from error
+
+    def _run(self, arguments: Sequence[str | Path]) -> None:
+        """One command; the processes that it started are ended with it."""
+        each, total = self._sources.seconds
+        seconds = min(each, self._end - time.monotonic())
+        if seconds <= 0:
+            raise CompilerError(f"{self.name} took more than {total:g} seconds in all")
+        try:
+            process = subprocess.Popen(
+                [*self.words, *arguments],
+                bufsize=0,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise _Failed(f"{self.name} cannot be run: {error.strerror}") from error
+        printed = bytearray()
+        reader = threading.Thread(target=_read, args=(process.stdout, printed), daemon=True)
+        reader.start()
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            raise CompilerError(
+                f"{self.name} did not end within {seconds:.3g} seconds and was stopped"
+            ) from error
+        finally:
+            with suppress(ProcessLookupError, PermissionError):  # none is left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            reader.join(1)  # a child that left the group may hold the pipe
+        if code:
+            ending = f"ended with exit code {code}" if code > 0 else f"was ended by signal {-code}"
+            raise _Failed(f"{self.name} {ending}{_readable(printed)}")
+
+
+def _read(pipe: IO[bytes], printed: bytearray) -> None:
+    """The start of what a process prints; the rest is read and dropped."""
+    with pipe:
+        while part := pipe.read(1 << 16):
+            printed += part[: _KEPT - len(printed)]
+
+
+def _readable(printed: bytearray) -> str:
+    lines = printed.decode(errors="replace").splitlines()
+    kept = ("".join(c if c.isprintable() else "?" for c in line).rstrip() for line in lines)
+    text = "\n".join(line for line in kept if line)
+    return f": {text}" if text else " and printed nothing"

@@ -184,35 +184,20 @@ class Kernels:
         format = self.format_type(**options)
         return self._choose(weight.device, format, weight.dtype).quantize(weight, format=format)
 
-    def _dequantize(
-        self,
-        *fields: Tensor,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        out_dtype: torch.dtype,
-        **stored: Any,
-    ) -> Tensor:
-        format = self.format_type(**stored)
-        backend = self._choose(fields[0].device, format, dtype, out_dtype)
-        return backend.dequantize(
-            fields, format=format, shape=shape, dtype=dtype, out_dtype=out_dtype
-        )
+    def _dequantize(self, *fields: Tensor, **options: Any) -> Tensor:
+        format = self._take_format(options)
+        backend = self._choose(fields[0].device, format, options["dtype"], options["out_dtype"])
+        return backend.dequantize(fields, format=format, **options)
 
-    def _matmul(
-        self,
-        input: Tensor,
-        *rest: Any,
-        shape: Sequence[int],
-        transposed: bool,
-        dtype: torch.dtype,
-        **stored: Any,
-    ) -> Tensor:
+    def _matmul(self, input: Tensor, *rest: Any, **options: Any) -> Tensor:
         *fields, bias = rest
-        format = self.format_type(**stored)
-        backend = self._choose(input.device, format, dtype, input.dtype)
-        return backend.matmul(
-            input, fields, bias, format=format, shape=shape, transposed=transposed, dtype=dtype
-        )
+        format = self._take_format(options)
+        backend = self._choose(input.device, format, options["dtype"], input.dtype)
+        return backend.matmul(input, fields, bias, format=format, **options)
+
+    def _take_format(self, options: dict[str, Any]) -> Format:
+        names = self.format_type.stored_options
+        return self.format_type(**{name: options.pop(name) for name in names})
 
     # ---- shapes alone ---------------------------------------------------------------------------
 

@@ -175,19 +175,20 @@ INLINE void dequantize(const uint8_t *codes, const void *scales, const float *gr
     }
 }
 
-void qlora_dequantize_nf4(const uint8_t *codes, const void *scales, const float *groups,
-                          const float *scale_codebook, void *out, int64_t first, int64_t count,
-                          int64_t rows, int64_t stride, int64_t block_size,
-                          int64_t scale_block_size, int format, int dtype, int out_dtype,
-                          int threads) {
+int qlora_dequantize_nf4(const uint8_t *codes, const void *scales, const float *groups,
+                         const float *scale_codebook, int64_t block_size, int64_t scale_block_size,
+                         int64_t format, int64_t dtype, void *out, int64_t out_dtype,
+                         int64_t first, int64_t count, int64_t rows, int64_t stride,
+                         int64_t threads) {
 #define ARGS                                                                                  \
     codes, scales, groups, scale_codebook, out, first, count, rows, stride, block_size,       \
-        scale_block_size, format
-#define DISPATCH(D)                                                        \
-    if (out_dtype == BFLOAT16) dequantize(ARGS, D, threads, BFLOAT16);     \
-    else if (out_dtype == FLOAT16) dequantize(ARGS, D, threads, FLOAT16);  \
-    else dequantize(ARGS, D, threads, FLOAT32)
+        scale_block_size, (int)format
+#define DISPATCH(D)                                                             \
+    if (out_dtype == BFLOAT16) dequantize(ARGS, D, (int)threads, BFLOAT16);     \
+    else if (out_dtype == FLOAT16) dequantize(ARGS, D, (int)threads, FLOAT16);  \
+    else dequantize(ARGS, D, (int)threads, FLOAT32)
     if (dtype == BFLOAT16) { DISPATCH(BFLOAT16); }
     else if (dtype == FLOAT16) { DISPATCH(FLOAT16); }
     else { DISPATCH(FLOAT32); }
+    return 0;
 }

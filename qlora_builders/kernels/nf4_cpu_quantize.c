@@ -194,10 +194,11 @@ INLINE int quantize(const void *weight, uint8_t *codes, void *scales, float *gro
 }
 
 int qlora_quantize_nf4(const void *weight, uint8_t *codes, void *scales, float *groups,
-                       int64_t numel, int64_t block_size, int64_t scale_block_size, int format,
-                       int dtype, int search, int threads) {
-#define ARGS \
-    weight, codes, scales, groups, numel, block_size, scale_block_size, format, search, threads
+                       int64_t numel, int64_t block_size, int64_t scale_block_size, int64_t format,
+                       int64_t dtype, int64_t search, int64_t threads) {
+#define ARGS                                                                                  \
+    weight, codes, scales, groups, numel, block_size, scale_block_size, (int)format,          \
+        (int)search, (int)threads
     if (dtype == BFLOAT16) return quantize(ARGS, BFLOAT16);
     if (dtype == FLOAT16) return quantize(ARGS, FLOAT16);
     return quantize(ARGS, FLOAT32);

@@ -86,15 +86,15 @@ INLINE void matmul(const float *x, const uint8_t *codes, const void *scales, con
 
 #endif
 
-int qlora_matmul_nf4_rows(const float *x, const uint8_t *codes, const void *scales,
-                          const float *groups, const float *scale_codebook, float *y, int rows,
-                          int64_t out_features, int64_t in_features, int64_t block_size,
-                          int64_t scale_block_size, int format, int dtype, int x_dtype,
-                          int threads) {
+int qlora_matmul_nf4_rows(const uint8_t *codes, const void *scales, const float *groups,
+                          const float *scale_codebook, int64_t block_size,
+                          int64_t scale_block_size, int64_t format, int64_t dtype, const float *x,
+                          int64_t x_dtype, float *y, int64_t rows, int64_t out_features,
+                          int64_t in_features, int64_t threads) {
 #ifdef HAVE_AVX512
 #define DISPATCH(D, X)                                                                          \
-    matmul(x, codes, scales, groups, scale_codebook, y, rows, out_features, in_features,        \
-           block_size, scale_block_size, format, D, X, threads)
+    matmul(x, codes, scales, groups, scale_codebook, y, (int)rows, out_features, in_features,   \
+           block_size, scale_block_size, (int)format, D, X, (int)threads)
 #define DISPATCH_X(D)                                       \
     if (x_dtype == BFLOAT16) DISPATCH(D, BFLOAT16);         \
     else if (x_dtype == FLOAT16) DISPATCH(D, FLOAT16);      \

@@ -1,7 +1,7 @@
 """Launches the Triton kernels on CUDA tensors, with the signatures of `nf4_reference`.
 
-`nf4_triton_kernels` explains layout, formulas and limits. This file needs Triton, so it is imported
-when the first CUDA tensor comes.
+`nf4_triton_kernels` explains how they work. This file needs Triton, so it is imported when the
+first CUDA tensor comes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from torch import Tensor
 
 from qlora_builders.kernels import nf4_triton_kernels as kernels
 from qlora_builders.kernels.formats import NOT_FINITE
-from qlora_builders.kernels.nf4_format import (
+from qlora_builders.kernels.nf4_reference import (
+    DTYPE_NUMBERS,
+    FORMAT_NUMBERS,
+    MIDPOINTS,
+    NF4_CODEBOOK,
+    SEARCHED_FACTORS,
     NF4Format,
     dynamic_codebook,
     encode_scales,
     num_blocks,
 )
-from qlora_builders.kernels.nf4_reference import MIDPOINTS, NF4_CODEBOOK, SEARCHED_FACTORS
 from qlora_builders.kernels.products import tiled_matmul
 
 _PROGRAM_ELEMENTS = 4096  # 32 a thread with 4 warps
@@ -30,27 +34,30 @@ _LARGEST_GROUP = 4096  # scales that one program encodes
 _MATVEC_BATCH = 8  # inputs of at most this many rows take the matrix-vector kernel
 _MATVEC_ROWS = 8  # weight rows of a program, so that the input is read once for 8 of them
 _MATVEC_ELEMENTS = 512  # of a weight row in a step
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FORMATS = {"geometric": 0, "none": 1, "bnb": 2}
 
 
 def supports(format: NF4Format, *dtypes: torch.dtype) -> bool:
-    """Whether the kernels take this format and these dtypes."""
-    return format.scale_format in _FORMATS and all(dtype in _DTYPES for dtype in dtypes)
+    """Whether the kernels take these dtypes."""
+    return all(dtype in DTYPE_NUMBERS for dtype in dtypes)
 
 
 def quantize(weight: Tensor, *, format: NF4Format) -> tuple[Tensor, Tensor, Tensor]:
     """As `nf4_reference.quantize`; a strided weight is copied first."""
-    block_size = format.block_size
-    flat = _bits(weight.contiguous().view(-1))
-    numel, blocks = flat.numel(), num_blocks(flat.numel(), block_size)
-    rows = _tile_rows(block_size)
-    tile: dict[str, Any] = {"BLOCK_SIZE": block_size, "ROWS": rows, "DTYPE": _DTYPES[weight.dtype]}
-    codebook = _codebook(weight.device)
-    absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device)
-    grid = num_blocks(blocks, rows)
+    flat, device = _bits(weight.contiguous().view(-1)), weight.device
+    blocks, rows = num_blocks(flat.numel(), format.block_size), _tile_rows(format.block_size)
+    absmax = torch.empty(blocks, dtype=torch.float32, device=device)
+    codebook, programs = _codebook(device), num_blocks(blocks, rows)
+    tile: dict[str, Any] = {
+        "weight": flat,
+        "absmax": absmax,
+        "numel": flat.numel(),
+        "num_blocks": blocks,
+        "BLOCK_SIZE": format.block_size,
+        "ROWS": rows,
+        "DTYPE": DTYPE_NUMBERS[weight.dtype],
+    }
     with torch.cuda.device_of(weight):
-        _launch(kernels.absmax_kernel, grid, flat, absmax, numel, blocks, **tile)
+        _launch(kernels.absmax_kernel, programs, **tile)
         if not torch.isfinite(absmax).all():
             raise ValueError(NOT_FINITE)
         wanted = absmax
@@ -58,55 +65,46 @@ def quantize(weight: Tensor, *, format: NF4Format) -> tuple[Tensor, Tensor, Tens
             wanted = torch.empty_like(absmax)
             _launch(
                 kernels.search_kernel,
-                grid,
-                flat,
-                absmax,
-                wanted,
-                codebook,
-                _factors(weight.device),
-                numel,
-                blocks,
-                LEVELS=block_size.bit_length() - 1,
+                programs,
+                wanted=wanted,
+                codebook=codebook,
+                factors=_factors(device),
+                LEVELS=format.block_size.bit_length() - 1,
                 **tile,
             )
         scales, groups = _encode_scales(wanted, format, weight.dtype)
-        codes = flat.new_empty(-(-numel // 2), dtype=torch.uint8)
+        codes = flat.new_empty(-(-flat.numel() // 2), dtype=torch.uint8)
         _launch(
             kernels.codes_kernel,
-            grid,
-            flat,
-            codes,
-            absmax,
-            scales,
-            groups,
-            codebook,
-            numel,
-            blocks,
-            SCALE_BLOCK_SIZE=format.scale_block_size,
-            FORMAT=_FORMATS[format.scale_format],
-            SMALLEST_NORMAL=torch.finfo(weight.dtype).tiny,
+            programs,
+            codes=codes,
+            scales=scales,
+            groups=groups,
+            codebook=codebook,
             **tile,
+            SCALE_BLOCK_SIZE=format.scale_block_size,
+            FORMAT=FORMAT_NUMBERS[format.scale_format],
+            SMALLEST_NORMAL=torch.finfo(weight.dtype).tiny,
         )
     return codes, scales, groups
 
 
 def _encode_scales(absmax: Tensor, format: NF4Format, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    scale_block_size, count = format.scale_block_size, absmax.numel()
-    if format.scale_format != "geometric" or scale_block_size > _LARGEST_GROUP:
+    size, count = format.scale_block_size, absmax.numel()
+    if format.scale_format != "geometric" or size > _LARGEST_GROUP:
         return encode_scales(absmax, format=format, dtype=dtype)
-    group_count = num_blocks(count, scale_block_size)
     scales = absmax.new_empty(count, dtype=torch.uint8)
-    groups = absmax.new_empty(group_count, 2)
+    groups = absmax.new_empty(num_blocks(count, size), 2)
     _launch(
         kernels.encode_scales_kernel,
-        group_count,
-        absmax,
-        scales,
-        groups,
-        count,
-        SCALE_BLOCK_SIZE=scale_block_size,
-        LANES=1 << (scale_block_size - 1).bit_length(),
-        DTYPE=_DTYPES[dtype],
+        len(groups),
+        absmax=absmax,
+        scales=scales,
+        groups=groups,
+        num_blocks=count,
+        SCALE_BLOCK_SIZE=size,
+        LANES=1 << (size - 1).bit_length(),
+        DTYPE=DTYPE_NUMBERS[dtype],
     )
     return scales, groups
 
@@ -126,38 +124,24 @@ def dequantize(
 
 
 def dequantize_range_(
-    out: Tensor,
-    fields: Sequence[Tensor],
-    *,
-    format: NF4Format,
-    start: int,
-    dtype: torch.dtype,
+    out: Tensor, fields: Sequence[Tensor], *, format: NF4Format, start: int, dtype: torch.dtype
 ) -> None:
     """Decode the elements from `start` (a multiple of block_size) into all of contiguous `out`."""
-    codes, scales, scale_groups = fields
-    block_size = format.block_size
+    block_size, count = format.block_size, out.numel()
     assert out.is_contiguous()
     assert start % block_size == 0
     rows = _tile_rows(block_size)
-    with torch.cuda.device_of(codes):
+    with torch.cuda.device_of(out):
         _launch(
             kernels.dequantize_kernel,
-            num_blocks(num_blocks(out.numel(), block_size), rows),
-            codes,
-            scales,
-            scale_groups,
-            _codebook(codes.device),
-            _scale_codebook(codes.device),
-            _bits(out.view(-1)),
-            start // block_size,
-            out.numel(),
-            (out.numel() + 1) // 2,
-            BLOCK_SIZE=block_size,
-            SCALE_BLOCK_SIZE=format.scale_block_size,
+            num_blocks(num_blocks(count, block_size), rows),
+            **_stored(fields, format, dtype),
+            out=_bits(out.view(-1)),
+            first_block=start // block_size,
+            count=count,
+            num_bytes=(count + 1) // 2,
             ROWS=rows,
-            FORMAT=_FORMATS[format.scale_format],
-            DTYPE=_DTYPES[dtype],
-            OUT_DTYPE=_DTYPES[out.dtype],
+            OUT_DTYPE=DTYPE_NUMBERS[out.dtype],
         )
 
 
@@ -174,7 +158,7 @@ def matmul(
     """As `nf4_reference.matmul`: for a few tokens in one pass, else by tiles."""
     columns, block_size = shape[1], format.block_size
     if transposed and input.shape[0] <= _MATVEC_BATCH and columns % block_size == 0:
-        return _matvec(input, fields, bias, format=format, shape=shape, dtype=dtype)
+        return _matvec(input, bias, shape[0], format, _stored(fields, format, dtype))
 
     def decode(rows: slice, _all: slice, out: Tensor) -> None:
         dequantize_range_(out, fields, format=format, start=rows.start * columns, dtype=dtype)
@@ -190,54 +174,54 @@ def matmul(
 
 
 def _matvec(
-    input: Tensor,
-    fields: Sequence[Tensor],
-    bias: Tensor | None,
-    *,
-    format: NF4Format,
-    shape: Sequence[int],
-    dtype: torch.dtype,
+    input: Tensor, bias: Tensor | None, out_features: int, format: NF4Format, stored: dict[str, Any]
 ) -> Tensor:
     """input [m, in], m at most 8 -> [m, out]."""
-    codes, scales, scale_groups = fields
-    m, (out_features, in_features) = input.shape[0], shape
-    input = input.contiguous()
+    m, in_features = input.shape
     output = input.new_empty(m, out_features)
     with torch.cuda.device_of(input):
         _launch(
             kernels.matvec_kernel,
             num_blocks(out_features, _MATVEC_ROWS),
-            _bits(input),
-            codes,
-            scales,
-            scale_groups,
-            _codebook(input.device),
-            _scale_codebook(input.device),
-            _bits(output if bias is None else bias),
-            _bits(output),
-            m,
-            in_features,
-            out_features,
+            **stored,
+            x=_bits(input.contiguous()),
+            bias=_bits(output if bias is None else bias),
+            out=_bits(output),
+            rows_in=m,
+            in_features=in_features,
+            out_features=out_features,
             BATCH=1 << (m - 1).bit_length(),
             ROWS=_MATVEC_ROWS,
             BLOCKS=max(1, _MATVEC_ELEMENTS // format.block_size),
-            BLOCK_SIZE=format.block_size,
-            SCALE_BLOCK_SIZE=format.scale_block_size,
-            FORMAT=_FORMATS[format.scale_format],
-            DTYPE=_DTYPES[dtype],
-            OUT_DTYPE=_DTYPES[input.dtype],
+            OUT_DTYPE=DTYPE_NUMBERS[input.dtype],
             HAS_BIAS=bias is not None,
             enable_fp_fusion=True,
         )
     return output
 
 
+def _stored(fields: Sequence[Tensor], format: NF4Format, dtype: torch.dtype) -> dict[str, Any]:
+    """What a kernel that decodes has to know of a weight."""
+    codes, scales, groups = fields
+    return {
+        "codes": codes,
+        "scales": scales,
+        "groups": groups,
+        "codebook": _codebook(codes.device),
+        "scale_codebook": _scale_codebook(codes.device),
+        "BLOCK_SIZE": format.block_size,
+        "SCALE_BLOCK_SIZE": format.scale_block_size,
+        "FORMAT": FORMAT_NUMBERS[format.scale_format],
+        "DTYPE": DTYPE_NUMBERS[dtype],
+    }
+
+
 def _launch(
-    kernel: Any, programs: int, *args: Any, enable_fp_fusion: bool = False, **constants: Any
+    kernel: Any, programs: int, *, enable_fp_fusion: bool = False, **arguments: Any
 ) -> None:
     """Without fusion a product is rounded before anything is added to it, as elsewhere."""
     if programs:
-        kernel[(programs,)](*args, **constants, enable_fp_fusion=enable_fp_fusion)
+        kernel[(programs,)](**arguments, enable_fp_fusion=enable_fp_fusion)
 
 
 def _tile_rows(block_size: int) -> int:

@@ -1,12 +1,5 @@
-"""NF4 on CUDA devices: the Triton kernels that `nf4_triton` launches.
-
-Layout (n elements, blocks of BLOCK_SIZE, groups of SCALE_BLOCK_SIZE blocks)
-
-    weight   w0 w1 w2 w3 ...                n elements, row-major
-    codes    [w0:hi nibble | w1:lo nibble]  one byte per pair, ceil(n / 2) bytes
-    scales   one per block: uint8 code (geometric, bnb) or float32 (none)
-    groups   two float32 per group: smallest positive and largest scale (geometric);
-             largest magnitude of (scale - offset), offset (bnb)
+"""NF4 on CUDA devices: the Triton kernels that `nf4_triton` launches; formulas and layout are those
+of `nf4_reference`.
 
     A program works on a tile of ROWS whole blocks, one block to a row of the tile:
 
@@ -20,17 +13,8 @@ Kernels
     quantizing is absmax, search (optional), encode_scales and codes; then dequantize and matvec.
     Groups of more than 4096 scales, and the scales of bnb, are encoded by the PyTorch reference.
     Arguments: `codebook` float32 [31], 16 values and 15 midpoints; `scale_codebook` float32 [256]
-    for bnb; `factors` float32 [16] for search; `absmax` and `wanted` float32, one per block.
-
-Formula
-    quantize    a = max |w| of the block, s = the decoded scale nearest to a;
-                code = number of midpoints below w / s, but 0 or 15 where |w| = a
-                (bnb: midpoints below w * (1 / a))
-                a block with a tiny s is coded twice, as in the reference
-    dequantize  w = round(codebook[code] * s), s rounded to the weight's dtype except for bnb,
-                and then rounded to the output's dtype
-    matvec      y = sum over blocks of s * (sum over the block of codebook[code] * x) + bias,
-                rounded to the dtype of x
+    for bnb; `factors` float32 [16] for search; `absmax` and `wanted` float32, one per block; and
+    the fields of `nf4_reference`.
 
 How
     Memory bounds all of it. Decoding reads every byte once. Quantizing reads the weight twice, for

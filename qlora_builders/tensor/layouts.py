@@ -36,7 +36,7 @@ from torch import Tensor
 
 from qlora_builders.files.reading import parse_json
 from qlora_builders.kernels import NF4_CODEBOOK, NF4Format
-from qlora_builders.kernels.nf4_format import decode_scales, dynamic_codebook
+from qlora_builders.kernels.nf4_reference import decode_scales, dynamic_codebook
 from qlora_builders.tensor.nf4 import NF4Tensor
 from qlora_builders.tensor.quantized import QUANTIZED_TYPES, QuantizedTensor
 

@@ -12,38 +12,40 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from qlora_builders.kernels import NF4Format, nf4_cpu
-from qlora_builders.kernels.build import CacheError, Sources, cache_folder, load_library
-from qlora_builders.kernels.compiler import CompilerError, TimeLimit
+from qlora_builders.kernels.build import (
+    CacheError,
+    CompilerError,
+    Sources,
+    cache_folder,
+    load_library,
+)
 
 CC = os.environ.get("CC", "cc")
 pytestmark = pytest.mark.skipif(shutil.which(CC) is None, reason="needs a C compiler")
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 
 
-def tiny(folder: Path, *, functions: tuple[str, ...] = ("answer",)) -> Sources:
-    source = folder / "tiny.c"
-    source.write_text("int answer(void) { return 42; }\n")
-    return Sources("tiny", [source], [], ("-O1", "-fPIC", "-shared"), functions)
-
-
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sources:
     monkeypatch.setenv("CC", CC)
     monkeypatch.setenv("QLORA_BUILDERS_CACHE", str(tmp_path / "cache"))
-    return tiny(tmp_path)
+    source = tmp_path / "tiny.c"
+    source.write_text("int answer(void) { return 42; }\n")
+    return Sources("tiny", [source], ("-O1", "-fPIC", "-shared"), ("answer",))
 
 
-def load(sources: Sources, limit: TimeLimit | None = None) -> list[str]:
+def load(sources: Sources) -> list[str]:
     """The warnings of a load that gives the right library."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert load_library(sources, limit=limit).answer() == 42
+        assert load_library(sources).answer() == 42
     return [str(warning.message) for warning in caught]
 
 
@@ -101,7 +103,7 @@ import json, os, sys, warnings
 from pathlib import Path
 from qlora_builders.kernels.build import Sources, load_library
 
-sources = Sources("tiny", [Path(sys.argv[1])], [], ("-O1", "-fPIC", "-shared"), ("answer",))
+sources = Sources("tiny", [Path(sys.argv[1])], ("-O1", "-fPIC", "-shared"), ("answer",))
 for folder in sys.argv[2:]:
     os.environ["QLORA_BUILDERS_CACHE"] = folder
     with warnings.catch_warnings(record=True) as caught:
@@ -253,7 +255,7 @@ def test_no_place_for_temporary_files(
 
 # ---- compilers ----------------------------------------------------------------------------------
 
-QUICK = TimeLimit(0.5, 5.0)
+QUICK = (0.5, 5.0)  # seconds
 # the script that CC names ({0}), or CC itself; and what the message says
 FOR_LIBRARY = 'for o; do :; done; [ "$o" = "${o%.so}" ] || '
 COMPILERS: dict[str, tuple[str | None, str, str]] = {
@@ -297,7 +299,7 @@ def test_a_bad_compiler_is_one_message(
     value = value.format(tmp_path / "script")
     monkeypatch.setenv("CC", value)
     with pytest.raises(CompilerError) as caught:
-        load_library(sources, limit=QUICK if script else None)
+        load_library(replace(sources, seconds=QUICK) if script else sources)
     assert f"CC={value!r}" in str(caught.value)
     assert text in str(caught.value)
     assert len(str(caught.value)) < 2000
@@ -314,7 +316,7 @@ def test_children_of_a_compiler_end_with_it(
     script.chmod(0o700)
     monkeypatch.setenv("CC", str(script))
     with pytest.raises(CompilerError, match="was stopped"):
-        load_library(sources, limit=QUICK)
+        load_library(replace(sources, seconds=QUICK))
     time.sleep(2)
     assert not (tmp_path / "alive").exists()
 
@@ -327,7 +329,7 @@ def test_the_commands_share_a_limit(
     script.chmod(0o700)
     monkeypatch.setenv("CC", str(script))
     with pytest.raises(CompilerError, match=r"did not end within|took more than 0\.5 seconds"):
-        load_library(sources, limit=TimeLimit(100, 0.5))
+        load_library(replace(sources, seconds=(100, 0.5)))
 
 
 def test_the_kernels_warn_once_of_what_was_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

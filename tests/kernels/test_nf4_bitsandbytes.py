@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_builders import NF4Tensor, to_nf4
 from qlora_builders.config.shipped import demo_path
-from qlora_builders.kernels.nf4_format import NF4Format, dynamic_codebook
+from qlora_builders.kernels.nf4_reference import NF4Format, dynamic_codebook
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((512, 512), (7, 13), (64, 64), (33, 100))

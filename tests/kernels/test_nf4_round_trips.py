@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from nf4_by_reference import bits_equal, quantize, round_trip
+from nf4_cases import DTYPES, all_same_bits, decode, quantize, randn, round_trip, same_bits
 from torch import Tensor
 
 from qlora_builders.kernels import NF4, NF4Format, nf4_reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("geometric", "none")
+KINDS = (
+    *("zero", "constant", "normal", "outlier", "subnormal", "near_subnormal", "huge"),
+    *("powers_of_two", "scaled"),
+)
 
 
 def _block(kind: str, size: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -45,17 +49,12 @@ def _block(kind: str, size: int, dtype: torch.dtype, generator: torch.Generator)
     raise AssertionError(kind)
 
 
-KINDS = [
-    "zero",
-    "constant",
-    "normal",
-    "outlier",
-    "subnormal",
-    "near_subnormal",
-    "huge",
-    "powers_of_two",
-    "scaled",
-]
+def _blocks(
+    kinds: Sequence[str], size: int, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    blocks = torch.cat([_block(kind, size, dtype, generator) for kind in kinds])
+    limit = torch.finfo(dtype).max
+    return blocks.clamp(-limit, limit).to(dtype)
 
 
 @pytest.mark.parametrize("backend", [nf4_reference, NF4], ids=["reference", "by device"])
@@ -80,29 +79,20 @@ def test_round_trip_changes_no_bit(
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.cat([_block(kind, block_size, dtype, generator) for kind in kinds])
+    weight = _blocks(kinds, block_size, dtype, generator)
     weight = weight[: weight.numel() - missing]
-    limit = torch.finfo(dtype).max
-    weight = weight.clamp(-limit, limit).to(dtype)
-
-    options = {
-        "format": NF4Format(
-            block_size=block_size, scale_block_size=scale_block_size, scale_format=scale_format
-        )
-    }
-    first = backend.quantize(weight, **options)
-    fields = first
+    format = NF4Format(
+        block_size=block_size, scale_block_size=scale_block_size, scale_format=scale_format
+    )
+    fields = first = backend.quantize(weight, format=format)
     decoded = None
     for _ in range(3):
-        again = backend.dequantize(
-            fields, shape=weight.shape, **options, dtype=dtype, out_dtype=dtype
-        )
+        again = decode(backend, fields, weight, format)
         assert torch.isfinite(again).all()
-        assert decoded is None or bits_equal(decoded, again)
+        assert decoded is None or same_bits(decoded, again)
         decoded = again
-        fields = backend.quantize(decoded, **options)
-        for before, after in zip(first, fields, strict=True):
-            assert torch.equal(before, after)
+        fields = backend.quantize(decoded, format=format)
+        assert all_same_bits(first, fields)
 
 
 @pytest.mark.parametrize("backend", [nf4_reference, NF4], ids=["reference", "by device"])
@@ -120,59 +110,49 @@ def test_round_trip_of_every_small_subnormal(
     units = torch.zeros(101, 256, dtype=torch.float64)
     for largest in range(1, 101):
         units[largest, : 2 * largest + 1] = torch.arange(-largest, largest + 1)
-    weight = units * (info.smallest_normal * info.eps)
+    units *= info.smallest_normal * info.eps
     if with_huge_block:
-        weight[0] = info.max  # leaves the others few scale codes
-    options = {"format": NF4Format(block_size=256, scale_block_size=256, scale_format=scale_format)}
-    fields = backend.quantize(weight.to(dtype), **options)
-    decode = {"shape": weight.shape, **options, "dtype": dtype, "out_dtype": dtype}
-    decoded = backend.dequantize(fields, **decode)
-    again = backend.quantize(decoded, **options)
-    for before, after in zip(fields, again, strict=True):
-        assert torch.equal(before, after)
-    assert bits_equal(decoded, backend.dequantize(again, **decode))
+        units[0] = info.max  # leaves the others few scale codes
+    weight, format = units.to(dtype), NF4Format(block_size=256, scale_format=scale_format)
+    fields = backend.quantize(weight, format=format)
+    decoded = decode(backend, fields, weight, format)
+    again = backend.quantize(decoded, format=format)
+    assert all_same_bits(fields, again)
+    assert same_bits(decoded, decode(backend, again, weight, format))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_largest_element_of_a_block_decodes_to_the_rounded_scale(dtype: torch.dtype) -> None:
-    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(6)).to(dtype)
-    decoded = round_trip(weight.view(-1), scale_format="none").view(64, 64)
+    weight = randn(64, 64, dtype=dtype, seed=6)
+    decoded = round_trip(weight, scale_format="none")
     at = weight.abs().argmax(dim=1, keepdim=True)
-    assert bits_equal(decoded.gather(1, at), weight.gather(1, at))
+    assert same_bits(decoded.gather(1, at), weight.gather(1, at))
 
 
 @pytest.mark.parametrize("scale_format", FORMATS)
 def test_chunking_does_not_show(monkeypatch: pytest.MonkeyPatch, scale_format: str) -> None:
     options = {"block_size": 32, "scale_block_size": 3, "scale_format": scale_format}
-    weight = torch.randn(32 * 3 * 9 + 17, generator=torch.Generator().manual_seed(7))
-    whole, _ = quantize(weight, **options)
+    weight = randn(32 * 3 * 9 + 17, seed=7)
+    whole, format = quantize(weight, **options)
     decoded = round_trip(weight, **options)
     monkeypatch.setattr(nf4_reference, "_CHUNK_ELEMENTS", 1)
-    assert nf4_reference._chunk_elements(32, 3) == 32 * 3 * 2  # so there are five chunks
-    pieces, _ = quantize(weight, **options)
-    for a, b in zip(whole, pieces, strict=True):
-        assert torch.equal(a, b)
-    assert bits_equal(decoded, round_trip(weight, **options))
+    assert nf4_reference._chunk_elements(format) == 32 * 3  # so there are ten chunks
+    assert all_same_bits(whole, quantize(weight, **options)[0])
+    assert same_bits(decoded, round_trip(weight, **options))
 
 
 def test_out_dtype_is_a_cast_of_the_rounded_weight() -> None:
-    fields, options = quantize(torch.randn(100).bfloat16())
-    plain = nf4_reference.dequantize(
-        fields, shape=(100,), **options, dtype=torch.bfloat16, out_dtype=torch.bfloat16
-    )
+    weight = randn(100, dtype=torch.bfloat16)
+    fields, format = quantize(weight)
+    plain = decode(nf4_reference, fields, weight, format)
     for dtype in (torch.float32, torch.float64, torch.float16):
-        wide = nf4_reference.dequantize(
-            fields, shape=(100,), **options, dtype=torch.bfloat16, out_dtype=dtype
-        )
-        assert bits_equal(wide, plain.to(dtype))
+        wide = decode(nf4_reference, fields, weight, format, dtype)
+        assert same_bits(wide, plain.to(dtype))
 
 
 def test_a_strided_weight_is_read_in_its_logical_order() -> None:
     weight = torch.randn(48, 40)
-    fields, _ = quantize(weight.t())
-    same, _ = quantize(weight.t().contiguous())
-    for a, b in zip(fields, same, strict=True):
-        assert torch.equal(a, b)
+    assert all_same_bits(quantize(weight.t())[0], quantize(weight.t().contiguous())[0])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -191,13 +171,9 @@ def test_cuda_gives_the_same_bits(dtype: torch.dtype, scale_format: str) -> None
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     generator = torch.Generator().manual_seed(8)
-    weight = torch.cat([_block(kind, 4096, dtype, generator) for kind in KINDS])
-    limit = torch.finfo(dtype).max
-    weight = weight.clamp(-limit, limit).to(dtype)
-    on_cpu, options = quantize(weight, scale_format=scale_format)
-    on_cuda = NF4.quantize(weight.cuda(), **options)
-    for a, b in zip(on_cpu, on_cuda, strict=True):
-        assert torch.equal(a, b.cpu())
-    decode = {"shape": weight.shape, **options, "dtype": dtype, "out_dtype": dtype}
-    expected = nf4_reference.dequantize(on_cpu, **decode)
-    assert bits_equal(expected, NF4.dequantize(on_cuda, **decode).cpu())
+    weight = _blocks(KINDS, 4096, dtype, generator)
+    on_cpu, format = quantize(weight, scale_format=scale_format)
+    on_cuda = NF4.quantize(weight.cuda(), format=format)
+    assert all_same_bits(on_cpu, on_cuda)
+    expected = decode(nf4_reference, on_cpu, weight, format)
+    assert same_bits(expected, decode(NF4, on_cuda, weight, format))

@@ -117,15 +117,6 @@ def test_attention_dropout_acts_in_training_only() -> None:
     assert not torch.equal(model(x), model(x))
 
 
-def test_a_token_sees_only_earlier_ones() -> None:
-    model, x = build(), ids()
-    changed = x.clone()
-    changed[:, 7] = (changed[:, 7] + 1) % VOCAB
-    a, b = model(x), model(changed)
-    assert torch.equal(a[:, :7], b[:, :7])
-    assert not torch.isclose(a[:, 7:], b[:, 7:]).all(dim=-1).any()
-
-
 # ---- KV cache -----------------------------------------------------------------------------------
 
 
@@ -224,11 +215,6 @@ def test_positions_restart_with_every_document() -> None:
     model(ids(seq=2), cache=cache)
     model(ids(seq=2), cache=cache)
     assert seen == [[[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 0, 1]], [[0, 1, 2]], [[0, 1]], [[2, 3]]]
-
-
-def test_one_document_equals_none_given() -> None:
-    model, x = build(), ids()
-    torch.testing.assert_close(model(x, document_ids=torch.full((2, 12), 3)), model(x))
 
 
 def test_position_ids_override_the_default() -> None:

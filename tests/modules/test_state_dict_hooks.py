@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_builders.modules import FrozenNF4Linear, Linear, LoRALinear
+from qlora_builders.modules import FrozenNF4Linear, LoRALinear
 from qlora_builders.tensor import NF4Tensor, to_nf4
 from qlora_builders.tensor.layouts import pack_bnb, pack_native, stored_parts, unpack
 
@@ -299,9 +299,3 @@ def test_errors_name_the_key(
     model = build()
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(state, strict=True, assign=assign)
-
-
-def test_a_plain_linear_needs_no_hooks() -> None:
-    layer = Linear(IN, OUT)
-    layer.load_state_dict({"weight": weight(torch.float32), "bias": torch.zeros(OUT)})
-    assert torch.equal(layer.weight, weight(torch.float32))

@@ -1,4 +1,4 @@
-"""Rotary embedding against transformers: frequencies, tables and the rotation itself."""
+"""Rotary embedding and RMSNorm against those of transformers, bit for bit where dtypes allow."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qlora_builders.modules import (
+    RMSNorm,
     RotaryEmbedding,
     apply_rope,
     linear_scaled,
@@ -63,13 +64,6 @@ def test_frequencies_equal_transformers(
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
 
 
-def test_llama3_scaling_keeps_fast_rotations_and_slows_slow_ones() -> None:
-    plain, scaled = rope_frequencies(64, 10_000.0), ours(64, 10_000.0, "llama3", **LLAMA3)
-    assert scaled[0] == plain[0]
-    assert scaled[-1] == plain[-1] / 8
-    assert all(p / 8 <= s <= p for p, s in zip(plain, scaled, strict=True))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tables_and_rotation_equal_transformers(dtype: torch.dtype) -> None:
     positions = torch.tensor([[0, 1, 2, 300], [7, 8, 9, 10]])
@@ -83,18 +77,6 @@ def test_tables_and_rotation_equal_transformers(dtype: torch.dtype) -> None:
     assert torch.equal(apply_rope(x, cos, sin), expected)
 
 
-def test_scores_depend_on_distance_alone() -> None:
-    rotary = RotaryEmbedding(rope_frequencies(16, 10_000.0))
-    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-
-    def score(query_at: int, key_at: int) -> torch.Tensor:
-        tables = [rotary(torch.tensor([[at]]), torch.float32) for at in (query_at, key_at)]
-        return (apply_rope(q, *tables[0]) * apply_rope(k, *tables[1])).sum()
-
-    torch.testing.assert_close(score(5, 3), score(105, 103), rtol=1e-4, atol=1e-4)
-    assert not torch.isclose(score(5, 3), score(5, 4), atol=1e-3)
-
-
 def test_casting_or_emptying_a_module_cannot_lose_the_frequencies() -> None:
     rotary = RotaryEmbedding(rope_frequencies(16, 10_000.0))
     positions = torch.tensor([[0, 9]])
@@ -102,3 +84,40 @@ def test_casting_or_emptying_a_module_cannot_lose_the_frequencies() -> None:
     rotary.to(torch.bfloat16).to("meta").to_empty(device="cpu")
     assert torch.equal(rotary(positions, torch.float32)[0], cos)
     assert rotary.state_dict() == {}
+
+
+# ---- RMSNorm ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_equals_transformers(dtype: torch.dtype, eps: float) -> None:
+    ours, theirs = RMSNorm(48, eps=eps, dtype=dtype), modeling.LlamaRMSNorm(48, eps=eps).to(dtype)
+    with torch.no_grad():
+        ours.weight.normal_(1.0, 0.3)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 48).mul(3).to(dtype).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    output, expected = ours(x), theirs(y)
+    assert output.dtype == dtype
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+
+
+def test_rms_norms_input_decides_the_dtype() -> None:
+    norm = RMSNorm(8, eps=1e-5, dtype=torch.float32)
+    assert norm(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_zeros_stay_zeros_and_huge_values_do_not_overflow() -> None:
+    norm = RMSNorm(8, eps=1e-5, dtype=torch.float16)
+    assert not norm(torch.zeros(2, 8, dtype=torch.float16)).any()
+    huge = norm(torch.full((2, 8), 60_000.0, dtype=torch.float16))
+    assert torch.equal(huge, torch.ones_like(huge))
+
+
+def test_rms_norms_repr() -> None:
+    assert repr(RMSNorm(8, eps=1e-5)) == "RMSNorm(dim=8, eps=1e-05)"
