@@ -14,24 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_builders import __version__
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import did_you_mean
 
-VERBS = {
-    "finetune": "train adapters or all weights on a data file",
-    "dpo": "train adapters on pairs of answers, one better than the other",
-    "generate": "answer prompts with a checkpoint, or a checkpoint and an adapter",
-    "evaluate": "loss, perplexity, exact match and tasks; base and fine-tuned compared",
-    "merge": "add an adapter to the weights and write a Hugging Face folder",
-    "quantize": "write a checkpoint with its linear layers in NF4",
-    "plan": "choose the precision of every linear under a memory budget",
-    "inspect": "show which component fills each linear, and what trains",
-    "estimate": "predict the peak memory of a finetune, and what fits into a given one",
-    "report": "one HTML page of a run, or of several beside each other",
-    "configs": "list, show, copy and validate the shipped configs",
-    "completion": "print a script that completes commands and keys in bash, zsh or fish",
+COMMANDS = {verb: row.summary for verb, row in VERBS.items()} | {
+    "configs": "list, show, copy and validate the shipped configs"
 }
-# `python recipes/inspect.py` would hide the standard library's module from everything it imports.
-RECIPE_FILES = {"inspect": "inspect_plan.py"}
 LAUNCH_OPTIONS = {"--nproc-per-node": 1, "--max-restarts": 0}  # with the least they may be
 MULTIRUN = "--multirun"
 
@@ -46,17 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qlora {__version__}")
         return 0
     verb, *rest = words
-    if verb not in VERBS:
+    if verb not in COMMANDS:
         from qlora_builders.config.other_names import OTHER_VERBS
 
         meant = OTHER_VERBS.get(verb)
-        hint = f"; did you mean {meant!r}?" if meant else did_you_mean(verb, VERBS)
+        hint = f"; did you mean {meant!r}?" if meant else did_you_mean(verb, COMMANDS)
         print(f"error: unknown command {verb!r}{hint}", file=sys.stderr)
         return 2
     if verb == "configs":
         return _browse(rest)
-    if verb == "completion":
-        return _complete(rest)
     if MULTIRUN in rest:
         return _sweep(verb, [word for word in rest if word != MULTIRUN])
     if any(word.startswith(tuple(LAUNCH_OPTIONS)) for word in rest):
@@ -68,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """What `qlora --help` prints."""
-    verbs = "\n".join(f"  {verb:<10} {summary}" for verb, summary in VERBS.items())
+    verbs = "\n".join(f"  {verb:<10} {summary}" for verb, summary in COMMANDS.items())
     return (
         "usage: qlora COMMAND [KEY=VALUE ...]\n\n"
         f"{verbs}\n\n"
@@ -83,7 +69,7 @@ def recipe_path(verb: str) -> Path:
     """The recipe's file, in a wheel or a checkout."""
     from qlora_builders.config.shipped import shipped_dir
 
-    return shipped_dir("recipes") / RECIPE_FILES.get(verb, f"{verb}.py")
+    return shipped_dir("recipes") / VERBS[verb].recipe
 
 
 def load_recipe(path: Path) -> Callable[[Any], object]:
@@ -139,29 +125,17 @@ def _sweep(verb: str, words: Sequence[str]) -> int:
 def _launch_options(verb: str, words: Sequence[str]) -> tuple[dict[str, int | None], list[str]]:
     """The values of LAUNCH_OPTIONS, and all other words."""
     from qlora_builders.config.entry import OptionParser
-    from qlora_builders.config.schema import TRAINING_VERBS
     from qlora_builders.errors import ConfigError
 
     given = [word for word in words if word.startswith(tuple(LAUNCH_OPTIONS))]
-    if given and verb not in TRAINING_VERBS:
-        takers = " and ".join(TRAINING_VERBS)
+    if given and not VERBS[verb].trains:
+        takers = " and ".join(name for name, row in VERBS.items() if row.trains)
         raise ConfigError(f"qlora {verb} runs in one process; only {takers} take {given[0]}")
     parser = OptionParser(add_help=False, allow_abbrev=False)
     for option, least in LAUNCH_OPTIONS.items():
         parser.add_argument(option, type=partial(_count, least=least), dest=option)
     options, rest = parser.parse_known_args(words)
     return vars(options), rest
-
-
-def _complete(words: Sequence[str]) -> int:
-    from qlora_builders.config.completion import script
-    from qlora_builders.config.entry import with_errors
-
-    def run() -> int:
-        print(script(words, VERBS), end="")
-        return 0
-
-    return with_errors(run)
 
 
 def _count(text: str, least: int) -> int:

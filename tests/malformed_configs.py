@@ -100,22 +100,23 @@ CONFIGS: dict[str, Case] = {
         "finetune --config-dir configs experiment=circle",
         "checkpoint.dir: Recursive interpolation",
     ),
-    "yaml rules": (f"{OWN}rules", "rules.yaml: ", "a list takes [a,b], not keys and values"),
+    "yaml rules": (f"{OWN}rules", "rules.yaml: ", "components: takes a list, such as [a,b]"),
 }
 CONFIGS |= {
     "yaml section and defaults": (
         f"{OWN}section_and_defaults",
         "section_and_defaults.yaml: ",
-        "a section takes keys of its own, not 3",
+        "training=3: a section takes keys of its own",
     ),
     "yaml choices": (
         f"{OWN}choices",
-        "choices.yaml: a config is chosen in the list of defaults; instead of 'data: chat' and "
-        "'method: lora' write: defaults: [{override /data: chat}, {override /method: lora}]",
+        "choices.yaml: a config is chosen in the list of defaults; instead of 'data: chat' write: "
+        "defaults: [{override /data: chat}]",
+        "instead of 'method: lora' write: defaults: [{override /method: lora}]",
     ),
     "yaml choices and more": (
         f"{OWN}choices_and_more",
-        "choices_and_more.yaml: method=lroa: no such config; did you mean 'lora'?",
+        "choices_and_more.yaml: a config is chosen in the list of defaults; instead of 'method: lr",
         "choices_and_more.yaml: unknown key 'training.max_stps'; did you mean",
     ),
     "config=": ("finetune config=mine.yaml", "qlora configs cp FILE DIR/experiment/NAME.yaml"),

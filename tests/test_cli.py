@@ -46,7 +46,7 @@ def test_runs_the_recipe_of_the_verb(recipes: Path, capsys: pytest.CaptureFixtur
 def test_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 0
     text = capsys.readouterr().out
-    assert all(f"  {verb:<10} {line}" in text for verb, line in cli.VERBS.items())
+    assert all(f"  {verb:<10} {line}" in text for verb, line in cli.COMMANDS.items())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

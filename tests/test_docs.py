@@ -42,8 +42,8 @@ import qlora_builders
 from qlora_builders import LlamaArch, cli, llama, save_checkpoint
 from qlora_builders.config.compose import compose_tree
 from qlora_builders.config.overrides import known_keys
-from qlora_builders.config.schema import ROOTS
 from qlora_builders.config.shipped import demo_path
+from qlora_builders.config.verbs import VERBS
 
 # Commands that are not run, and why. What can be checked of their words is checked.
 NOT_RUN = {
@@ -278,12 +278,12 @@ def test_messages_in_tables(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_inline_commands_and_keys(page: Path) -> None:
     """`qlora VERB KEY=VALUE` composes, and `section.key=...` names a key of some verb."""
-    keys = {key for verb in ROOTS for key in known_keys(verb)}
+    keys = {key for verb in VERBS for key in known_keys(verb)}
     for span in spans(page):
         if span.startswith("qlora "):
             verb, *rest = without_launcher(span.split()[1:])
-            assert verb in (*cli.VERBS, "VERB"), span
-            if verb in ROOTS:
+            assert verb in (*cli.COMMANDS, "VERB"), span
+            if verb in VERBS:
                 compose_tree(verb, [word for word in rest if "=" in word])
         if span.startswith(("python scripts/", "scripts/")):
             assert (ROOT / span.split()[-1]).is_file(), span

@@ -89,7 +89,6 @@ FOLDERS: dict[str, dict[str, str | Path]] = {
     "link without end": {"experiment/mine.yaml": Path("/dev/zero")},
     "a shipped config": {"method/qlora.yaml": "name: mine\n", "experiment/mine.yaml": G},
     "a primary config": {"finetune.yaml": SCHEMA, "experiment/mine.yaml": G},
-    "a schema": {"finetune_schema.yaml": SCHEMA, "experiment/mine.yaml": G},
     "hydra's own": {"hydra/output/x.yaml": "dir: OWNED\n", "experiment/mine.yaml": G},
     "hydra's file": {"hydra.yaml": "run: {dir: OWNED}\n", "experiment/mine.yaml": G},
 }

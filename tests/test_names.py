@@ -11,8 +11,8 @@ import torch
 from qlora_builders import load_checkpoint, names, save_checkpoint
 from qlora_builders.checkpoint.formats import READERS, detect_format
 from qlora_builders.config.knobs import Knob, knobs
-from qlora_builders.config.schema import ROOTS
 from qlora_builders.config.shipped import demo_path
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.data import Batches, Tokenizer, build_dataset
 from qlora_builders.errors import CheckpointError, QLoRAError
 from qlora_builders.kernels.nf4_reference import FORMAT_NUMBERS
@@ -43,7 +43,7 @@ def test_every_choice_of_the_schema_is_a_set_of_names() -> None:
     known |= {("auto", *names.DTYPES), ("auto", *names.CHECKPOINT_FORMATS)}
     known |= {("auto", "nf4", "none"), ("full", "lora", "qlora")}  # quantize, method.name
     found: dict[str, Knob] = {}
-    for root in ROOTS.values():
+    for root in [row.root for row in VERBS.values()]:
         found |= {key: knob for key, knob in knobs(root).items() if knob.choices is not None}
     assert len(found) > 15
     for key, knob in found.items():

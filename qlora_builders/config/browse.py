@@ -12,8 +12,9 @@ from pathlib import Path
 from qlora_builders.config.compose import config_folders, draft
 from qlora_builders.config.entry import OptionParser, component_problems
 from qlora_builders.config.instantiate import allow_prefixes
-from qlora_builders.config.overrides import GLOBAL, groups, primary_config
-from qlora_builders.config.schema import ROOTS
+from qlora_builders.config.overrides import all_groups, groups
+from qlora_builders.config.own_files import GLOBAL
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError, did_you_mean
 from qlora_builders.files.outputs import write_whole
 from qlora_builders.visible import say, visible
@@ -60,7 +61,7 @@ def find_configs(folders: Sequence[Path]) -> dict[str, Path]:
 def validate(name: str, config_dir: str | Path | None = None) -> list[str]:
     """Every problem of one config in the verb that it suits best; required keys may be open."""
     group, _, option = name.rpartition("/")
-    verbs = [verb for verb in ROOTS if group in groups(verb) or name == primary_config(verb)]
+    verbs = [verb for verb, row in VERBS.items() if group in groups(verb) or name == row.primary]
     if not verbs:
         return [f"{name}.yaml: no command uses it; groups are method, optimizer, data, experiment"]
     found = []
@@ -138,7 +139,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _how_to_use(file: Path) -> str:
     folder, group = file.parent.parent, file.parent.name
-    if any(group in groups(verb) for verb in ROOTS):
+    if group in all_groups():
         return f"use it with --config-dir {shlex.quote(str(folder))} {group}={file.stem}"
     return "to use it, move it to DIR/GROUP/NAME.yaml, such as mine/experiment/my_run.yaml"
 

@@ -1,43 +1,43 @@
 """From YAML files and `key=value` overrides to a typed config, with hydra's compose API.
 
-Only the composition is hydra's: no working directory changes, no output folders, no logging. What
-the user wrote is compared with the schema first, so that a typo is named with its nearest valid
-spelling; what hydra and OmegaConf still refuse is translated into the same kind of message.
+hydra puts files and overrides together, and nothing else: no working directory changes, no output
+folders, no logging. What cannot be read ends there; then every value is put into the schema, so
+that all that is wrong with them comes at once, with the file it stands in.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, ValidationError
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from omegaconf.omegaconf import register_default_resolvers
 from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # a dependency of omegaconf
 
 from qlora_builders.config.checks import check, check_values, required
+from qlora_builders.config.knobs import knobs
 from qlora_builders.config.overrides import (
     OVERRIDE,
+    all_groups,
     groups,
     key_of,
+    known_keys,
+    no_value,
     prepare_override,
-    primary_config,
     quote,
-    unknown_key,
-    values_of_file,
 )
-from qlora_builders.config.own_files import GLOBAL, check_own_files, texts_of
-from qlora_builders.config.references import RefusedError, Text, check_references, path_of, texts
-from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
+from qlora_builders.config.own_files import GLOBAL, check_own_files, own_texts, shipped_texts
+from qlora_builders.config.references import Text, check_references, path_of, texts
 from qlora_builders.config.shipped import demo_path, shipped_dir
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError, did_you_mean, expand_home
 from qlora_builders.files.outputs import fault_of_path, write_whole
 
@@ -59,10 +59,10 @@ _REFUSALS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, Type
 def compose(
     verb: str, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None
 ) -> Any:
-    """The checked config of a verb: an instance of its root in `schema.ROOTS`.
+    """The checked config of a verb: an instance of its root in `schema.py`.
 
     Args:
-        verb: a key of `ROOTS`.
+        verb: a key of `VERBS`.
         overrides: `key=value` and `group=option`, as on the command line.
         config_dir: a folder with more configs, in the same groups as the shipped ones.
 
@@ -81,150 +81,164 @@ def draft(
     *,
     config_dir: str | Path | None = None,
     for_run: bool = True,
-    known: dict[str, list[str]] | None = None,
 ) -> tuple[Any, list[str]]:
-    """The config of a verb without the overrides that are wrong, and everything that is wrong.
+    """The config of a verb without the values that are wrong, and everything that is wrong.
 
-    Where they are not all right, each override is judged by itself, and each value of a file too.
-    Then all that are left are checked together. What follows from a mistake is not listed beside
-    it: whoever writes `data.trian` need not hear that data.train is missing.
+    What follows from a mistake is not listed beside it: whoever writes `data.trian` need not hear
+    that data.train is missing.
 
     Args:
         for_run: what a run needs has to be there.
-        known: overrides that are wrong, with their messages: those of earlier calls, to which this
-            one adds. Saves the jobs of a sweep from finding the same mistake again.
 
     Raises:
-        ConfigError: if there is no such verb, or `config_dir` cannot be used.
+        ConfigError: if there is no such verb, or files or overrides cannot be read.
     """
-    drafting = Drafting(verb, _folders_of(verb, config_dir), {} if known is None else known)
-    drafting.add_what_is_right(sorted(overrides, key=lambda one: not drafting.is_group(one)))
-    problems = drafting.all_problems(for_run and verb not in WITHOUT_FILES)
-    return drafting.cfg, problems
+    tree, problems, open_keys = _compose(verb, overrides, config_dir)
+    try:
+        cfg = to_config(tree)
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from error
 
+    def note(found: Sequence[str]) -> None:
+        about = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w.])") for key in open_keys]
+        problems.extend(text for text in found if not any(key.search(text) for key in about))
 
-class Drafting:
-    """A config that grows by overrides, as long as they are right.
-
-    Attributes:
-        problems: one message for each thing that is wrong with those left out.
-    """
-
-    def __init__(self, verb: str, folders: Sequence[Path], known: dict[str, list[str]]) -> None:
-        self.verb, self.folders, self._known = verb, folders, known
-        self.problems: list[str] = []
-        self._taken: list[str] = []
-        self._open: set[str] = set()  # keys without the value that they were to have
-        self._lacks_a_file = False  # so that any key may be without
-        self.cfg: Any = None
-
-    def is_group(self, override: str) -> bool:
-        return key_of(override) in groups(self.verb)
-
-    def add_what_is_right(self, overrides: Sequence[str], where: str = "") -> None:
-        """Take those that are right, groups first as hydra does; note what is wrong with others."""
-        for override in overrides:
-            if override in self._known:
-                self._note(override, self._known[override])
-        overrides = [one for one in overrides if one not in self._known]
-        try:
-            self._add(overrides)
-        except ConfigError as error:
-            if len(overrides) > 1:
-                half = len(overrides) // 2
-                self.add_what_is_right(overrides[:half], where)
-                self.add_what_is_right(overrides[half:], where)
-            else:
-                self._take_apart(overrides[0], where, error)
-
-    def _add(self, overrides: Sequence[str]) -> None:
-        with _translated_errors(self.verb):
-            prepared = [prepare_override(one, self.verb, self.folders) for one in overrides]
-        tree = _compose_prepared(self.verb, [*self._taken, *prepared], self.folders)
-        self.cfg = to_config(tree)
-        self._taken += prepared
-
-    def _take_apart(self, override: str, where: str, error: ConfigError) -> None:
-        """Take what is right in a file that is wrong; note an override that is no file."""
-        before = len(self.problems)
-        if self.is_group(override) and not isinstance(error, RefusedError):
-            values = values_of_file(override, self.verb, self.folders)
-            self.add_what_is_right(values, where=f"{override.replace('=', '/')}.yaml: ")
-        if len(self.problems) == before:
-            file = self._own_file(override)
-            if file is not None and file.name not in str(error) and not where:
-                where = f"{file.parent.name}/{file.name}: "
-            self._known[override] = [where + problem for problem in error.problems]
-            self._note(override, self._known[override])
-
-    def _own_file(self, override: str) -> Path | None:
-        """Of the user's: the config that a group's override names."""
-        group, _, option = override.partition("=")
-        files = [folder / group / f"{option}.yaml" for folder in self.folders[1:]]
-        return next((f for f in files if self.is_group(override) and f.is_file()), None)
-
-    def _note(self, override: str, problems: Sequence[str]) -> None:
-        self.problems += problems
-        self._lacks_a_file |= self.is_group(override)
-        near = re.findall(r"did you mean '([^']+)'", "\n".join(problems))
-        self._open |= {key_of(override), *near}
-
-    def all_problems(self, for_run: bool) -> list[str]:
-        """`problems`, and what the checks say of all that was taken.
-
-        What follows from a mistake is not listed beside it.
-        """
-        if self.cfg is None:  # nothing was right
-            self._add([])
-        if self._lacks_a_file:
-            return self.problems + self._of_other_keys(check_values(self.cfg))
-        wrong = self.problems + self._of_other_keys(check(self.cfg))
-        if not for_run:
-            return wrong
-        self._open |= {text.partition("=")[0] for text in check_values(self.cfg)}
-        return wrong + self._of_other_keys(required(self.cfg))
-
-    def _of_other_keys(self, found: Sequence[str]) -> list[str]:
-        about = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w.])") for key in self._open]
-        return [text for text in found if not any(key.search(text) for key in about)]
+    if open_keys & set(groups(verb)):  # what their files set is not known
+        note(check_values(cfg))
+        return cfg, problems
+    note(check(cfg))
+    if for_run and VERBS[verb].needs_files:
+        open_keys |= {text.partition("=")[0] for text in check_values(cfg)}
+        note(required(cfg))
+    return cfg, problems
 
 
 def compose_tree(
     verb: str, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None
 ) -> DictConfig:
-    """The composed config before its interpolations are resolved and its values checked.
+    """The composed config before what it may hold together is checked.
 
     Raises:
-        ConfigError: for the first thing that is wrong.
+        ConfigError: with everything that is wrong with files, overrides or single values.
     """
-    folders = _folders_of(verb, config_dir)
-    with _translated_errors(verb):
-        prepared = [prepare_override(override, verb, folders) for override in overrides]
-    return _compose_prepared(verb, prepared, folders)
+    tree, problems, _ = _compose(verb, overrides, config_dir)
+    if problems:
+        raise ConfigError(*problems)
+    return tree
 
 
-def _folders_of(verb: str, config_dir: str | Path | None) -> list[Path]:
-    if verb not in ROOTS:
-        raise ConfigError(f"no config for {verb!r}{did_you_mean(verb, ROOTS)}")
-    return config_folders(config_dir)
-
-
-def _compose_prepared(verb: str, prepared: Sequence[str], folders: Sequence[Path]) -> DictConfig:
+def _compose(
+    verb: str, overrides: Sequence[str], config_dir: str | Path | None
+) -> tuple[DictConfig, list[str], set[str]]:
+    """The config, what is wrong with single overrides and values, and the keys without theirs."""
+    if verb not in VERBS:
+        raise ConfigError(f"no config for {verb!r}{did_you_mean(verb, VERBS)}")
+    folders = config_folders(config_dir)
+    prepared: list[str] = []
+    problems: list[str] = []
+    open_keys: set[str] = set()
+    for override in overrides:
+        try:
+            prepared.append(prepare_override(override, verb, folders))
+        except ConfigError as error:
+            problems += error.problems
+            open_keys.add(key_of(override))
+        except _REFUSALS as error:
+            problems.append(_translate(error))
+            open_keys.add(key_of(override))
+    own = own_texts(folders, prepared)
     typed = [text for one in prepared for text in _texts_of(one)]
-    check_references([*texts_of(folders, prepared), *typed])
-    _register(verb)
+    check_references([*shipped_texts(folders[0]), *own, *typed])
+    lists = {problem: None for text in own for problem in _list_for_keys(text, verb)}
+    if lists:
+        raise ConfigError(*problems, *lists)
+    try:
+        tree = _merged(verb, prepared, folders)
+    except _REFUSALS as error:
+        raise ConfigError(*problems, _in_file(_translate(error), folders, prepared)) from error
+    cfg = OmegaConf.structured(VERBS[verb].root)
+    _register_resolvers()
+    with _no_foreign_resolvers():
+        for key, problem in _fill(cfg, tree, verb):
+            problems.append(
+                _file_of(key, own, [key_of(one) for one in prepared if one.startswith("++")])
+                + problem
+            )
+            open_keys.add(key)
+    open_keys |= set(re.findall(r"did you mean '([^']+)'", "\n".join(problems)))
+    return cfg, problems, open_keys
+
+
+def _merged(verb: str, prepared: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
+    """What files and overrides say, put together by hydra; nothing of it is checked."""
     main, *others = (str(folder) for folder in folders)
     search = [f"hydra.searchpath=[{','.join(quote('file://' + o) for o in others)}]"]
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        initialized = hydra.initialize_config_dir(config_dir=main, version_base="1.3")
-        with _translated_errors(verb), initialized, _no_foreign_resolvers():
-            return hydra.compose(
-                primary_config(verb), overrides=[*prepared, *(search if others else [])]
-            )
+        with (
+            hydra.initialize_config_dir(config_dir=main, version_base="1.3"),
+            _no_foreign_resolvers(),
+        ):
+            words = [*prepared, *(search if others else [])]
+            merged = hydra.compose(VERBS[verb].primary, overrides=words)
     finally:
         GlobalHydra.instance().hydra = previous
+    tree: Any = OmegaConf.to_container(merged)
+    return tree
+
+
+def _fill(cfg: DictConfig, tree: Mapping[str, Any], verb: str) -> Iterator[tuple[str, str]]:
+    """Put every value into the schema; gives the key of each that does not fit, and why.
+
+    Its place keeps the default.
+    """
+    root = VERBS[verb].root
+    for key, value in _leaves(tree, root, ""):
+        if key not in knobs(root):
+            yield key, no_value(key, value, verb)
+            continue
+        try:
+            OmegaConf.update(cfg, key, value, merge=False)
+        except _REFUSALS as error:
+            yield key, _first_line(error, key)
+
+
+def _leaves(tree: Mapping[str, Any], section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every value of a tree by its key; whole mappings only where the schema has no section."""
+    hints = get_type_hints(section)
+    for name, value in tree.items():
+        inner = hints.get(str(name))
+        if is_dataclass(inner) and isinstance(value, dict):
+            yield from _leaves(value, inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _in_file(problem: str, folders: Sequence[Path], prepared: Sequence[str]) -> str:
+    """With the user's file that it must be from, if it does not name one."""
+    names = [f"{one.replace('=', '/', 1)}.yaml" for one in prepared if not one.startswith("++")]
+    own = [name for name in names if any((folder / name).is_file() for folder in folders[1:])]
+    return f"{own[0]}: {problem}" if len(own) == 1 and ".yaml" not in problem else problem
+
+
+def _file_of(key: str, own: Sequence[Text], typed: Iterable[str]) -> str:
+    """`experiment/mine.yaml: ` where the value of a key is from there."""
+    path = path_of(key)
+    if any(path_of(other)[: len(path)] == path for other in typed):
+        return ""
+    files = [text.where for text in own if text.path[: len(path)] == path]
+    return f"{files[-1]}: " if files else ""
+
+
+def _list_for_keys(text: Text, verb: str) -> Iterator[str]:
+    """hydra cannot merge a list with the keys of a section, and does not say which."""
+    leaves = knobs(VERBS[verb].root)
+    for end in range(1, len(text.path)):
+        key = ".".join(text.path[:end])
+        takes_keys = key not in leaves or get_origin(leaves[key].type) is dict
+        if text.path[end] == "0" and takes_keys and key in known_keys(verb):
+            yield f"{text.where}: {key} takes keys and values, not a list"
 
 
 def _texts_of(override: str) -> Iterator[Text]:
@@ -232,25 +246,12 @@ def _texts_of(override: str) -> Iterator[Text]:
     return texts(match[3], override, path_of(match[2])) if match else iter(())
 
 
-@contextmanager
-def _translated_errors(verb: str) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (
-        HydraException,
-        OmegaConfBaseException,
-        YAMLError,
-        ValueError,
-        TypeError,
-        OSError,
-    ) as error:
-        raise ConfigError(_translate(error, verb)) from error
-
-
 def to_config(tree: DictConfig) -> Any:
-    """Resolve every interpolation and turn the tree into dataclass instances."""
+    """Resolve every interpolation and turn the tree into dataclass instances.
+
+    Raises:
+        ConfigError: for one that leads nowhere.
+    """
     try:
         with _no_foreign_resolvers():
             return OmegaConf.to_object(tree)
@@ -288,46 +289,29 @@ def config_folders(config_dir: str | Path | None = None) -> list[Path]:
     return [shipped, own]
 
 
-def _translate(error: Exception, verb: str) -> str:
-    """One readable line from hydra's and OmegaConf's exceptions."""
-    if isinstance(error, OverrideParseException):
-        override = str(error.override).lstrip("+")
-        if override.endswith(","):
-            return f"cannot read the override {override!r}: remove the comma at its end"
-        return (
-            f"cannot read the override {override!r}: quote text with commas, braces,"
-            " brackets or colons, as in components='[{match: \"layers.[0-3].**\", kind: linear}]'"
-        )
+def _translate(error: Exception) -> str:
+    """One readable line from what hydra, OmegaConf and the YAML reader say of files."""
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}: not valid YAML: {error.problem}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        near = did_you_mean(option, error.options or [])
-        return f"{group}={option}: no such config{near}"
+        return f"{group}={option}: no such config{did_you_mean(option, error.options or [])}"
+    file = re.search(r"In '([^']+)'", str(error))
+    where = f"{file[1]}.yaml: " if file else ""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
-    file = re.search(r"In '([^']+)'", str(error))
-    where = f"{file[1]}.yaml: " if file else ""
-    if cause is None:
-        name = re.search(r"Could not override '([^']+)'", str(error))
-        if name:
-            return f"{where}unknown group {name[1]!r}{did_you_mean(name[1], groups(verb))}"
-        return where + _first_line(error, None)
-    if isinstance(cause, ConfigKeyError) and cause.full_key:
-        return where + unknown_key(str(cause.full_key), verb)
-    key = cause.full_key
-    merged = re.match(r"Error merging override \+*([\w.]+)=", str(error))
-    if merged and not isinstance(key, str):  # the index of an element
-        key = f"{merged[1]}[{key}]"
-    return where + _first_line(cause, key or (merged and merged[1]))
+    name = re.search(r"Could not override '([^']+)'", str(error))
+    if cause is None and name:
+        return f"{where}unknown group {name[1]!r}{did_you_mean(name[1], all_groups())}"
+    return where + _first_line(cause or error, cause and cause.full_key)
 
 
 def _first_line(error: BaseException, key: object) -> str:
     text = str(error).strip().splitlines()[0]
-    if "Ambiguous value" in text:
-        text += "; write [1,2] for a list, or add --multirun for a run with each"
+    found = getattr(error, "full_key", None)
+    key = f"{key}[{found}]" if isinstance(found, int) else found or key
     if isinstance(error, ValidationError):
         text = re.sub(r" of type '\w+'| \(type \w+\)", "", text)
         for kind, meaning in (("Integer", "whole number"), ("Float", "number")):
@@ -336,11 +320,6 @@ def _first_line(error: BaseException, key: object) -> str:
         text = re.sub(r"field '.*' is not Optional", "null is not allowed here", text)
         text = re.sub(r"^Invalid value.*not a ListConfig.*", "takes a list, such as [a,b]", text)
         text = re.sub(r"^Cannot assign (\w+) to Dict.*", r"takes {key: value, ...}, not \1", text)
-        text = re.sub(
-            r"^(?:Merge error|Invalid type assigned): \w+ is not a subclass of \w+. value: (.*)",
-            r"a section takes keys of its own, not \1",
-            text,
-        )
     text = text.replace(
         "Cannot merge DictConfig with ListConfig", "a list takes [a,b], not keys and values"
     )
@@ -364,16 +343,8 @@ def _no_foreign_resolvers() -> Iterator[None]:
         register_default_resolvers()
 
 
-def _register(verb: str) -> None:
-    """Schema and resolvers, again at each call: both registries belong to the whole process.
-
-    `now`, which output_dir uses, is hydra's own.
-    """
-    name = primary_config(verb)
-    ConfigStore.instance().store(f"{name}_schema", node=ROOTS[name], provider="qlora_builders")
-    resolvers = {
-        "demo": lambda name: str(demo_path(name)),
-        "demo_eval": _demo_eval,
-    }
+def _register_resolvers() -> None:
+    """Again at each call: the registry belongs to the whole process. `now` is hydra's own."""
+    resolvers = {"demo": lambda name: str(demo_path(name)), "demo_eval": _demo_eval}
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)

@@ -24,7 +24,7 @@ from qlora_builders.config.knobs import knobs
 from qlora_builders.config.other_names import FILE_WORDS, OWN_FILE
 from qlora_builders.config.overrides import quote
 from qlora_builders.config.paths import name_problems, path_problems
-from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError, QLoRAError, nearest
 from qlora_builders.visible import visible
 
@@ -39,7 +39,7 @@ def run_recipe(main: Callable[[Any], object], verb: str, argv: Sequence[str] | N
 
     Args:
         main: the recipe; it gets an instance of the verb's root dataclass.
-        verb: a key of `ROOTS`.
+        verb: a key of `VERBS`; a recipe of your own has a row there.
         argv: the command line after the program's name; None: the process's own.
     """
     words = sys.argv[1:] if argv is None else argv
@@ -107,11 +107,15 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def _run(main: Callable[[Any], object], verb: str, argv: Sequence[str]) -> int:
+    if verb not in VERBS:
+        raise ConfigError(
+            f"no verb is called {verb!r}; a recipe needs a row in qlora_builders/config/verbs.py"
+        )
     options, overrides = parse_options(argv)
     if options.help:
-        print(help_text(verb, str(ROOTS[verb].__doc__)))
+        print(help_text(verb))
         return 0
-    if "runs" in knobs(ROOTS[verb]):
+    if "runs" in knobs(VERBS[verb].root):
         overrides = _name_runs(overrides)
     if options.print_config:
         print(visible(to_yaml(compose(verb, overrides, config_dir=options.config_dir))), end="")
@@ -128,18 +132,17 @@ def draft_run(
     verb: str,
     overrides: Sequence[str],
     config_dir: str | None = None,
-    known: dict[str, list[str]] | None = None,
 ) -> tuple[Any, list[str]]:
     """`compose.draft`, and what is wrong with the components that a config names.
 
     Looking at these imports torch, so other mistakes come without them, unless the command line
     has arguments of theirs.
     """
-    cfg, problems = draft(verb, overrides, config_dir=config_dir, known=known)
+    cfg, problems = draft(verb, overrides, config_dir=config_dir)
     problems += names_of_code(cfg, overrides)
     if not problems:
         problems += name_problems(cfg)
-    if not problems and verb not in WITHOUT_FILES:
+    if not problems and VERBS[verb].needs_files:
         problems += path_problems(cfg)
     if not problems or any(word.startswith(("optimizer.", "loggers")) for word in overrides):
         problems += component_problems(cfg)

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from qlora_builders.config.knobs import knobs
 from qlora_builders.config.other_names import (
@@ -24,19 +25,13 @@ from qlora_builders.config.other_names import (
     OWN_FILE,
 )
 from qlora_builders.config.own_files import GLOBAL
-from qlora_builders.config.resume import flatten
-from qlora_builders.config.schema import ROOTS, WITHOUT_FILES
 from qlora_builders.config.shipped import shipped_dir
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.config.yaml_file import load_yaml
 from qlora_builders.errors import ConfigError, did_you_mean
 
 OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]+)=(.*)", re.DOTALL)
 QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1)[^\\])*\1""", re.DOTALL)
-
-
-def primary_config(verb: str) -> str:
-    """The YAML a verb starts from; inspect shows what finetune would build, so it has none."""
-    return "finetune" if verb == "inspect" else verb
 
 
 def group_options(group: str, folders: Sequence[Path]) -> list[str]:
@@ -51,7 +46,7 @@ def group_options(group: str, folders: Sequence[Path]) -> list[str]:
 
 def known_keys(verb: str) -> list[str]:
     """Every key that an override of this verb may name: leaves, sections and groups."""
-    leaves = list(knobs(ROOTS[verb]))
+    leaves = list(knobs(VERBS[verb].root))
     sections = {key[:dot] for key in leaves for dot in _dots(key)}
     return sorted({*leaves, *sections, *groups(verb)})
 
@@ -62,8 +57,12 @@ def _dots(key: str) -> Iterator[int]:
 
 def groups(verb: str) -> list[str]:
     """The groups in the defaults list of the verb's primary config."""
-    primary = OmegaConf.load(shipped_dir("configs") / f"{primary_config(verb)}.yaml")
+    primary = OmegaConf.load(shipped_dir("configs") / f"{VERBS[verb].primary}.yaml")
     return [str(name) for item in primary.defaults if not isinstance(item, str) for name in item]
+
+
+def all_groups() -> list[str]:
+    return sorted({name for verb in VERBS for name in groups(verb)})
 
 
 def key_of(override: str) -> str:
@@ -73,7 +72,33 @@ def key_of(override: str) -> str:
 
 
 def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
-    """Check an override's key against the schema and spell its value for hydra's grammar."""
+    """Check an override's key against the schema and spell its value for hydra's grammar.
+
+    Raises:
+        ConfigError: for what is no override of this verb.
+    """
+    prepared = _prepare(override, verb, folders)
+    try:
+        parsed = OverridesParser.create().parse_override(prepared)
+    except HydraException as error:
+        shown = prepared.lstrip("+")
+        if shown.endswith(","):
+            how = "remove the comma at its end"
+        else:
+            how = (
+                "quote text with commas, braces, brackets or colons, as in "
+                "components='[{match: \"layers.[0-3].**\", kind: linear}]'"
+            )
+        raise ConfigError(f"cannot read the override {shown!r}: {how}") from error
+    if parsed.is_sweep_override():
+        raise ConfigError(
+            f"{override!r} has several values; write [1,2] for a list, or add --multirun for a run "
+            "with each"
+        )
+    return prepared
+
+
+def _prepare(override: str, verb: str, folders: Sequence[Path]) -> str:
     match = OVERRIDE.fullmatch(override)
     names_file = override.endswith((".yaml", ".yml")) if match is None else match[2] in FILE_WORDS
     if names_file:
@@ -88,77 +113,48 @@ def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
         raise ConfigError(f"{override!r}: keys cannot be removed; write {key}=null to unset one")
     if key in groups(verb) and not value.lstrip().startswith("{"):
         _check_option(key, value, folders)
-        _check_choices(key, value, verb, folders)
         return f"{key}={value}"
-    leaves = knobs(ROOTS[verb])
-    if key == "components" and key in leaves and value.endswith(".yaml"):
-        return f"components={_spelled(_rules_of(Path(value)))}"
+    leaves = knobs(VERBS[verb].root)
     parent = next((key[:dot] for dot in _dots(key) if key[:dot] in leaves), None)
     if parent is not None and get_origin(leaves[parent].type) is list:
         index = key.removeprefix(f"{parent}.").partition(".")[0]
         if not index.isdecimal():
             raise ConfigError(f"{key}={value}: {parent} takes a list, such as [a,b]")
-    if parent is not None and get_origin(leaves[parent].type) in (dict, list):
-        return f"++{key}={value}"  # optimizer.eps: arguments are checked against the component
-    if key not in known_keys(verb):
-        raise ConfigError(unknown_key(key, verb))
-    if key not in leaves and value != "null" and not value.lstrip().startswith(("{", "${")):
-        raise ConfigError(f"{key}={value}: {_section(key, verb)}")
-    if key in leaves and leaves[key].type in (str, str | None):
-        return f"{key}={value if value == 'null' else quote(value)}"
-    return f"{key}={value}"
+    if parent is None or get_origin(leaves[parent].type) not in (dict, list):
+        if key not in known_keys(verb):
+            raise ConfigError(unknown_key(key, verb))
+        if key not in leaves and value != "null" and not value.lstrip().startswith("{"):
+            raise ConfigError(f"{key}={value}: {_section(key, verb)}")
+    if key == "components" and key in leaves and value.endswith(".yaml"):
+        value = _spelled(_rules_of(Path(value)))
+    elif key in leaves and leaves[key].type in (str, str | None) and value != "null":
+        value = quote(value)
+    return f"++{key}={value}"
+
+
+def no_value(key: str, value: Any, verb: str) -> str:
+    """What is wrong with a value at a key that takes none."""
+    sections = {leaf.rpartition(".")[0] for leaf in knobs(VERBS[verb].root)}
+    if not any(section == key or section.startswith(f"{key}.") for section in sections):
+        return unknown_key(key, verb)
+    if key in groups(verb) and isinstance(value, str):  # hydra takes it for a value
+        return (
+            f"a config is chosen in the list of defaults; instead of '{key}: {value}' write: "
+            f"defaults: [{{override /{key}: {value}}}]"
+        )
+    if value is None:
+        return f"{key}: null is not allowed here"
+    return f"{key}={value}: {_section(key, verb)}"
 
 
 def _section(key: str, verb: str) -> str:
     """What to write instead of a value for a section."""
     if (verb, key) in NOT_NEEDED:
         return NOT_NEEDED[verb, key]
-    first = next(leaf for leaf in knobs(ROOTS[verb]) if leaf.startswith(f"{key}."))
+    first = next(leaf for leaf in knobs(VERBS[verb].root) if leaf.startswith(f"{key}."))
     meant = OTHER_NAMES.get(key)
     hint = f"; did you mean {meant!r}?" if meant else ""
     return f"a section takes keys of its own, such as {first}{hint}"
-
-
-def values_of_file(override: str, verb: str, folders: Sequence[Path]) -> list[str]:
-    """The file that `experiment=mine` names, as an override for each of its values.
-
-    Empty if it cannot be taken apart: it is not there, not YAML, has defaults of its own, or is an
-    experiment without the line that says that its keys are those of the whole config.
-    """
-    group, _, option = override.partition("=")
-    file = next((f for d in folders if (f := d / group / f"{option}.yaml").is_file()), None)
-    try:
-        tree = _tree_of(file) if file else None
-    except (OSError, ConfigError, OmegaConfBaseException):
-        return []
-    is_global = file is not None and file.read_text("utf-8").startswith(GLOBAL)
-    if not isinstance(tree, dict) or "defaults" in tree or is_global != (group == "experiment"):
-        return []
-    leaves = knobs(ROOTS[verb])
-    whole = [key for key, knob in leaves.items() if get_origin(knob.type) is not dict]
-    values = flatten(tree, "" if is_global else f"{group}.", whole)
-    chosen = _choices(tree, verb) if is_global else {}
-    return [f"{key}={chosen.get(key) or _spelled(value)}" for key, value in values.items()]
-
-
-def _choices(tree: dict[str, Any], verb: str) -> dict[str, str]:
-    """`data: chat` in an experiment, which hydra takes for a value and not for data=chat."""
-    return {k: value for k, value in tree.items() if k in groups(verb) and isinstance(value, str)}
-
-
-def _check_choices(group: str, option: str, verb: str, folders: Sequence[Path]) -> None:
-    if group != "experiment":
-        return
-    for folder in folders[1:]:
-        file = folder / group / f"{option}.yaml"
-        tree = _tree_of(file) if file.is_file() else {}  # a mapping, says _check_option
-        chosen = [f"{k}: {v}" for k, v in _choices(tree, verb).items()]
-        if chosen:
-            defaults = ", ".join(f"{{override /{one}}}" for one in chosen)
-            raise ConfigError(
-                f"{group}/{file.name}: a config is chosen in the list of defaults; instead of "
-                f"{' and '.join(map(repr, chosen))} write: defaults: [{defaults}]"
-            )
 
 
 def _rules_of(file: Path) -> list[Any]:
@@ -244,7 +240,7 @@ def unknown_key(key: str, verb: str) -> str:
     last = key.rpartition(".")[2]
     name = OTHER_NAMES.get(last, "")
     for here in (name, name.rpartition(".")[2]):
-        if here in known_keys(verb) or here.rpartition(".")[0] in knobs(ROOTS[verb]):
+        if here in known_keys(verb) or here.rpartition(".")[0] in knobs(VERBS[verb].root):
             return f"unknown key {key!r}; it is {here!r} here"
     if key == "experiment":
         return f"unknown key {key!r}; an experiment file starts with the line {GLOBAL!r}"
@@ -268,4 +264,4 @@ def _near_keys(key: str, verb: str) -> list[str]:
 
 
 def _verbs_with(key: str) -> list[str]:
-    return [verb for verb in ROOTS if verb not in WITHOUT_FILES and key in known_keys(verb)]
+    return [verb for verb, row in VERBS.items() if row.needs_files and key in known_keys(verb)]

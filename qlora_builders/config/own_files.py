@@ -17,12 +17,10 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # a dependency of omegaconf
 
 from qlora_builders.config.references import RefusedError, Text, path_of, texts
-from qlora_builders.config.schema import ROOTS
 from qlora_builders.config.yaml_file import check_bounded
 from qlora_builders.errors import ConfigError
 
 GLOBAL = "# @package _global_"  # the first line of an experiment: its keys have full names
-_TAKEN = ("hydra", *(f"{root}_schema" for root in ROOTS))  # by other sources of hydra's configs
 _HEADER = re.compile(r"^\s*#\s*@", re.MULTILINE)  # as hydra reads it
 _NAME = re.compile(r"/?\w[\w.+-]*(/\w[\w.+-]*)*")
 _KEY = re.compile(r"[A-Za-z]\w*")
@@ -43,8 +41,8 @@ def check_own_files(own: Path, shipped: Path) -> None:
             raise ConfigError(f"{str(entry)!r} is no file that can be read; take it out")
         if (shipped / inside).exists():
             raise ConfigError(f"{str(entry)!r} has the name of a shipped config; rename it")
-        if inside.parts[0].removesuffix(".yaml") in _TAKEN:
-            raise ConfigError(f"{str(entry)!r} has the name of a part of qlora's; rename it")
+        if inside.parts[0].removesuffix(".yaml") == "hydra":
+            raise ConfigError(f"{str(entry)!r} has the name of a part of hydra; rename it")
 
 
 def _target(link: Path) -> Path:
@@ -52,17 +50,16 @@ def _target(link: Path) -> Path:
     return Path(os.path.realpath(link))
 
 
-def texts_of(folders: Sequence[Path], overrides: Iterable[str]) -> list[Text]:
+def own_texts(folders: Sequence[Path], overrides: Iterable[str]) -> list[Text]:
     """Every value of the user's files that these `group=option` choose, and of those that they
-    start from; with those of the shipped files that have interpolations.
+    start from.
 
     Raises:
         RefusedError: if one holds what a config may not; of what else is wrong whoever reads it
             says more.
     """
-    shipped, *others = folders
-    found = list(_shipped_texts(shipped))
-    for folder in others:
+    found: list[Text] = []
+    for folder in folders[1:]:
         for file in _chosen(folder, overrides):
             for problem in _problems(file):
                 raise RefusedError(f"{file.relative_to(folder)}: {problem}")
@@ -89,13 +86,16 @@ def _chosen(folder: Path, overrides: Iterable[str]) -> list[Path]:
 
 
 @cache
-def _shipped_texts(folder: Path) -> tuple[Text, ...]:
+def shipped_texts(folder: Path) -> tuple[Text, ...]:
+    """Every value of the shipped files that have interpolations."""
     files = [file for file in _yaml_files(folder) if "${" in file.read_text("utf-8")]
     return tuple(text for file in files for text in _texts_of_file(folder, file))
 
 
 def _texts_of_file(folder: Path, file: Path) -> list[Text]:
     tree = _tree(file)
+    if isinstance(tree, str):
+        tree = {tree: None}  # as OmegaConf reads it
     if not isinstance(tree, dict):
         return []
     name = file.relative_to(folder)

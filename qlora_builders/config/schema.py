@@ -239,26 +239,3 @@ class ReportConfig:
     output: str | None = knob(
         None, "HTML file; null: report.html in the run's folder, here for several"
     )
-
-
-ROOTS: dict[str, type] = {
-    "finetune": FinetuneConfig,
-    "dpo": DPOConfig,
-    "generate": GenerateConfig,
-    "evaluate": EvaluateConfig,
-    "merge": MergeConfig,
-    "quantize": QuantizeConfig,
-    "plan": PlanConfig,
-    "inspect": FinetuneConfig,
-    "estimate": EstimateConfig,
-    "report": ReportConfig,
-}
-
-WITHOUT_FILES = ("inspect", "estimate")  # a plan can be shown without what training needs
-TRAINING_VERBS = ("finetune", "dpo")
-# Verbs that take --multirun: the key with the path of a job, and how that path ends.
-SWEPT_VERBS = {
-    **dict.fromkeys(TRAINING_VERBS, ("output_dir", "")),
-    "evaluate": ("output", ".json"),
-    "plan": ("output", ".yaml"),
-}

@@ -23,7 +23,7 @@ from qlora_builders.config.compose import config_folders
 from qlora_builders.config.entry import draft_run
 from qlora_builders.config.overrides import OVERRIDE, group_options, key_of
 from qlora_builders.config.resume import flatten
-from qlora_builders.config.schema import SWEPT_VERBS
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError
 
 _LONGEST_NAME = 120  # file systems take 255 bytes
@@ -55,16 +55,16 @@ def plan_sweep(
     Raises:
         ConfigError: with everything that is wrong in any job.
     """
-    if verb not in SWEPT_VERBS:
-        raise ConfigError(f"qlora {verb} takes no --multirun; {', '.join(SWEPT_VERBS)} do")
-    path_key, ending = SWEPT_VERBS[verb]
+    swept_verbs = {name: row.swept for name, row in VERBS.items() if row.swept}
+    if verb not in swept_verbs:
+        raise ConfigError(f"qlora {verb} takes no --multirun; {', '.join(swept_verbs)} do")
+    path_key, ending = swept_verbs[verb]
     splits = list(split(overrides, config_dir))
     labels = short_names(splits[0][0])
     jobs: list[Job] = []
     problems: list[str] = []
-    known: dict[str, list[str]] = {}
     for swept, words in splits:
-        cfg, wrong = draft_run(verb, words, config_dir, known)
+        cfg, wrong = draft_run(verb, words, config_dir)
         problems += wrong or _no_sweep(cfg)
         if path_key in swept:
             problems.append(f"{path_key} cannot be swept: it names the folder of all jobs")

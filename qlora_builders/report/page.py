@@ -21,7 +21,7 @@ from qlora_builders import __version__
 from qlora_builders.config.compose import compose_tree, to_config
 from qlora_builders.config.knobs import knobs
 from qlora_builders.config.resume import flatten
-from qlora_builders.config.schema import ROOTS, TRAINING_VERBS
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.data import spell_asked
 from qlora_builders.files.outputs import check_writable, write_whole
 from qlora_builders.report.charts import NUM_COLORS, layer_charts, spell, step_charts
@@ -208,7 +208,8 @@ def _samples(runs: Sequence[Run]) -> Table:
 
 def _chosen(runs: Sequence[Run], keys: Sequence[str]) -> Table:
     """What was chosen, beside the default of the verb whose keys these are."""
-    verb = min(TRAINING_VERBS, key=lambda verb: len(set(keys) - knobs(ROOTS[verb]).keys()))
+    training = [row for row in VERBS.values() if row.trains]
+    verb = min(training, key=lambda row: len(set(keys) - knobs(row.root).keys())).name
     defaults = flatten(asdict(to_config(compose_tree(verb))))
     configs = [run.config for run in runs if run.config]
     chosen = [

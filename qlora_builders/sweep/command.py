@@ -12,8 +12,8 @@ from pathlib import Path
 from qlora_builders.config.entry import parse_options
 from qlora_builders.config.instantiate import allow_prefixes
 from qlora_builders.config.overrides import key_of
-from qlora_builders.config.schema import TRAINING_VERBS
 from qlora_builders.config.sweep import Job, differences, plan_sweep
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError
 from qlora_builders.report import Run, read_run
 from qlora_builders.sweep.process import JobRunner
@@ -35,7 +35,7 @@ def sweep(verb: str, words: Sequence[str], launch: Sequence[str] = ()) -> int:
     """Run all jobs of a command line; returns the exit code: 0 only if every job finished.
 
     Args:
-        verb: one of `SWEPT_VERBS`.
+        verb: one that is `swept`.
         words: the command line, without --multirun.
         launch: options that start every job in several processes.
 
@@ -139,7 +139,7 @@ def _run_all(verb: str, folder: Path, results: Sequence[Result], runner: JobRunn
 
 def _status(verb: str, path: Path, code: int, stopped: bool) -> str:
     """`finished`, `failed`, or after which step it was stopped."""
-    trains = verb in TRAINING_VERBS
+    trains = VERBS[verb].trains
     run = _run_of(path) if trains else None
     if code == 0 and (not trains or (run is not None and run.is_finished)):
         return FINISHED
@@ -155,7 +155,7 @@ def _conclude(verb: str, folder: Path, results: Sequence[Result], stop: StopRequ
         if result.error:
             say(f"{result.name}: {result.error}", file=sys.stderr)
     console.print(f"wrote {folder / RESULTS_FILE} and .csv")
-    trains = verb in TRAINING_VERBS
+    trains = VERBS[verb].trains
     if trains:
         shown = shlex.quote(str(folder))
         console.print(f"compare: qlora report {shown}/*/ output={shown}/report.html")

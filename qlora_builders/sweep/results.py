@@ -13,8 +13,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from qlora_builders.config.schema import TRAINING_VERBS
 from qlora_builders.config.sweep import short_names
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError
 from qlora_builders.files.outputs import write_whole
 from qlora_builders.files.reading import read_json
@@ -63,7 +63,7 @@ class Result:
 def figures_of(verb: str, path: Path) -> dict[str, float]:
     """What can be read of a job, however far it came."""
     try:
-        if verb in TRAINING_VERBS:
+        if VERBS[verb].trains:
             return _known(final_figures(read_run(path)))
         content = read_json(path.with_suffix(".json"))
         if verb == "plan":

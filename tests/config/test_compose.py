@@ -14,13 +14,13 @@ from qlora_builders.config.browse import find_configs, validate
 from qlora_builders.config.compose import compose, config_folders, save_config
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.schema import (
-    ROOTS,
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
     MergeConfig,
 )
 from qlora_builders.config.shipped import demo_path
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError
 from qlora_builders.names import PROJECTIONS
 
@@ -245,6 +245,6 @@ def test_save_config_round_trip(tmp_path: Path, verb: str) -> None:
     cfg = compose(verb, ["prompt=1e-4"] if verb == "generate" else [])
     file = tmp_path / "new" / "config.yaml"
     save_config(cfg, file)
-    loaded = OmegaConf.to_object(OmegaConf.merge(ROOTS[verb], OmegaConf.load(file)))
+    loaded = OmegaConf.to_object(OmegaConf.merge(VERBS[verb].root, OmegaConf.load(file)))
     assert loaded == cfg
     assert [path.name for path in file.parent.iterdir()] == ["config.yaml"]

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from qlora_builders.config.entry import BROKEN_PIPE, run_recipe
 from qlora_builders.config.instantiate import resolve_component
 from qlora_builders.config.knobs import knobs
-from qlora_builders.config.schema import ROOTS, FinetuneConfig
+from qlora_builders.config.schema import FinetuneConfig
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import DataError, optional_import
 
 
@@ -32,12 +33,12 @@ def test_main_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(seen[0], FinetuneConfig)
 
 
-@pytest.mark.parametrize("verb", ROOTS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_lists_every_key(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_recipe(never, verb, ["nonsense", "--help"]) == 0
     text = capsys.readouterr().out
     below = dict(re.findall(r"^  ([\w.]+)=(?! ).*\n(.*)", text, re.MULTILINE))
-    assert knobs(ROOTS[verb]).keys() <= below.keys()
+    assert knobs(VERBS[verb].root).keys() <= below.keys()
     assert all(meaning.startswith(" " * 6) for meaning in below.values())
     assert f"usage: qlora {verb}" in text
     assert "examples:" in text

@@ -10,7 +10,6 @@ from qlora_builders.checkpoint.merge_report import MAX_ERROR
 from qlora_builders.config.checks import check, required, size_in_bytes
 from qlora_builders.config.knobs import knobs
 from qlora_builders.config.schema import (
-    ROOTS,
     EvaluateConfig,
     FinetuneConfig,
     GenerateConfig,
@@ -18,6 +17,7 @@ from qlora_builders.config.schema import (
     QuantizeConfig,
 )
 from qlora_builders.config.shipped import demo_path
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError
 from qlora_builders.names import WRITTEN_FORMATS
 
@@ -28,7 +28,7 @@ def finetune() -> FinetuneConfig:
     return cfg
 
 
-@pytest.mark.parametrize("root", ROOTS.values())
+@pytest.mark.parametrize("root", [row.root for row in VERBS.values()])
 def test_every_leaf_has_a_meaning(root: type) -> None:
     leaves = knobs(root)
     assert leaves
