@@ -10,6 +10,7 @@ built without memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -118,6 +119,7 @@ class Kernels:
 
     def __init__(self, format_type: type[Format], choose: Callable[..., Backend]) -> None:
         self.format_type = format_type
+        self._format = functools.cache(format_type)  # checking its options costs microseconds
         self._choose = choose
         names = format_type.tensor_fields
         options = {f.name: f"{f.type} {f.name}" for f in dataclasses.fields(format_type)}
@@ -181,7 +183,7 @@ class Kernels:
     # ---- what the ops run -----------------------------------------------------------------------
 
     def _quantize(self, weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        format = self.format_type(**options)
+        format = self._format(**options)
         return self._choose(weight.device, format, weight.dtype).quantize(weight, format=format)
 
     def _dequantize(self, *fields: Tensor, **options: Any) -> Tensor:
@@ -197,12 +199,12 @@ class Kernels:
 
     def _take_format(self, options: dict[str, Any]) -> Format:
         names = self.format_type.stored_options
-        return self.format_type(**{name: options.pop(name) for name in names})
+        return self._format(**{name: options.pop(name) for name in names})
 
     # ---- shapes alone ---------------------------------------------------------------------------
 
     def _quantize_fake(self, weight: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        format = self.format_type(**options)
+        format = self._format(**options)
         held = zip(format.field_shapes(weight.shape), format.field_dtypes(), strict=True)
         return tuple(weight.new_empty(shape, dtype=dtype) for shape, dtype in held)
 

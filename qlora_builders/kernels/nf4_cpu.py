@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_builders.kernels.build import CompilerError, Sources, load_library
+from qlora_builders.kernels.build import BuildError, Library
 from qlora_builders.kernels.formats import NOT_FINITE
 from qlora_builders.kernels.nf4_reference import (
     DTYPE_NUMBERS,
@@ -30,7 +30,7 @@ from qlora_builders.kernels.nf4_reference import (
 from qlora_builders.kernels.products import tiled_matmul
 
 _ARGUMENTS = {"qlora_quantize_nf4": 11, "qlora_dequantize_nf4": 15, "qlora_matmul_nf4_rows": 15}
-_SOURCES = Sources(
+_LIBRARY = Library(
     "nf4_cpu",
     files=sorted(Path(__file__).parent.glob("nf4_cpu*.[ch]")),
     flags=("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-std=gnu11"),
@@ -162,7 +162,7 @@ def _numbers(format: NF4Format, dtype: torch.dtype) -> tuple[int, int, int, int]
 
 def _call(function: str, *arguments: Tensor | int) -> int:
     """Tensors go as pointers, and all is 64 bits wide; the last argument is the threads to use."""
-    words = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    words = [a if isinstance(a, int) else a.data_ptr() for a in arguments]
     status: int = getattr(_library(), function)(*words, torch.get_num_threads())
     return status
 
@@ -170,8 +170,8 @@ def _call(function: str, *arguments: Tensor | int) -> int:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     try:
-        library = load_library(_SOURCES)
-    except CompilerError as error:
+        library = _LIBRARY.load()
+    except BuildError as error:
         warnings.warn(
             "the NF4 CPU kernels could not be compiled, so the slow PyTorch reference is used; "
             f"install a C compiler or set CC. {error}",

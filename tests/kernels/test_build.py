@@ -19,13 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_builders.kernels import NF4Format, nf4_cpu
-from qlora_builders.kernels.build import (
-    CacheError,
-    CompilerError,
-    Sources,
-    cache_folder,
-    load_library,
-)
+from qlora_builders.kernels.build import BuildError, Library, cache_folder
 
 CC = os.environ.get("CC", "cc")
 pytestmark = pytest.mark.skipif(shutil.which(CC) is None, reason="needs a C compiler")
@@ -33,19 +27,19 @@ ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files aw
 
 
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sources:
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     monkeypatch.setenv("CC", CC)
     monkeypatch.setenv("QLORA_BUILDERS_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "tiny.c"
     source.write_text("int answer(void) { return 42; }\n")
-    return Sources("tiny", [source], ("-O1", "-fPIC", "-shared"), ("answer",))
+    return Library("tiny", [source], ("-O1", "-fPIC", "-shared"), ("answer",))
 
 
-def load(sources: Sources) -> list[str]:
+def load(tiny: Library) -> list[str]:
     """The warnings of a load that gives the right library."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert load_library(sources).answer() == 42
+        assert tiny.load().answer() == 42
     return [str(warning.message) for warning in caught]
 
 
@@ -101,21 +95,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], bool, str]] = {
 CHILD = """
 import json, os, sys, warnings
 from pathlib import Path
-from qlora_builders.kernels.build import Sources, load_library
+from qlora_builders.kernels.build import Library
 
-sources = Sources("tiny", [Path(sys.argv[1])], ("-O1", "-fPIC", "-shared"), ("answer",))
+tiny = Library("tiny", [Path(sys.argv[1])], ("-O1", "-fPIC", "-shared"), ("answer",))
 for folder in sys.argv[2:]:
     os.environ["QLORA_BUILDERS_CACHE"] = folder
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        answer = load_library(sources).answer()
+        answer = tiny.load().answer()
     print(json.dumps([folder, answer, [str(w.message) for w in caught]]), flush=True)
 """
 
 
-def test_a_damaged_library_is_built_anew(sources: Sources, tmp_path: Path) -> None:
+def test_a_damaged_library_is_built_anew(tiny: Library, tmp_path: Path) -> None:
     """All damages in one process of its own: a library that is loaded wrongly ends it."""
-    load(sources)
+    load(tiny)
     (good,) = (tmp_path / "cache").iterdir()
     content = good.read_bytes()
     files = {}
@@ -124,7 +118,7 @@ def test_a_damaged_library_is_built_anew(sources: Sources, tmp_path: Path) -> No
         files[name].parent.mkdir(parents=True, mode=0o700)
         shutil.copy(good, files[name])
         damage(files[name])
-    command = [sys.executable, "-c", CHILD, str(sources.files[0])]
+    command = [sys.executable, "-c", CHILD, str(tiny.files[0])]
     done = subprocess.run(
         [*command, *(str(file.parent) for file in files.values())],
         capture_output=True,
@@ -147,19 +141,19 @@ def test_a_damaged_library_is_built_anew(sources: Sources, tmp_path: Path) -> No
 
 
 @ROOT
-def test_what_belongs_to_another_is_not_loaded(sources: Sources, tmp_path: Path) -> None:
-    load(sources)
+def test_what_belongs_to_another_is_not_loaded(tiny: Library, tmp_path: Path) -> None:
+    load(tiny)
     (kept,) = (tmp_path / "cache").iterdir()
     os.chown(kept, 1234, -1)
-    assert load(sources) == []
+    assert load(tiny) == []
     assert kept.stat().st_uid == 0
     os.chown(tmp_path / "cache", 1234, -1)
-    (message,) = load(sources)
+    (message,) = load(tiny)
     assert "cache belongs to user 1234; you are user 0; set QLORA_BUILDERS_CACHE" in message
 
 
-def test_it_is_compiled_once_and_by_two_at_a_time(sources: Sources, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", CHILD, str(sources.files[0]), str(tmp_path / "cache")]
+def test_it_is_compiled_once_and_by_two_at_a_time(tiny: Library, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CHILD, str(tiny.files[0]), str(tmp_path / "cache")]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for process in both:
         output, _ = process.communicate(timeout=300)
@@ -167,7 +161,7 @@ def test_it_is_compiled_once_and_by_two_at_a_time(sources: Sources, tmp_path: Pa
     (kept,) = (tmp_path / "cache").iterdir()
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
     made = kept.stat().st_mtime_ns
-    assert load(sources) == []
+    assert load(tiny) == []
     assert [kept.stat().st_mtime_ns, list((tmp_path / "cache").iterdir())] == [made, [kept]]
 
 
@@ -201,7 +195,7 @@ FOLDERS: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_that_cannot_be_used_is_named_once(
-    name: str, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "place"
     place.mkdir(mode=0o700)
@@ -214,43 +208,43 @@ def test_a_folder_that_cannot_be_used_is_named_once(
         monkeypatch.setenv(variable, value.format(place))
     monkeypatch.setattr(pwd, "getpwuid", no_entry)
     monkeypatch.chdir(place)
-    messages = load(sources)
+    messages = load(tiny)
     assert len(messages) == bool(warning), messages
     for message in messages:
         assert warning in message
         assert message.endswith("set QLORA_BUILDERS_CACHE to a folder that only you can write")
-    assert load(sources) == messages
+    assert load(tiny) == messages
     assert len(list(place.rglob("tiny_*.so"))) == (not warning)
 
 
 def test_a_disk_that_is_full(
-    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    (message,) = load(sources)
+    (message,) = load(tiny)
     assert f"each start compiles them again: {tmp_path / 'cache'}: No space left" in message
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "ST_NOEXEC"), reason="Linux tells")
-def test_a_file_system_without_programs(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_programs(tiny: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC))
-    with pytest.raises(CacheError, match="is mounted noexec"):
+    with pytest.raises(BuildError, match="is mounted noexec"):
         cache_folder()
-    (message,) = load(sources)
+    (message,) = load(tiny)
     assert "is mounted noexec" in message
 
 
 def test_no_place_for_temporary_files(
-    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_BUILDERS_CACHE", str(tmp_path / "tiny.c"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(CompilerError, match=r"temporary files: No such .*tiny.c is not a folder"):
-        load_library(sources)
+    with pytest.raises(BuildError, match=r"temporary files: No such .*tiny.c is not a folder"):
+        tiny.load()
 
 
 # ---- compilers ----------------------------------------------------------------------------------
@@ -290,7 +284,7 @@ COMPILERS: dict[str, tuple[str | None, str, str]] = {
 
 @pytest.mark.parametrize("name", COMPILERS)
 def test_a_bad_compiler_is_one_message(
-    name: str, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, value, text = COMPILERS[name]
     if script is not None:
@@ -298,8 +292,8 @@ def test_a_bad_compiler_is_one_message(
         (tmp_path / "script").chmod(0o700)
     value = value.format(tmp_path / "script")
     monkeypatch.setenv("CC", value)
-    with pytest.raises(CompilerError) as caught:
-        load_library(replace(sources, seconds=QUICK) if script else sources)
+    with pytest.raises(BuildError) as caught:
+        (replace(tiny, seconds=QUICK) if script else tiny).load()
     assert f"CC={value!r}" in str(caught.value)
     assert text in str(caught.value)
     assert len(str(caught.value)) < 2000
@@ -308,28 +302,27 @@ def test_a_bad_compiler_is_one_message(
     assert not cache.exists() or list(cache.iterdir()) == []  # no file was half written or kept
 
 
-def test_children_of_a_compiler_end_with_it(
-    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = tmp_path / "script"
-    script.write_text(f"#!/bin/sh\n(sleep 2; touch {tmp_path}/alive) & wait")
-    script.chmod(0o700)
-    monkeypatch.setenv("CC", str(script))
-    with pytest.raises(CompilerError, match="was stopped"):
-        load_library(replace(sources, seconds=QUICK))
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What CC names."""
+    (tmp_path / "script").touch(mode=0o700)
+    monkeypatch.setenv("CC", str(tmp_path / "script"))
+    return tmp_path / "script"
+
+
+def test_children_of_a_compiler_end_with_it(tiny: Library, script: Path) -> None:
+    alive = script.with_name("alive")
+    script.write_text(f"#!/bin/sh\n(sleep 2; touch {alive}) & wait")
+    with pytest.raises(BuildError, match="was stopped"):
+        replace(tiny, seconds=QUICK).load()
     time.sleep(2)
-    assert not (tmp_path / "alive").exists()
+    assert not alive.exists()
 
 
-def test_the_commands_share_a_limit(
-    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = tmp_path / "script"
+def test_the_commands_share_a_limit(tiny: Library, script: Path) -> None:
     script.write_text("#!/bin/sh\nsleep 0.3")
-    script.chmod(0o700)
-    monkeypatch.setenv("CC", str(script))
-    with pytest.raises(CompilerError, match=r"did not end within|took more than 0\.5 seconds"):
-        load_library(replace(sources, seconds=(100, 0.5)))
+    with pytest.raises(BuildError, match=r"did not end within|took more than 0\.5 seconds"):
+        replace(tiny, seconds=(100, 0.5)).load()
 
 
 def test_the_kernels_warn_once_of_what_was_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
