@@ -21,7 +21,7 @@ from qlora_builders.modules.token_rows import TokenEmbedding, TokenHead
 
 
 class Decoder(nn.Module):
-    """Token embedding, decoder layers, final norm.
+    """Token embedding, decoder layers, final norm. [b, s] ids -> [b, s, hidden]
 
     Args:
         embed_tokens: ids [b, s] -> [b, s, hidden].
@@ -60,12 +60,11 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Final hidden states [b, s, hidden]; the arguments are those of `CausalLM`."""
+        """The arguments are those of `CausalLM`."""
         _check_inputs(input_ids, position_ids=position_ids, document_ids=document_ids)
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids cannot be combined with a KV cache")
-        past = 0 if cache is None else cache.length
-        s = input_ids.shape[1]
+        past, s = 0 if cache is None else cache.length, input_ids.shape[1]
         mask: Mask
         if cache is not None and cache.rows is not None:
             position_ids, mask = cache.rows[:, None], cache.row_mask()

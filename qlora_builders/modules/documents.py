@@ -11,7 +11,7 @@ Shapes: b = batch, s = sequence, h = query heads, g = kv heads, d = head_dim, n 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -84,8 +84,7 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 def document_attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
     """(attention [b, h, s, d], log-sum-exp [b, h, s]) of every document by itself."""
     output, logsumexp = _document_attention_fake(q, k, v, borders)
-    for document in _slices(borders):
-        keys, values = (_repeat_heads(t[document], q.shape[1]) for t in (k, v))
+    for document, keys, values in _each(borders, k, v, q.shape[1]):
         output[document], logsumexp[document] = _flash(q[document], keys, values, is_causal=True)
     return output, logsumexp
 
@@ -106,17 +105,10 @@ def _document_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, borders: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _backward_fake(grad, q, k, v, out, logsumexp, borders)
-    for document in _slices(borders):
-        keys, values = (_repeat_heads(t[document], q.shape[1]) for t in (k, v))
+    for document, keys, values in _each(borders, k, v, q.shape[1]):
+        grad_out, own_q, own_out = grad[document], q[document], out[document]
         parts = _flash_backward(
-            grad[document],
-            q[document],
-            keys,
-            values,
-            out[document],
-            logsumexp[document],
-            0.0,
-            True,
+            grad_out, own_q, keys, values, own_out, logsumexp[document], 0.0, is_causal=True
         )
         for total, part in zip(grads, parts, strict=True):
             total[document] = part.unflatten(1, (total.shape[1], -1)).sum(2)
@@ -145,12 +137,13 @@ document_attention.register_autograd(_backward, setup_context=_keep_for_backward
 DOCUMENT_ATTENTION = torch.ops.qlora_builders.document_attention.default
 
 
-def _slices(borders: Tensor) -> list[tuple[slice, slice, slice]]:
-    """What picks each document out of [b, heads, s, ...]."""
-    every = slice(None)
-    return [(slice(row, row + 1), every, slice(a, end)) for row, a, end in borders.tolist()]
-
-
-def _repeat_heads(tensor: Tensor, num_heads: int) -> Tensor:
-    """[1, g, t, d] -> [1, num_heads, t, d]: every kv head serves as many query heads."""
-    return tensor.repeat_interleave(num_heads // tensor.shape[1], dim=1)
+def _each(
+    borders: Tensor, k: Tensor, v: Tensor, num_heads: int
+) -> Iterator[tuple[tuple[slice, ...], Tensor, Tensor]]:
+    """What picks each document out of [b, heads, s, ...]; and its k and v, repeated for all heads
+    [1, num_heads, t, d], because every kv head serves as many query heads."""
+    repeats = num_heads // k.shape[1]
+    for row, start, end in borders.tolist():
+        document = slice(row, row + 1), slice(None), slice(start, end)
+        keys, values = (t[document].repeat_interleave(repeats, dim=1) for t in (k, v))
+        yield document, keys, values

@@ -137,13 +137,6 @@ def test_a_tie_takes_the_lower_code() -> None:
     assert unpack(fields[0], 32).tolist()[1:16] == list(range(15))
 
 
-def test_codes_rise_with_the_elements_of_a_block() -> None:
-    weight = randn(16, 64, seed=2).sort(dim=1).values
-    fields, _ = quantize(weight)
-    codes = unpack(fields[0], weight.numel()).view(16, 64).int()
-    assert (codes.diff(dim=1) >= 0).all()
-
-
 @pytest.mark.parametrize("scale_format", FORMATS)
 def test_zero_blocks_decode_to_positive_zeros(scale_format: str) -> None:
     weight = torch.randn(5, 32)
