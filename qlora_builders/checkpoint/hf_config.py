@@ -10,7 +10,7 @@ import torch
 from qlora_builders.checkpoint.config_keys import Key, in_words_of, read_keys, size
 from qlora_builders.errors import CheckpointError, QLoRAError
 from qlora_builders.files.reading import read_json_object
-from qlora_builders.models import LlamaArch, RopeScaling
+from qlora_builders.models import FAMILIES, LlamaArch, RopeScaling, family_config
 
 THETA = Key(field="rope_theta", kind=float, default=10_000.0, above=0, high=1e30)
 # key -> what it may hold; defaults, and where null stands for one, are transformers' of LlamaConfig
@@ -64,9 +64,10 @@ def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> 
         CheckpointError: for another family, a key whose value cannot be, or two that contradict
             each other; the message names the key.
     """
-    family = config.get("model_type", "llama")
-    if family != "llama":
-        raise CheckpointError(f"{source}: model_type is {family!r}; only 'llama' is supported")
+    try:
+        config = family_config(config)
+    except QLoRAError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     values = read_keys(KEYS, config, source)
     if values["num_kv_heads"] is None:
         values["num_kv_heads"] = values["num_heads"]
@@ -76,7 +77,7 @@ def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> 
         values["head_dim"] = head_dim_of(hidden_size, num_heads, names=names, source=source)
     values["rope_theta"], values["rope_scaling"] = _rope(config, source)
     try:
-        return LlamaArch(**values)
+        return LlamaArch(**values, model_type=config.get("model_type", "llama"))
     except QLoRAError as error:
         raise CheckpointError(f"{source}: {in_words_of(KEYS, error)}") from error
 
@@ -163,8 +164,13 @@ def function_keys(arch: LlamaArch) -> dict[str, Any]:
 def config_from_arch(arch: LlamaArch, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a model of this arch, readable by transformers 4 and 5."""
     dtype_name = str(dtype).removeprefix("torch.")
-    config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    config |= {name: getattr(arch, key.field) for name, key in KEYS.items()}
+    family = FAMILIES[arch.model_type]
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": arch.model_type,
+        **{name: getattr(arch, key.field) for name, key in KEYS.items()},
+        **family.only,
+    }
     config |= {"rope_scaling": None, "torch_dtype": dtype_name}
     scaling = arch.rope_scaling
     if scaling is not None:

@@ -1,6 +1,7 @@
 """Kernels of quantized weights on plain tensors; which backend runs is chosen here, by device.
 
-`nf4_reference` defines the result for NF4; `nf4_cpu` and `nf4_triton` give it faster.
+`nf4_reference` defines the result for NF4; `nf4_cpu` and `nf4_triton` give it faster. MXFP4 has its
+reference alone so far.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from types import ModuleType
 
 import torch
 
-from qlora_builders.kernels import nf4_cpu, nf4_reference
+from qlora_builders.kernels import mxfp4_reference, nf4_cpu, nf4_reference
 from qlora_builders.kernels.formats import MATMUL_OPS, WEIGHT_DTYPES, Format, Kernels
+from qlora_builders.kernels.mxfp4_reference import MXFP4Format
 from qlora_builders.kernels.nf4_reference import NF4_CODEBOOK, NF4Format
 
 __all__ = [
     "MATMUL_OPS",
+    "MXFP4",
     "NF4",
     "NF4_CODEBOOK",
     "WEIGHT_DTYPES",
     "Format",
     "Kernels",
+    "MXFP4Format",
     "NF4Format",
 ]
 
@@ -49,3 +53,4 @@ def _triton_backend() -> ModuleType | None:
 
 
 NF4 = Kernels(NF4Format, _nf4_backend)
+MXFP4 = Kernels(MXFP4Format, lambda *_: mxfp4_reference)

@@ -1,6 +1,7 @@
 """Builders: arch rows, component plans, and the Llama assembled from both."""
 
 from qlora_builders.models.components import ComponentRule, resolve
+from qlora_builders.models.families import FAMILIES, family_config
 from qlora_builders.models.generation import check_prompt, generate, generate_batch, max_steps
 from qlora_builders.models.llama import (
     BaseCheckpoint,
@@ -13,6 +14,7 @@ from qlora_builders.models.llama_archs import LLAMA_ARCHS, LlamaArch, RopeScalin
 from qlora_builders.models.summary import SummaryRow, summarize
 
 __all__ = [
+    "FAMILIES",
     "LLAMA_ARCHS",
     "BaseCheckpoint",
     "ComponentRule",
@@ -21,6 +23,7 @@ __all__ = [
     "RopeScaling",
     "SummaryRow",
     "check_prompt",
+    "family_config",
     "generate",
     "generate_batch",
     "get_arch",

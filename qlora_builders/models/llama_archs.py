@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_builders.errors import QLoRAError, did_you_mean
+from qlora_builders.models.families import FAMILIES
 from qlora_builders.modules import ACTIVATIONS
 
 
@@ -29,7 +30,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaArch:
-    """Everything that decides the modules and parameters of a Llama.
+    """Everything that decides the modules and parameters of a Llama, or of a family like it.
+
+    Attributes:
+        model_type: a key of `FAMILIES`.
 
     Raises:
         QLoRAError: if sizes are not positive integers or do not divide as they must.
@@ -51,6 +55,7 @@ class LlamaArch:
     attention_dropout: float = 0.0
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+    model_type: str = "llama"
 
     def __post_init__(self) -> None:
         for name in (
@@ -73,6 +78,10 @@ class LlamaArch:
             )
         if self.head_dim % 2:
             raise QLoRAError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
+        if self.model_type not in FAMILIES:
+            raise QLoRAError(
+                f"model_type is {self.model_type!r}{did_you_mean(self.model_type, FAMILIES)}"
+            )
         if self.hidden_act not in ACTIVATIONS:
             raise QLoRAError(
                 f"hidden_act is {self.hidden_act!r}{did_you_mean(self.hidden_act, ACTIVATIONS)}"

@@ -1,6 +1,7 @@
 """Quantized weights: one base class, and the types."""
 
-from qlora_builders.kernels import Format, NF4Format
+from qlora_builders.kernels import Format, MXFP4Format, NF4Format
+from qlora_builders.tensor.mxfp4 import MXFP4Tensor
 from qlora_builders.tensor.nf4 import NF4Tensor, linear_nf4, to_nf4
 from qlora_builders.tensor.quantized import (
     QUANTIZED_TYPES,
@@ -16,6 +17,8 @@ from qlora_builders.tensor.sharded import gather
 __all__ = [
     "QUANTIZED_TYPES",
     "Format",
+    "MXFP4Format",
+    "MXFP4Tensor",
     "NF4Format",
     "NF4Tensor",
     "QuantizedTensor",

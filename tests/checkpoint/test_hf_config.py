@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from qlora_builders.checkpoint import arch_from_config, config_from_arch, read_arch
+from qlora_builders.checkpoint import (
+    arch_from_config,
+    config_from_arch,
+    load_checkpoint,
+    read_arch,
+    save_checkpoint,
+)
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import LLAMA_ARCHS, LlamaArch, RopeScaling
 
@@ -99,7 +105,11 @@ def test_rope_types(rope: dict | None, expected: RopeScaling | None) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'; only 'llama' is supported"),
+        ({"model_type": "gemma"}, "model_type is 'gemma'; allowed: llama, mistral"),
+        (
+            {"model_type": "mistral"},
+            "sliding_window is 4096; of mistral models only those with sliding_window null can be",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "'dynamic' .*; allowed: default, lin"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs factor"),
@@ -174,3 +184,26 @@ def test_ours_is_read_back_by_us_and_by_transformers(arch: LlamaArch) -> None:
     theirs = LlamaConfig(**config)
     assert arch_from_config(theirs.to_dict()) == arch
     assert theirs.dtype == torch.bfloat16
+
+
+def test_a_mistral_stays_one(tmp_path: Path) -> None:
+    config = MistralConfig(
+        vocab_size=61,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=20,
+        sliding_window=None,
+    )
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    own = load_checkpoint(tmp_path / "theirs", dtype=torch.float32)
+    save_checkpoint(own, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    assert type(again) is type(theirs)
+    ids = torch.arange(20).view(2, 10)
+    assert torch.equal(again(ids).logits, theirs(ids).logits)
+    torch.testing.assert_close(own(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)

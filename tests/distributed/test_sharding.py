@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from archs import tiny_arch
 from ranks import run_ranks
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from qlora_builders import LlamaArch, llama
+from qlora_builders import llama
 from qlora_builders.distributed import Ranks, group_bytes, make_mesh, shard_model, sharding
 from qlora_builders.errors import ConfigError
 from qlora_builders.modules import CausalLM
+from qlora_builders.tensor import format_of, gather
 from qlora_builders.tensor.sharded import held_bytes, held_rows, local_part, with_local
 
-ARCH = LlamaArch(
-    vocab_size=61,
-    hidden_size=42,
-    intermediate_size=75,
-    num_layers=2,
-    num_heads=3,
-    num_kv_heads=1,
-    head_dim=14,
-    max_position_embeddings=64,
-)
+ARCH = tiny_arch(hidden_size=42, intermediate_size=75, num_heads=3, num_kv_heads=1, head_dim=14)
 PLAN = [
     {"match": "layers.**", "kind": "qlora", "rank": 2, "alpha": 4, "scale_block_size": 5},
     {"match": "layers.1.mlp.up_proj", "kind": "frozen_nf4", "scale_format": "bnb"},
     {"match": "layers.1.mlp.down_proj", "kind": "frozen_nf4", "scale_format": "none"},
+    {"match": "layers.0.mlp.*", "base": "mxfp4"},
+    {"match": "layers.1.self_attn.*", "base": "mxfp4", "adapter": "lora", "rank": 2, "alpha": 4},
 ]
 
 
@@ -55,6 +52,23 @@ def compare_bytes(ranks: Ranks) -> None:
 
 def test_what_a_rank_holds_is_what_was_counted() -> None:
     run_ranks(3, compare_bytes)
+
+
+def compare_losses(ranks: Ranks) -> None:
+    torch.manual_seed(0)
+    whole = llama(ARCH, PLAN, dtype=torch.bfloat16)
+    model = copy.deepcopy(whole)
+    shard_model(model, make_mesh(ranks, "cpu"))
+    for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+        if format_of(theirs) is not None:
+            fields = zip(gather(ours).fields, theirs.fields, strict=True)
+            assert all(torch.equal(*pair) for pair in fields), name
+    ids = torch.arange(16).view(2, -1)
+    assert torch.equal(model(ids), whole(ids))
+
+
+def test_every_type_is_gathered_as_it_was_stored() -> None:
+    run_ranks(3, compare_losses)
 
 
 def place_on_the_host(ranks: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""Logits and gradients of random tiny Llamas equal transformers' LlamaForCausalLM in float32."""
+"""Logits and gradients of random tiny models of every family equal transformers' in float32."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_builders.checkpoint import arch_from_config
 from qlora_builders.models import LlamaArch, llama
@@ -59,6 +59,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gelu_tanh": {"hidden_act": "gelu_pytorch_tanh"},
     "relu": {"hidden_act": "relu"},
     "other_eps": {"rms_norm_eps": 1e-2},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 2},
+    "mistral_nemo": {"model_type": "mistral", "sliding_window": None, "head_dim": 20},
     "everything": {
         "num_attention_heads": 6,
         "num_key_value_heads": 3,
@@ -72,10 +74,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def reference(name: str) -> LlamaForCausalLM:
+def reference(name: str) -> PreTrainedModel:
     """transformers' model with every parameter random: biases and norms too."""
     torch.manual_seed(sorted(CONFIGS).index(name))
-    model = LlamaForCausalLM(LlamaConfig(**BASE | CONFIGS[name])).eval()
+    config = {"model_type": "llama"} | BASE | CONFIGS[name]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter.normal_(std=0.2)
@@ -84,11 +87,11 @@ def reference(name: str) -> LlamaForCausalLM:
     return model
 
 
-def arch_of(model: LlamaForCausalLM) -> LlamaArch:
+def arch_of(model: PreTrainedModel) -> LlamaArch:
     return arch_from_config(model.config.to_dict())
 
 
-def ours(model: LlamaForCausalLM) -> CausalLM:
+def ours(model: PreTrainedModel) -> CausalLM:
     """Our model with the same weights, all of them trained."""
     everything = [{"match": "**", "kind": "linear", "trainable": True}]
     own = llama(arch_of(model), everything, train=["**"], dtype=torch.float32)
@@ -96,7 +99,7 @@ def ours(model: LlamaForCausalLM) -> CausalLM:
     return own
 
 
-def token_ids(model: LlamaForCausalLM, *shape: int) -> Tensor:
+def token_ids(model: PreTrainedModel, *shape: int) -> Tensor:
     return torch.randint(model.config.vocab_size, shape)
 
 
@@ -147,8 +150,10 @@ def test_scaled_rope_matters_at_these_lengths() -> None:
     """Otherwise the rope cases above would pass with the scaling left out."""
     for name in ("llama3_rope", "llama3_rope_other_bands", "linear_rope", "other_theta"):
         theirs = reference(name)
-        plain = LlamaForCausalLM(
-            LlamaConfig(**BASE | {k: v for k, v in CONFIGS[name].items() if k != "rope_parameters"})
+        plain = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(
+                "llama", **BASE | {k: v for k, v in CONFIGS[name].items() if k != "rope_parameters"}
+            )
         )
         plain.load_state_dict(theirs.state_dict())
         ids = token_ids(theirs, 1, 40)
