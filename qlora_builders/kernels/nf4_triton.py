@@ -46,7 +46,7 @@ def quantize(weight: Tensor, *, format: NF4Format) -> tuple[Tensor, Tensor, Tens
     flat, device = _bits(weight.contiguous().view(-1)), weight.device
     blocks, rows = num_blocks(flat.numel(), format.block_size), _tile_rows(format.block_size)
     absmax = torch.empty(blocks, dtype=torch.float32, device=device)
-    codebook, programs = _codebook(device), num_blocks(blocks, rows)
+    tables, programs = _tables(device), num_blocks(blocks, rows)
     tile: dict[str, Any] = {
         "weight": flat,
         "absmax": absmax,
@@ -67,8 +67,8 @@ def quantize(weight: Tensor, *, format: NF4Format) -> tuple[Tensor, Tensor, Tens
                 kernels.search_kernel,
                 programs,
                 wanted=wanted,
-                codebook=codebook,
-                factors=_factors(device),
+                codebook=tables["codebook"],
+                factors=tables["factors"],
                 LEVELS=format.block_size.bit_length() - 1,
                 **tile,
             )
@@ -80,7 +80,7 @@ def quantize(weight: Tensor, *, format: NF4Format) -> tuple[Tensor, Tensor, Tens
             codes=codes,
             scales=scales,
             groups=groups,
-            codebook=codebook,
+            codebook=tables["codebook"],
             **tile,
             SCALE_BLOCK_SIZE=format.scale_block_size,
             FORMAT=FORMAT_NUMBERS[format.scale_format],
@@ -203,12 +203,13 @@ def _matvec(
 def _stored(fields: Sequence[Tensor], format: NF4Format, dtype: torch.dtype) -> dict[str, Any]:
     """What a kernel that decodes has to know of a weight."""
     codes, scales, groups = fields
+    tables = _tables(codes.device)
     return {
         "codes": codes,
         "scales": scales,
         "groups": groups,
-        "codebook": _codebook(codes.device),
-        "scale_codebook": _scale_codebook(codes.device),
+        "codebook": tables["codebook"],
+        "scale_codebook": tables["scale_codebook"],
         "BLOCK_SIZE": format.block_size,
         "SCALE_BLOCK_SIZE": format.scale_block_size,
         "FORMAT": FORMAT_NUMBERS[format.scale_format],
@@ -234,16 +235,11 @@ def _bits(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _codebook(device: torch.device) -> Tensor:
-    """The 16 values, then the 15 midpoints between them."""
-    return torch.cat([NF4_CODEBOOK, MIDPOINTS]).to(device)
-
-
-@functools.cache
-def _scale_codebook(device: torch.device) -> Tensor:
-    return dynamic_codebook().to(device)
-
-
-@functools.cache
-def _factors(device: torch.device) -> Tensor:
-    return torch.tensor(SEARCHED_FACTORS, dtype=torch.float32, device=device)
+def _tables(device: torch.device) -> dict[str, Tensor]:
+    """The 16 values and the 15 midpoints between them; the values of bnb's scales; factors."""
+    tables = {
+        "codebook": torch.cat([NF4_CODEBOOK, MIDPOINTS]),
+        "scale_codebook": dynamic_codebook(),
+        "factors": torch.tensor(SEARCHED_FACTORS, dtype=torch.float32, device="cpu"),
+    }
+    return {name: table.to(device) for name, table in tables.items()}

@@ -55,17 +55,12 @@ def sequence_log_probs(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tenso
         head: as for `chunked_next_token_loss`.
     """
     rows, targets, positions = trained_rows(hidden, labels)
-    num_chunks = max(1, -(-len(rows) * cast(int, head.out_features) // _CHUNK_ELEMENTS))
 
     def log_probs(rows: Tensor, targets: Tensor) -> Tensor:
         return -F.cross_entropy(head(rows).float(), targets, reduction="none")  # [c]
 
-    parts = [
-        run_checkpointed("full", log_probs, chunk, chunk_targets)
-        for chunk, chunk_targets in zip(
-            rows.chunk(num_chunks), targets.chunk(num_chunks), strict=True
-        )
-    ]
+    chunks = _chunks(rows, targets, head)
+    parts = [run_checkpointed("full", log_probs, *chunk) for chunk in chunks]
     sequences = positions // (labels.shape[1] - 1)  # [n]
     sums = torch.zeros(len(labels), dtype=torch.float32, device=hidden.device)
     return sums.index_add(0, sequences, torch.cat(parts))
@@ -81,6 +76,12 @@ def trained_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
     if len(positions) < len(rows):
         rows = rows.index_select(0, positions)  # [n, hidden]
     return rows, targets, positions
+
+
+def _chunks(rows: Tensor, targets: Tensor, head: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few rows and their targets at a time; one chunk if there are none."""
+    count = max(1, -(-len(rows) * cast(int, head.out_features) // _CHUNK_ELEMENTS))
+    return zip(rows.chunk(count), targets.chunk(count), strict=True)
 
 
 def chunked_next_token_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
@@ -128,11 +129,10 @@ def _loss_and_grads(
     """The loss, and its gradients with respect to `inputs`: `rows` or parameters of the head."""
     loss = torch.zeros((), dtype=torch.float32, device=rows.device)
     grads = [torch.zeros_like(tensor) for tensor in inputs]
-    num_chunks = -(-len(rows) * cast(int, head.out_features) // _CHUNK_ELEMENTS)
-    if num_chunks == 0:
+    if len(rows) == 0:
         return loss, grads
     start = 0
-    for chunk, chunk_targets in zip(rows.chunk(num_chunks), targets.chunk(num_chunks), strict=True):
+    for chunk, chunk_targets in _chunks(rows, targets, head):
         leaf = chunk.detach().requires_grad_(rows.requires_grad)
         with torch.set_grad_enabled(bool(inputs)):
             logits = head(leaf)  # [c, vocab]
