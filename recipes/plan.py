@@ -42,7 +42,7 @@ from qlora_builders.checkpoint import load_checkpoint, read_arch, stored_plan
 from qlora_builders.config.checks import memory_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import PlanConfig
-from qlora_builders.console import PlainConsole
+from qlora_builders.console import PlainConsole, table_console
 from qlora_builders.data import (
     Batch,
     Batches,
@@ -56,7 +56,6 @@ from qlora_builders.files.outputs import check_writable, write_whole
 from qlora_builders.models import LlamaArch, linear_slots, llama, summarize
 from qlora_builders.modules import CausalLM
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
-from qlora_builders.training.progress import table_console
 from qlora_builders.visible import visible, visible_json
 
 T = TypeVar("T")

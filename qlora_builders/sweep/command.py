@@ -14,6 +14,7 @@ from qlora_builders.config.instantiate import allow_prefixes
 from qlora_builders.config.overrides import key_of
 from qlora_builders.config.sweep import Job, differences, plan_sweep
 from qlora_builders.config.verbs import VERBS
+from qlora_builders.console import StopRequest, table_console
 from qlora_builders.errors import ConfigError
 from qlora_builders.report import Run, read_run
 from qlora_builders.sweep.process import JobRunner
@@ -26,8 +27,6 @@ from qlora_builders.sweep.results import (
     results_table,
     write_results,
 )
-from qlora_builders.training.progress import table_console
-from qlora_builders.training.step import StopRequest
 from qlora_builders.visible import say
 
 

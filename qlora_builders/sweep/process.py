@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from qlora_builders.training.step import StopRequest
+from qlora_builders.console import StopRequest
 
 _KEPT = 2**14  # bytes of stderr to find the error in
 
