@@ -8,19 +8,15 @@ of the difference rather than of two figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from qlora_builders.data import Batch, TokenizedDataset
-from qlora_builders.modules import IGNORE_INDEX, CausalLM, sequence_log_probs
-from qlora_builders.training.samples import answer_rows
-from qlora_builders.training.statistics import mean_and_error
+from qlora_builders.training.objectives import mean_and_error
 
 
 @dataclass(frozen=True)
@@ -69,37 +65,6 @@ def mean_figure(parts: Sequence[float], weights: Sequence[float]) -> Figure:
 
 def share_figure(right: Sequence[bool]) -> Figure:
     return replace(mean_figure([float(one) for one in right], [1] * len(right)), is_share=True)
-
-
-# ---- measuring ---------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def measure_rows(model: CausalLM, batches: Iterable[Batch]) -> dict[str, Figure]:
-    """Loss, nats per target token, and perplexity; their parts are rows, packed ones as one."""
-    losses: list[float] = []
-    tokens: list[int] = []
-    for batch in batches:
-        hidden = model.model(batch.input_ids, document_ids=batch.document_ids)
-        losses += (-sequence_log_probs(hidden, batch.labels, model.lm_head)).tolist()
-        tokens += (batch.labels[:, 1:] != IGNORE_INDEX).sum(1).tolist()
-    loss = mean_figure(losses, tokens)
-    perplexity = math.exp(loss.value)
-    # a small change of the loss moves perplexity by itself times so much
-    parts = [perplexity * part for part in losses]
-    return {"loss": loss, "perplexity": Figure(perplexity, parts, tokens)}
-
-
-def measure_answers(
-    model: CausalLM, data: TokenizedDataset, count: int, *, max_new_tokens: int
-) -> tuple[Figure, list[dict[str, Any]]]:
-    """The share of greedy answers to the first `count` rows that are the reference, and all of
-    them as `answer_rows` gives them."""
-    answers = list(answer_rows(model, data, count, max_new_tokens=max_new_tokens))
-    return share_figure([answer["right"] for answer in answers]), answers
-
-
-# ---- telling -----------------------------------------------------------------------------------
 
 
 def differences(models: Mapping[str, Figures]) -> list[dict[str, Any]]:
