@@ -114,7 +114,7 @@ def _sweep(verb: str, words: Sequence[str]) -> int:
         return run_recipe(print, verb, ["--help"])
 
     def run() -> int:
-        from qlora_builders.sweep.command import sweep
+        from qlora_builders.sweep import sweep
 
         options, rest = _launch_options(verb, words)
         return sweep(verb, rest, [f"{name}={n}" for name, n in options.items() if n is not None])

@@ -13,7 +13,6 @@ import sys
 from functools import partial
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from qlora_builders.analysis.memory import (
@@ -27,11 +26,11 @@ from qlora_builders.config.checks import memory_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.schema import EstimateConfig
-from qlora_builders.console import PlainConsole
+from qlora_builders.console import PlainConsole, plain_table
 from qlora_builders.models import get_arch, llama
 from qlora_builders.runs import build_optimizer
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
-from qlora_builders.training.step import trainable_parameters
+from qlora_builders.training.optimizers import trainable_parameters
 
 SEQ_STEP = 64  # tokens; the longest sequence is found to this
 
@@ -99,10 +98,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def phase_table(phases: list[Phase]) -> Table:
     """Terms that are zero in every phase are left out."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("MiB at the peak of", no_wrap=True)
-    for phase in phases:
-        table.add_column(phase.name, justify="right", no_wrap=True)
+    table = plain_table(["MiB at the peak of"], [phase.name for phase in phases])
     terms = dict.fromkeys(name for phase in phases for name in phase.terms)
     for name in terms:
         sizes = [phase.terms.get(name, 0) for phase in phases]

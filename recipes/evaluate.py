@@ -19,13 +19,8 @@ from qlora_builders.analysis.preflight import check_positions
 from qlora_builders.checkpoint import load_with_adapter, read_adapter, read_arch
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import EvaluateConfig
-from qlora_builders.data import (
-    Batches,
-    Tokenizer,
-    build_dataset,
-    check_token_range,
-    spell_asked,
-)
+from qlora_builders.console import table_console
+from qlora_builders.data import Batches, Tokenizer, check_token_range, spell_asked
 from qlora_builders.errors import counted
 from qlora_builders.evaluation import (
     Candidate,
@@ -40,10 +35,9 @@ from qlora_builders.evaluation import (
     measure_rows,
 )
 from qlora_builders.files.outputs import check_new, write_whole
-from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM
+from qlora_builders.runs import read_dataset
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
-from qlora_builders.training.progress import table_console
 from qlora_builders.visible import visible_json
 
 
@@ -56,7 +50,18 @@ def main(cfg: EvaluateConfig) -> None:
     arch = read_arch(cfg.checkpoint.dir, format=cfg.checkpoint.format)
     if cfg.adapter.path is not None:
         read_adapter(cfg.adapter.path)  # before rows, which may be many
-    batches = None if cfg.data.eval is None else read_rows(cfg, tokenizer, arch)
+    batches = None
+    if cfg.data.eval is not None:
+        data = read_dataset(cfg.data.eval, tokenizer, cfg.data)
+        check_token_range(data, arch.vocab_size)
+        check_positions(data, arch.max_position_embeddings)
+        batches = Batches(
+            data,
+            batch_size=cfg.batch_size,
+            packing=cfg.data.packing,
+            max_seq_len=cfg.data.max_seq_len,
+            shuffle=False,
+        )
     tasks = find_tasks(**asdict(cfg.lm_eval)) if cfg.lm_eval.tasks else None
     options: dict[str, Any] = {
         "quantize": cfg.quantize,
@@ -74,9 +79,8 @@ def main(cfg: EvaluateConfig) -> None:
     results: dict[str, Any] = {}
     if batches is not None:
         console.print(batches.summary())
-        report = batches.dataset.report
-        results |= {"data": report.source, "examples": len(batches.dataset)}
-        results["skipped_rows"] = report.skipped_rows
+        results |= {"data": data.report.source, "examples": len(data)}
+        results["skipped_rows"] = data.report.skipped_rows
     figures: dict[str, dict[str, Figure]] = {}
     details: dict[str, dict[str, Any]] = {}
     for one in reversed(models):  # an adapter that does not fit is found at once
@@ -97,29 +101,6 @@ def main(cfg: EvaluateConfig) -> None:
         console.print(figure_table(figures[last]))
     if cfg.output is not None:
         write_whole(Path(cfg.output), f"{visible_json(results, indent=2)}\n".encode())
-
-
-def read_rows(cfg: EvaluateConfig, tokenizer: Tokenizer, arch: LlamaArch) -> Batches:
-    assert cfg.data.eval is not None
-    data = build_dataset(
-        cfg.data.eval,
-        tokenizer,
-        format=cfg.data.format,
-        max_seq_len=cfg.data.max_seq_len,
-        train_on=cfg.data.train_on,
-        columns=asdict(cfg.data.columns),
-        max_rows=cfg.data.max_rows,
-        on_error=cfg.data.on_error,
-    )
-    check_token_range(data, arch.vocab_size)
-    check_positions(data, arch.max_position_embeddings)
-    return Batches(
-        data,
-        batch_size=cfg.batch_size,
-        packing=cfg.data.packing,
-        max_seq_len=cfg.data.max_seq_len,
-        shuffle=False,
-    )
 
 
 def measure(
@@ -157,8 +138,7 @@ def answer_table(answers: list[dict[str, Any]], model: str, shown: int = 3) -> T
         table.add_column(column, overflow="fold")
     for answer in answers[:shown]:
         right = "yes" if answer["right"] else "no"
-        texts = (spell_asked(answer), answer["reference"], answer["answer"], right)
-        table.add_row(*texts)
+        table.add_row(spell_asked(answer), answer["reference"], answer["answer"], right)
     return table
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from qlora_builders.checkpoint import load_with_adapter, read_adapter, read_arch
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import GenerateConfig
+from qlora_builders.console import PlainConsole
 from qlora_builders.data import Prompt, Tokenizer, encode_prompt, read_prompts, row_to_prompt
 from qlora_builders.errors import ConfigError, DataError, QLoRAError, counted
 from qlora_builders.files.outputs import check_new, growing
@@ -45,8 +47,7 @@ def main(cfg: GenerateConfig) -> None:
     arch = read_arch(cfg.checkpoint.dir, format=cfg.checkpoint.format)
     if cfg.adapter.path is not None:
         read_adapter(cfg.adapter.path)
-    prompts = [] if cfg.interactive else find_prompts(cfg, tokenizer)
-    check_prompts(prompts, arch)
+    prompts = [] if cfg.interactive else find_prompts(cfg, tokenizer, arch)
     model = load_with_adapter(
         cfg.checkpoint.dir,
         cfg.adapter.path,
@@ -70,11 +71,25 @@ def main(cfg: GenerateConfig) -> None:
     )
     if cfg.interactive:
         converse(answer, cfg, tokenizer, arch)
-        return
-    if cfg.output is None:
+    elif cfg.output is None:
         print_answers(answer, prompts, cfg, tokenizer)
     else:
         write_answers(answer, prompts, cfg, tokenizer, arch)
+
+
+def find_prompts(cfg: GenerateConfig, tokenizer: Tokenizer, arch: LlamaArch) -> list[Prompt]:
+    options: dict[str, Any] = {"chat": cfg.chat, "system": cfg.system}
+    if cfg.prompts_file is None:
+        prompts = [row_to_prompt({"prompt": cfg.prompt}, tokenizer, **options)]
+    else:
+        names = asdict(cfg.data.columns)
+        prompts = read_prompts(cfg.prompts_file, tokenizer, columns=names, **options)
+    for prompt in prompts:
+        try:
+            check_prompt(arch, prompt.ids)
+        except QLoRAError as error:
+            raise QLoRAError(f"{prompt.where}{error}") from error
+    return prompts
 
 
 def print_answers(
@@ -100,29 +115,32 @@ def write_answers(
 ) -> None:
     """A row for each, as soon as its batch is answered."""
     assert cfg.output is not None
-    done = 0
-    with growing(Path(cfg.output)) as write, live_line() as show:
-        for batch in batches(prompts, cfg.batch_size):
+    total = ceil(len(prompts) / cfg.batch_size)
+    console = PlainConsole(stderr=True)
+    with growing(Path(cfg.output)) as write:
+        for batch in console.track(batches(prompts, cfg.batch_size), "answering", total):
             ids = [prompt.ids for prompt in batch]
             limit = max_steps(arch, ids, cfg.max_new_tokens)
             for prompt, tokens in zip(batch, columns(answer(ids), len(batch)), strict=True):
                 row = to_result(prompt, tokens, limit, tokenizer)
                 write(f"{visible_json(row)}\n".encode())
-            done += len(batch)
-            show(f"{done:,} of {len(prompts):,} answered")
     say(f"wrote {cfg.output} ({counted(len(prompts), 'answer')})")
 
 
-@contextmanager
-def live_line() -> Iterator[Callable[[str], None]]:
-    """A line of a terminal that is written again and again; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda line: None
-        return
-    try:
-        yield lambda line: print(f"\r{line}", end="", file=sys.stderr, flush=True)
-    finally:
-        print(file=sys.stderr)
+def to_result(
+    prompt: Prompt, tokens: Sequence[int], limit: int, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """A row of `output`; `limit` tokens are as many as there could be.
+
+    The row's own columns come first; one that has the name of a result gives way to it.
+    """
+    row = {k: v for k, v in prompt.others.items() if k not in RESULTS}
+    row |= prompt.asked | {"answer": tokenizer.decode(tokens)}
+    if prompt.reference is not None:
+        row["reference"] = prompt.reference
+    row["num_tokens"] = len(tokens)
+    row["finish_reason"] = "stop" if len(tokens) < limit else "length"
+    return row
 
 
 def batches(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
@@ -133,24 +151,6 @@ def columns(steps: Iterable[Sequence[int | None]], count: int) -> list[list[int]
     """The tokens of each of `count` answers that are generated side by side."""
     rows = list(steps)
     return [[t for row in rows if (t := row[i]) is not None] for i in range(count)]
-
-
-def find_prompts(cfg: GenerateConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    if cfg.prompts_file is None:
-        row = {"prompt": cfg.prompt}
-        return [row_to_prompt(row, tokenizer, chat=cfg.chat, system=cfg.system)]
-    names = asdict(cfg.data.columns)
-    return read_prompts(
-        cfg.prompts_file, tokenizer, chat=cfg.chat, system=cfg.system, columns=names
-    )
-
-
-def check_prompts(prompts: Sequence[Prompt], arch: LlamaArch) -> None:
-    for prompt in prompts:
-        try:
-            check_prompt(arch, prompt.ids)
-        except QLoRAError as error:
-            raise QLoRAError(f"{prompt.where}{error}") from error
 
 
 def show_prompt(prompt: Prompt, prompts: Sequence[Prompt]) -> None:
@@ -176,12 +176,7 @@ def print_answer(
     return ids
 
 
-def converse(
-    answer: Answer,
-    cfg: GenerateConfig,
-    tokenizer: Tokenizer,
-    arch: LlamaArch,
-) -> None:
+def converse(answer: Answer, cfg: GenerateConfig, tokenizer: Tokenizer, arch: LlamaArch) -> None:
     """Answer line by line, each with all that was said before."""
     if sys.stdin.isatty():
         with suppress(ImportError):  # some Pythons are built without it
@@ -216,22 +211,6 @@ def read_line() -> str | None:
         return None
     except UnicodeDecodeError as error:
         raise DataError(f"stdin: not UTF-8 text: {error.reason} at {error.start}") from error
-
-
-def to_result(
-    prompt: Prompt, tokens: Sequence[int], limit: int, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """A row of `output`; `limit` tokens are as many as there could be.
-
-    The row's own columns come first; one that has the name of a result gives way to it.
-    """
-    row = {k: v for k, v in prompt.others.items() if k not in RESULTS}
-    row |= prompt.asked | {"answer": tokenizer.decode(tokens)}
-    if prompt.reference is not None:
-        row["reference"] = prompt.reference
-    row["num_tokens"] = len(tokens)
-    row["finish_reason"] = "stop" if len(tokens) < limit else "length"
-    return row
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.progress import track
 from rich.table import Table
 
 from qlora_builders.checkpoint import read_arch
@@ -23,11 +21,10 @@ from qlora_builders.checkpoint.weight_figures import WeightFigures, together, we
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.schema import FinetuneConfig
-from qlora_builders.console import PlainConsole
+from qlora_builders.console import PlainConsole, plain_table, table_console
 from qlora_builders.models import SummaryRow, get_arch, linear_slots, llama, summarize
 from qlora_builders.modules import CausalLM
 from qlora_builders.training.device import resolve_dtype
-from qlora_builders.training.progress import table_console
 
 
 def main(cfg: FinetuneConfig) -> None:
@@ -70,38 +67,27 @@ def measure(
     ):
         return {}
     figures = weight_figures(model, stored.dir, format=stored.format)
-    shown = track(
-        figures,
-        "measuring quantization",
-        total=len(linear_slots(arch)),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    return dict(shown)
+    return dict(console.track(figures, "measuring quantization", len(linear_slots(arch))))
 
 
 def plan_table(rows: list[SummaryRow], figures: Mapping[str, WeightFigures]) -> Table:
     """Options at zero, false or their default are left out: they change nothing."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("slot", no_wrap=True)
-    table.add_column("component", no_wrap=True)
-    table.add_column("rank", justify="right", no_wrap=True)
-    table.add_column("options", overflow="fold")
-    for column in ("parameters", "bits", "MiB", "trains", *(["error"] if figures else [])):
-        table.add_column(column, justify="right", no_wrap=True)
+    heads = ["rank", "options", "parameters", "bits", "MiB", "trains", *["error"] * bool(figures)]
+    table = plain_table(["slot", "component"], heads)
+    folded = table.columns[3]
+    folded.justify, folded.no_wrap, folded.overflow = "left", False, "fold"
     for row in rows:
         mib = (row.base_bytes + row.adapter_bytes) / 2**20
-        options = {
-            name: value
+        options = [
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in row.options.items()
             if value and value != "default" and name != "rank"
-        }
+        ]
         table.add_row(
             row.name,
             row.kind,
             str(row.options.get("rank", "-")),
-            " ".join(f"{name}={_shown(value)}" for name, value in options.items()),
+            " ".join(options),
             f"{row.parameters:,}",
             f"{row.bits:.2f}" if row.parameters else "tied",
             f"{mib:,.2f}",
@@ -109,10 +95,6 @@ def plan_table(rows: list[SummaryRow], figures: Mapping[str, WeightFigures]) -> 
             *([error_of([figures[s] for s in row.slots if s in figures])] if figures else []),
         )
     return table
-
-
-def _shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def error_of(figures: Sequence[WeightFigures]) -> str:

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from qlora_builders.checkpoint import MergeError, MergeReport, load_with_adapter, save_merged
 from qlora_builders.config.checks import size_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import MergeConfig
-from qlora_builders.console import PlainConsole
-from qlora_builders.errors import ConfigError
-from qlora_builders.files.outputs import check_new, check_writable, write_whole
+from qlora_builders.console import plain_table, table_console
+from qlora_builders.files.outputs import check_new, write_whole
 from qlora_builders.training.device import resolve_dtype
 from qlora_builders.visible import say
 
@@ -33,9 +32,7 @@ deviation: from the trained layer, written - (its W + delta)"""
 
 def main(cfg: MergeConfig) -> None:
     output_dir = Path(cfg.output_dir)
-    if output_dir.exists():
-        raise ConfigError(f"output_dir={output_dir} exists; choose a new folder")
-    check_writable(output_dir, "output_dir", folder=True)
+    check_new(output_dir, "output_dir", folder=True)
     if cfg.report is not None:
         check_new(Path(cfg.report), "report")
     adapted = load_with_adapter(
@@ -66,10 +63,7 @@ def main(cfg: MergeConfig) -> None:
 
 
 def show(report: MergeReport, cfg: MergeConfig) -> None:
-    console = PlainConsole()
-    if not console.is_terminal:
-        console.width = 100  # rich would fold a piped table to 80 columns
-    console.print(error_table(report))
+    table_console().print(error_table(report))
     logits = report.logits
     say(
         f"against base + adapter, on random tokens: logits differ by {logits.relative:.2%} of "
@@ -88,14 +82,11 @@ def error_table(report: MergeReport) -> Table:
     """
     order = sorted(report.layers, key=lambda layer: (layer.error, layer.deviation), reverse=True)
     worst = order[:SHOWN_LAYERS]
-    title = f"{len(worst)} of {len(report.layers)} merged layers, largest error first"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.caption, table.caption_justify = LEGEND, "left"
-    table.add_column("layer", no_wrap=True)
     quantized = report.total.kept is not None
-    heads = ["delta / W", "error / delta", "deviation / delta"]
-    for head in [*heads, "kept"] if quantized else heads:
-        table.add_column(head, justify="right", no_wrap=True)
+    heads = ["delta / W", "error / delta", "deviation / delta", *(["kept"] if quantized else [])]
+    title = f"{len(worst)} of {len(report.layers)} merged layers, largest error first"
+    left: dict[str, Any] = {"title_justify": "left", "caption_justify": "left"}
+    table = plain_table(["layer"], heads, title=title, caption=LEGEND, **left)
     for layer in (*worst, report.total):
         figures = [f"{layer.relative_delta:.2%}", f"{layer.error:.3g}", f"{layer.deviation:.3g}"]
         if quantized:

@@ -13,14 +13,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, TypeVar
+from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 
@@ -42,69 +40,80 @@ from qlora_builders.checkpoint import load_checkpoint, read_arch, stored_plan
 from qlora_builders.config.checks import memory_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import PlanConfig
-from qlora_builders.console import PlainConsole
-from qlora_builders.data import (
-    Batch,
-    Batches,
-    TokenizedDataset,
-    Tokenizer,
-    build_dataset,
-    check_token_range,
-)
+from qlora_builders.console import plain_table, table_console
+from qlora_builders.data import Batch, Batches, TokenizedDataset, Tokenizer, check_token_range
 from qlora_builders.errors import ConfigError
-from qlora_builders.files.outputs import check_writable, write_whole
+from qlora_builders.files.outputs import check_new, write_whole
 from qlora_builders.models import LlamaArch, linear_slots, llama, summarize
 from qlora_builders.modules import CausalLM
+from qlora_builders.runs import read_dataset
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
-from qlora_builders.training.progress import table_console
 from qlora_builders.visible import visible, visible_json
 
-T = TypeVar("T")
 EVAL_BATCHES = 20  # at least, where there are as many rows: chance is judged by their spread
 
 
 def main(cfg: PlanConfig) -> None:
-    output = Path(cfg.output)
-    if output.exists() or output.with_suffix(".json").exists():
-        raise ConfigError(f"output={output}, or its .json, exists; choose another name")
-    check_writable(output, "output")
-    if stored_plan(cfg.checkpoint.dir, format=cfg.checkpoint.format):
+    output, figures_file = Path(cfg.output), Path(cfg.output).with_suffix(".json")
+    for file in (output, figures_file):
+        check_new(file, "output")
+    base, format = cfg.checkpoint.dir, cfg.checkpoint.format
+    if stored_plan(base, format=format):
         raise ConfigError(
-            f"checkpoint.dir={cfg.checkpoint.dir} is quantized already, and what that cost cannot "
-            "be measured; give the 16-bit weights"
+            f"checkpoint.dir={base} is quantized already, and what that cost cannot be measured; "
+            "give the 16-bit weights"
         )
-    arch = read_arch(cfg.checkpoint.dir, format=cfg.checkpoint.format)
+    arch = read_arch(base, format=format)
     fixed, weights, budget = check_budget(cfg, arch)
     console = table_console()
-    calibration, held_out = (dataset(source, cfg) for source in (cfg.data.train, cfg.data.eval))
+    tokenizer = Tokenizer.from_dir(cfg.tokenizer.path or base)
+    calibration, held_out = (
+        read_dataset(source, tokenizer, cfg.data)
+        for source in (cfg.data.train, cfg.data.eval)
+        if source is not None  # which the config has made sure of
+    )
     for data in (calibration, held_out):
         check_token_range(data, arch.vocab_size)
+    device, dtype = resolve_device(cfg.device), resolve_dtype(cfg.dtype)
+    load = partial(
+        load_checkpoint,
+        base,
+        format=format,
+        device=device,
+        dtype=dtype,
+        compute_dtype=resolve_compute_dtype(cfg.compute_dtype, device),
+    )
 
-    model = load(cfg, [])
-    options = measure(model, calibration, cfg, console)
+    model = load()
+    slots = quantizable(model)
+    found = measure_sensitivity(model, slots, calibration_batches(calibration, cfg), seed=cfg.seed)
+    tried = measure_options(
+        {slot: module.get_parameter("weight") for slot, module in slots.items()},
+        lambda slot, *pair: found[slot].predicted_kl(*pair),
+    )
+    options: Options = dict(console.track(tried, "quantizing", len(slots)))
     plain = {slot: next(o for o in some if o.setting == PLAIN) for slot, some in options.items()}
     reference = HeldOut(model, held_out_batches(held_out, cfg), seed=cfg.seed)
     unquantized = Measured("not quantized", plain, reference.figures(model))
-    del model
+    del model, slots, tried
 
     plans = {name: p for name, p in uniform_plans(options).items() if total_bytes(p) <= budget}
     plans["the plan"] = choose(options, budget)
     measured = []
-    for name, choice in tracked(plans.items(), "comparing", console, len(plans)):
-        candidate = load(cfg, to_rules(choice))
+    for name, choice in console.track(plans.items(), "comparing", len(plans)):
+        candidate = load(to_rules(choice))
         assert sum(row.base_bytes for row in summarize(candidate)) == fixed + total_bytes(choice)
         measured.append(Measured(name, choice, reference.figures(candidate)))
         del candidate
     best, verdict = decide(measured[-1], measured[:-1], unquantized)
 
     rules = to_rules(best.choice, rank=cfg.rank, alpha=cfg.alpha or 2 * (cfg.rank or 1))
-    built = llama(arch, rules, device="meta", dtype=resolve_dtype(cfg.dtype))
-    rows = comparison([unquantized, *measured], fixed, weights)
-    console.print(plan_table(built, best.choice))
+    console.print(plan_table(llama(arch, rules, device="meta", dtype=dtype), best.choice))
+    rows = [figures_of(one, fixed, weights) for one in (unquantized, *measured)]
     console.print(comparison_table(rows))
     console.print(verdict)
     figures = {
-        "checkpoint": cfg.checkpoint.dir,
+        "checkpoint": base,
         "calibration": calibration.report.summary(),
         "held_out": held_out.report.summary(),
         "budget_bytes": fixed + budget,
@@ -112,24 +121,20 @@ def main(cfg: PlanConfig) -> None:
         "verdict": verdict,
         "comparison": rows,
         "components": rules,
-        "slots": slot_figures(options, best.choice),
+        "slots": {
+            slot: {
+                "chosen": best.choice[slot].setting.name,
+                "options": {
+                    o.setting.name: {"bytes": o.nbytes, "predicted_kl": o.loss} for o in some
+                },
+            }
+            for slot, some in options.items()
+        },
     }
-    write(output, rules, figures)
-    console.print(f"wrote {output} and {output.with_suffix('.json')}")
-
-
-def tracked(items: Iterable[T], what: str, console: PlainConsole, total: int) -> Iterable[T]:
-    return track(
-        items,
-        what,
-        total=total,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-# ---- budget and measuring ----------------------------------------------------------------------
+    write_whole(figures_file, f"{visible_json(figures, indent=2)}\n".encode())
+    about = f"qlora plan: {base} in {fixed + budget:,} bytes or less. Verdict: {verdict}. Use it "
+    write_whole(output, to_yaml(f"{about}with components={output}", rules))  # where it is, all is
+    console.print(f"wrote {output} and {figures_file}")
 
 
 def quantizable(model: CausalLM) -> dict[str, nn.Module]:
@@ -170,51 +175,11 @@ def check_budget(cfg: PlanConfig, arch: LlamaArch) -> tuple[int, int, int]:
     return fixed, weights, budget
 
 
-def dataset(source: str | None, cfg: PlanConfig) -> TokenizedDataset:
-    assert source is not None
-    return build_dataset(
-        source,
-        Tokenizer.from_dir(cfg.tokenizer.path or cfg.checkpoint.dir),
-        format=cfg.data.format,
-        max_seq_len=cfg.data.max_seq_len,
-        train_on=cfg.data.train_on,
-        columns=asdict(cfg.data.columns),
-        max_rows=cfg.data.max_rows,
-        on_error=cfg.data.on_error,
-    )
-
-
-def load(cfg: PlanConfig, rules: list[dict[str, Any]]) -> CausalLM:
-    device = resolve_device(cfg.device)
-    return load_checkpoint(
-        cfg.checkpoint.dir,
-        rules,
-        format=cfg.checkpoint.format,
-        device=device,
-        dtype=resolve_dtype(cfg.dtype),
-        compute_dtype=resolve_compute_dtype(cfg.compute_dtype, device),
-    )
-
-
-def measure(
-    model: CausalLM, data: TokenizedDataset, cfg: PlanConfig, console: PlainConsole
-) -> Options:
-    """What every slot can be, with its bytes and the predicted KL divergence."""
-    slots = quantizable(model)
-    found = measure_sensitivity(model, slots, calibration_batches(data, cfg), seed=cfg.seed)
-    weights = {slot: module.get_parameter("weight") for slot, module in slots.items()}
-    options = measure_options(weights, lambda slot, *pair: found[slot].predicted_kl(*pair))
-    return dict(tracked(options, "quantizing", console, len(weights)))
-
-
 def calibration_batches(data: TokenizedDataset, cfg: PlanConfig) -> Iterator[Batch]:
     """Seeded rows of data.train until calibration_tokens are reached."""
+    packing, max_seq_len = cfg.data.packing, cfg.data.max_seq_len
     batches = Batches(
-        data,
-        batch_size=cfg.batch_size,
-        packing=cfg.data.packing,
-        max_seq_len=cfg.data.max_seq_len,
-        seed=cfg.seed,
+        data, batch_size=cfg.batch_size, packing=packing, max_seq_len=max_seq_len, seed=cfg.seed
     )
     tokens = 0
     for batch in batches.of_epoch(0, resolve_device(cfg.device)):
@@ -225,98 +190,56 @@ def calibration_batches(data: TokenizedDataset, cfg: PlanConfig) -> Iterator[Bat
 
 
 def held_out_batches(data: TokenizedDataset, cfg: PlanConfig) -> Iterator[Batch]:
+    size = max(1, min(cfg.batch_size, len(data) // EVAL_BATCHES))
+    packing, max_seq_len = cfg.data.packing, cfg.data.max_seq_len
     batches = Batches(
-        data,
-        batch_size=max(1, min(cfg.batch_size, len(data) // EVAL_BATCHES)),
-        packing=cfg.data.packing,
-        max_seq_len=cfg.data.max_seq_len,
-        shuffle=False,
+        data, batch_size=size, packing=packing, max_seq_len=max_seq_len, shuffle=False
     )
     return batches.of_epoch(0, resolve_device(cfg.device))
 
 
-# ---- what is shown and written ------------------------------------------------------------------
-
-
 def plan_table(model: CausalLM, choice: Choice) -> Table:
     """Slots as `inspect` groups them."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("slot", no_wrap=True)
-    table.add_column("base", no_wrap=True)
-    for column in ("parameters", "bits", "MiB", "predicted KL"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = plain_table(["slot", "base"], ["parameters", "bits", "MiB", "predicted KL"])
     for row in summarize(model):
         chosen = {slot: choice[slot] for slot in row.slots if slot in choice}
         if chosen:
-            table.add_row(
-                row.name,
-                choice[row.slots[0]].setting.name,
-                f"{row.parameters:,}",
-                f"{row.bits:.2f}",
-                f"{row.base_bytes / 2**20:,.2f}",
-                f"{total_loss(chosen):.2e}",
-            )
+            figures = (f"{row.parameters:,}", f"{row.bits:.2f}", f"{row.base_bytes / 2**20:,.2f}")
+            name = choice[row.slots[0]].setting.name
+            table.add_row(row.name, name, *figures, f"{total_loss(chosen):.2e}")
     return table
 
 
-def comparison(measured: Sequence[Measured], fixed: int, weights: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "plan": one.name,
-            "bits": 8 * total_bytes(one.choice) / weights,
-            "bytes": fixed + total_bytes(one.choice),
-            "predicted_kl": total_loss(one.choice),
-            "kl": one.kl,
-            "loss": one.loss,
-            "perplexity": math.exp(one.loss),
-        }
-        for one in measured
-    ]
-
-
-def comparison_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layers in", no_wrap=True)
-    for column in ("bits", "MiB", "predicted KL", "KL", "loss", "perplexity"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["plan"],
-            f"{row['bits']:.3f}",
-            f"{row['bytes'] / 2**20:,.2f}",
-            f"{row['predicted_kl']:.2e}",
-            f"{row['kl']:.2e}",
-            f"{row['loss']:.5f}",
-            f"{row['perplexity']:.4f}",
-        )
-    return table
-
-
-def slot_figures(options: Options, choice: Choice) -> dict[str, Any]:
-    """Of every slot: what was chosen, and bytes and predicted KL of all that could have been."""
+def figures_of(one: Measured, fixed: int, weights: int) -> dict[str, Any]:
     return {
-        slot: {
-            "chosen": choice[slot].setting.name,
-            "options": {o.setting.name: {"bytes": o.nbytes, "predicted_kl": o.loss} for o in some},
-        }
-        for slot, some in options.items()
+        "plan": one.name,
+        "bits": 8 * total_bytes(one.choice) / weights,
+        "bytes": fixed + total_bytes(one.choice),
+        "predicted_kl": total_loss(one.choice),
+        "kl": one.kl,
+        "loss": one.loss,
+        "perplexity": math.exp(one.loss),
     }
 
 
-def write(output: Path, rules: list[dict[str, Any]], figures: dict[str, Any]) -> None:
-    """The YAML last: where it is, everything is."""
-    about = (
-        f"qlora plan: {figures['checkpoint']} in {figures['budget_bytes']:,} bytes or less. "
-        f"Verdict: {figures['verdict']}. Use it with components={output}"
-    )
+def comparison_table(rows: Sequence[dict[str, Any]]) -> Table:
+    heads = ["bits", "MiB", "predicted KL", "KL", "loss", "perplexity"]
+    table = plain_table(["layers in"], heads)
+    for row in rows:
+        sizes = (f"{row['bits']:.3f}", f"{row['bytes'] / 2**20:,.2f}")
+        divergence = (f"{row['predicted_kl']:.2e}", f"{row['kl']:.2e}")
+        losses = (f"{row['loss']:.5f}", f"{row['perplexity']:.4f}")
+        table.add_row(row["plan"], *sizes, *divergence, *losses)
+    return table
+
+
+def to_yaml(about: str, rules: Sequence[dict[str, Any]]) -> bytes:
     lines = [
         *wrap(visible(about), width=100, initial_indent="# ", subsequent_indent="# "),
         "components:",
         *(f"  - {{{', '.join(f'{key}: {json.dumps(v)}' for key, v in r.items())}}}" for r in rules),
     ]
-    text = visible_json(figures, indent=2)
-    for path, content in ((output.with_suffix(".json"), text), (output, "\n".join(lines))):
-        write_whole(path, f"{content}\n".encode())
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 if __name__ == "__main__":

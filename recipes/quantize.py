@@ -17,7 +17,7 @@ from qlora_builders.config.checks import size_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import QuantizeConfig
 from qlora_builders.errors import ConfigError
-from qlora_builders.files.outputs import check_writable
+from qlora_builders.files.outputs import check_new
 from qlora_builders.models import ComponentRule, summarize
 from qlora_builders.training.device import resolve_dtype
 from qlora_builders.visible import say
@@ -25,9 +25,7 @@ from qlora_builders.visible import say
 
 def main(cfg: QuantizeConfig) -> None:
     output_dir = Path(cfg.output_dir)
-    if output_dir.exists():
-        raise ConfigError(f"output_dir={output_dir} exists; choose a new folder")
-    check_writable(output_dir, "output_dir", folder=True)
+    check_new(output_dir, "output_dir", folder=True)
     model = load_checkpoint(
         cfg.checkpoint.dir, rules(cfg), format=cfg.checkpoint.format, dtype=resolve_dtype(cfg.dtype)
     )

@@ -28,7 +28,7 @@ EXPERIMENTS = {
     "our writer": (
         f"{G}loggers: [{{component: qlora_builders.files.outputs.write_whole, path: OWNED}}]\n"
     ),
-    "our process": f"{G}loggers: [{{component: qlora_builders.sweep.process.JobRunner}}]\n",
+    "our process": f"{G}loggers: [{{component: qlora_builders.sweep.JobRunner}}]\n",
     "optimizer module": f"{G}optimizer: {{component: torch.optim.sgd.torch.load, f: evil.pt}}\n",
     "optimizer as logger": f"{G}loggers: [{{component: torch.optim.AdamW}}]\n",
     "logger as optimizer": f"{G}optimizer: {{component: {TENSORBOARD}}}\n",

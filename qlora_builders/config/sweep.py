@@ -65,10 +65,14 @@ def plan_sweep(
     problems: list[str] = []
     for swept, words in splits:
         cfg, wrong = draft_run(verb, words, config_dir)
-        problems += wrong or _no_sweep(cfg)
+        resume = getattr(getattr(cfg, "training", None), "resume", None)
+        if not wrong and resume not in (None, "auto"):
+            wrong = [f"training.resume={resume} is of one run; a sweep goes on with auto"]
         if path_key in swept:
-            problems.append(f"{path_key} cannot be swept: it names the folder of all jobs")
-        folder = jobs[0].path.parent if jobs else _folder(getattr(cfg, path_key), ending)
+            wrong.append(f"{path_key} cannot be swept: it names the folder of all jobs")
+        problems += wrong
+        given = getattr(cfg, path_key) or f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        folder = jobs[0].path.parent if jobs else Path(given.removesuffix(ending))
         name = job_name({labels[key]: value for key, value in swept.items()})
         path = folder / f"{name}{ending}"
         setattr(cfg, path_key, str(path))
@@ -179,18 +183,3 @@ def _values(override: str, parser: Any) -> list[str] | None:
         if values.count(value) > 1:
             raise ConfigError(f"{override!r} has {value} twice")
     return values
-
-
-def _folder(path: str | None, ending: str) -> Path:
-    """Of a sweep: output_dir itself; beside where `output` alone would write."""
-    return Path(path.removesuffix(ending) if path else f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}")
-
-
-def _no_sweep(cfg: Any) -> list[str]:
-    training = getattr(cfg, "training", None)
-    if training is None or training.resume in (None, "auto"):
-        return []
-    return [
-        f"training.resume={training.resume} is of one run; a sweep goes on with "
-        "training.resume=auto"
-    ]

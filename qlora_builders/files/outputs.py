@@ -19,6 +19,9 @@ from qlora_builders.visible import say
 
 # of a run's folder
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+ENVIRONMENT_FILE = "environment.jsonl"
 RESULTS = ("adapter", "model")  # folders that a finished run has one of
 
 
@@ -65,18 +68,19 @@ def check_writable(path: Path, key: str, *, folder: bool = False) -> None:
         raise ConfigError(f"{key}={path}: {place} is not writable; choose another place")
 
 
-def check_new(path: Path, key: str, *, grows: bool = False) -> None:
-    """`check_writable` for a file of results.
+def check_new(path: Path, key: str, *, grows: bool = False, folder: bool = False) -> None:
+    """`check_writable` for a file, or a folder, of results.
 
     Args:
         grows: it will be written by `growing`.
 
     Raises:
-        ConfigError: also if there is such a file, or what was finished of one that grows.
+        ConfigError: also if it exists, or what was finished of one that grows.
     """
-    check_writable(path, key)
+    check_writable(path, key, folder=folder)
     if path.exists():
-        raise ConfigError(f"{key}={path} exists; choose another name")
+        wanted = "a new folder" if folder else "another name"
+        raise ConfigError(f"{key}={path} exists; choose {wanted}")
     if grows and _partial(path).exists():
         raise ConfigError(
             f"{key}={path}: {_partial(path)} holds what an interrupted run had finished; rename or "

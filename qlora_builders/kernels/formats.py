@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,6 +104,18 @@ class Backend(Protocol):
         transposed: bool,
         dtype: torch.dtype,
     ) -> Tensor: ...
+
+
+def decoded_matmul(dequantize: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The `matmul` of a backend that decodes the whole weight for it."""
+
+    def matmul(
+        input: Tensor, fields: Sequence[Tensor], bias: Tensor | None, *, transposed: bool, **of: Any
+    ) -> Tensor:
+        weight = dequantize(fields, out_dtype=input.dtype, **of)
+        return F.linear(input, weight, bias) if transposed else input @ weight
+
+    return matmul
 
 
 _library = torch.library.Library("qlora_builders", "DEF")

@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qlora_builders.kernels.formats import NOT_FINITE, Format, Shape
+from qlora_builders.kernels.formats import NOT_FINITE, Format, Shape, decoded_matmul
 
 BLOCK_SIZE = 32
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -110,16 +110,4 @@ def dequantize(
     return out.view(*shape)
 
 
-def matmul(
-    input: Tensor,
-    fields: Sequence[Tensor],
-    bias: Tensor | None,
-    *,
-    format: MXFP4Format,
-    shape: Sequence[int],
-    transposed: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`input @ W.T + bias` (transposed) or `input @ W`, in the input's dtype."""
-    weight = dequantize(fields, format=format, shape=shape, dtype=dtype, out_dtype=input.dtype)
-    return torch.nn.functional.linear(input, weight, bias) if transposed else input @ weight
+matmul = decoded_matmul(dequantize)

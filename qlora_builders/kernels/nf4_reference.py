@@ -54,7 +54,13 @@ import torch
 from torch import Tensor
 
 from qlora_builders.errors import did_you_mean
-from qlora_builders.kernels.formats import NOT_FINITE, WEIGHT_DTYPES, Format, Shape
+from qlora_builders.kernels.formats import (
+    NOT_FINITE,
+    WEIGHT_DTYPES,
+    Format,
+    Shape,
+    decoded_matmul,
+)
 from qlora_builders.names import SCALE_FORMATS
 
 _VALUES = (
@@ -194,19 +200,7 @@ def dequantize(
     return out.view(*shape)
 
 
-def matmul(
-    input: Tensor,
-    fields: Sequence[Tensor],
-    bias: Tensor | None,
-    *,
-    format: NF4Format,
-    shape: Sequence[int],
-    transposed: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`input @ W.T + bias` (transposed) or `input @ W`, in the input's dtype."""
-    weight = dequantize(fields, format=format, shape=shape, dtype=dtype, out_dtype=input.dtype)
-    return torch.nn.functional.linear(input, weight, bias) if transposed else input @ weight
+matmul = decoded_matmul(dequantize)
 
 
 def num_blocks(numel: int, block_size: int) -> int:

@@ -26,13 +26,9 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(d)) v over finished projections.
 
     Args:
-        q_proj: [b, s, hidden] -> [b, s, h * d].
-        k_proj: [b, s, hidden] -> [b, s, g * d].
-        v_proj: as k_proj.
-        o_proj: [b, s, h * d] -> [b, s, hidden].
-        num_heads: query heads; a multiple of num_kv_heads.
-        num_kv_heads: key/value heads, each shared by num_heads / num_kv_heads query heads.
-        head_dim: size of one head.
+        q_proj: [b, s, hidden] -> [b, s, h * d]; o_proj the reverse.
+        k_proj, v_proj: [b, s, hidden] -> [b, s, g * d].
+        num_heads: query heads; each kv head serves num_heads / num_kv_heads of them.
         layer: index of this layer in a KV cache.
         attention_dropout: probability of dropping an attention weight in training.
     """
@@ -70,12 +66,7 @@ class Attention(nn.Module):
         mask: Mask = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """
-        Args:
-            x: [b, s, hidden].
-            cos: [b, 1, s, d], and sin likewise.
-            cache: holds the positions before x; x's are appended.
-        """
+        """x [b, s, hidden]; cos, sin [b, 1, s, d]. x's positions are appended to the cache's."""
         b, s, _ = x.shape
         q = self.q_proj(x).view(b, s, self.num_heads, self.head_dim).transpose(1, 2)  # [b, h, s, d]
         k = self.k_proj(x).view(b, s, self.num_kv_heads, self.head_dim).transpose(1, 2)
@@ -106,11 +97,9 @@ class Attention(nn.Module):
 class RotaryEmbedding(nn.Module):
     """cos and sin tables for given positions.
 
-    The frequencies are Python numbers, not a buffer: building on meta, `to_empty` and
-    `Module.to(bfloat16)` cannot lose or round them.
-
-    Args:
-        frequencies: radians per position of each of the d / 2 rotated pairs, after scaling.
+    The frequencies, radians per position of each of the d / 2 rotated pairs, are Python numbers
+    and not a buffer: building on meta, `to_empty` and `Module.to(bfloat16)` cannot lose or round
+    them.
     """
 
     def __init__(self, frequencies: list[float]) -> None:

@@ -24,15 +24,11 @@ class Decoder(nn.Module):
     """Token embedding, decoder layers, final norm. [b, s] ids -> [b, s, hidden]
 
     Args:
-        embed_tokens: ids [b, s] -> [b, s, hidden].
-        layers: `DecoderLayer`s.
-        norm: the final norm.
         rotary: (position_ids, dtype) -> cos, sin; shared by all layers.
         compute_dtype: dtype of the activations; every layer computes in its input's dtype.
 
     Attributes:
-        activation_checkpointing: what a layer keeps for backward, one of `CHECKPOINTING_MODES`;
-            "none" by default.
+        activation_checkpointing: what a layer keeps for backward, one of `CHECKPOINTING_MODES`.
     """
 
     def __init__(
@@ -159,10 +155,9 @@ class CausalLM(nn.Module):
         Args:
             labels: [b, s], the token ids with `IGNORE_INDEX` where not trained; the first token of
                 a document is not a target.
-            input_ids, position_ids, document_ids: as for `forward`.
 
         Raises:
-            ValueError: as `forward`, and for labels of another shape or dtype.
+            ValueError: as `forward`, and for labels of another shape.
         """
         _check_inputs(input_ids, labels=labels)
         hidden = self.model(input_ids, position_ids=position_ids, document_ids=document_ids)

@@ -91,9 +91,7 @@ class FeedForward(nn.Module):
     """down_proj(activation(gate_proj(x)) * up_proj(x)) (https://arxiv.org/abs/2002.05202).
 
     Args:
-        gate_proj: [..., hidden] -> [..., intermediate].
-        up_proj: as gate_proj.
-        down_proj: [..., intermediate] -> [..., hidden].
+        gate_proj, up_proj: [..., hidden] -> [..., intermediate]; down_proj the reverse.
         activation: elementwise; one of `ACTIVATIONS` in a Llama.
     """
 

@@ -29,11 +29,8 @@ class FrozenLinear(nn.Module):
     loading quantizes. Saving and loading again gives the same bits.
 
     Args:
-        in_features: size of the last input axis.
-        out_features: size of the last output axis.
         bias: whether there is a bias; it is kept in `dtype` and frozen.
-        format: of the weight.
-        dtype: dtype of the weight that the codes stand for.
+        dtype: of the weight that the codes stand for.
     """
 
     weight: Tensor

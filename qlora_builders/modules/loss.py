@@ -49,10 +49,7 @@ def sequence_log_probs(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tenso
     The logits of a chunk of positions are there at a time. What its gradient is multiplied with is
     not known before backward, so that runs the head again.
 
-    Args:
-        hidden: [b, s, hidden], the final hidden states.
-        labels: [b, s], the token ids with `IGNORE_INDEX` where not trained.
-        head: as for `chunked_next_token_loss`.
+    The arguments are those of `chunked_next_token_loss`.
     """
     rows, targets, positions = trained_rows(hidden, labels)
 

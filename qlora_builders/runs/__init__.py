@@ -23,6 +23,7 @@ from qlora_builders.runs.setup import (
     load_model,
     look_ahead,
     make_optimizer,
+    read_dataset,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "look_ahead",
     "make_optimizer",
     "open_log",
+    "read_dataset",
     "save_result",
     "show_result",
     "train",

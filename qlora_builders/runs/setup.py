@@ -16,7 +16,8 @@ from qlora_builders.checkpoint import load_checkpoint
 from qlora_builders.config.instantiate import instantiate
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.schema import FinetuneConfig
-from qlora_builders.data import Batches, Tokenizer, build_dataset
+from qlora_builders.config.sections import DataConfig
+from qlora_builders.data import Batches, TokenizedDataset, Tokenizer, build_dataset
 from qlora_builders.distributed import Ranks, sharding
 from qlora_builders.errors import ConfigError, counted
 from qlora_builders.files.outputs import step_folders
@@ -31,18 +32,16 @@ from qlora_builders.runs.about import (
 )
 from qlora_builders.runs.folder import AUTO, Start, find_start
 from qlora_builders.runs.state import load_step
-from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
     bound_heap,
+    compile_layers,
     resolve_compute_dtype,
     resolve_device,
     resolve_dtype,
     set_seed,
 )
 from qlora_builders.training.loggers import Loggers
-from qlora_builders.training.lr_schedule import lr_factor
-from qlora_builders.training.param_groups import lora_plus_groups
-from qlora_builders.training.step import trainable_parameters
+from qlora_builders.training.optimizers import lora_plus_groups, lr_factor, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,23 @@ def load_data(run: Run) -> Data:
     about = describe(cfg, resolved, total_steps) | {"date": date}
     check_resume(run.start, about, cfg)
     return Data(train, evaluated, total_steps, about)
+
+
+def read_dataset(source: str, tokenizer: Tokenizer, data: DataConfig) -> TokenizedDataset:
+    """
+    Raises:
+        DataError: for rows that cannot be used.
+    """
+    return build_dataset(
+        source,
+        tokenizer,
+        format=data.format,
+        max_seq_len=data.max_seq_len,
+        train_on=data.train_on,
+        columns=asdict(data.columns),
+        max_rows=data.max_rows,
+        on_error=data.on_error,
+    )
 
 
 def load_model(run: Run, data: Data) -> CausalLM:
@@ -220,18 +236,8 @@ def _make_loggers(cfg: FinetuneConfig, ranks: Ranks, folder: Path, start: Start)
 
 def _load_batches(source: str, run: Run, tokenizer: Tokenizer, *, shuffle: bool) -> Batches:
     cfg = run.cfg
-    data = build_dataset(
-        source,
-        tokenizer,
-        format=cfg.data.format,
-        max_seq_len=cfg.data.max_seq_len,
-        train_on=cfg.data.train_on,
-        columns=asdict(cfg.data.columns),
-        max_rows=cfg.data.max_rows,
-        on_error=cfg.data.on_error,
-    )
     return Batches(
-        data,
+        read_dataset(source, tokenizer, cfg.data),
         batch_size=cfg.training.batch_size,
         packing=cfg.data.packing,
         max_seq_len=cfg.data.max_seq_len,

@@ -19,7 +19,7 @@ from qlora_builders.errors import QLoRAError
 from qlora_builders.files.reading import open_plain, parse_json
 from qlora_builders.report import read_run
 from qlora_builders.report.page import report_page
-from qlora_builders.sweep.results import figures_of, read_results
+from qlora_builders.sweep import figures_of, read_seconds
 
 SECONDS = 60
 # name of a file -> what reads it
@@ -31,7 +31,7 @@ DOORS: dict[str, Door] = {
     "qlora_base.json": lambda file: read_base_record(file.parent),
     "model.safetensors.index.json": lambda file: find_tensors(file.parent),
     "model.safetensors": read_header,
-    "sweep.json": lambda file: read_results(file.parent),
+    "sweep.json": lambda file: read_seconds(file.parent),
     "rows.json": load_rows,
     "rows.jsonl": lambda file: load_rows(file)[0],
     "prompts.json": lambda file: read_prompts(file, None),  # type: ignore[arg-type]

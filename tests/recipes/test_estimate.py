@@ -126,5 +126,5 @@ def test_a_rank_of_two(capsys: pytest.CaptureFixture[str]) -> None:
         "training.activation_checkpointing=offload",
         "components=[{match: lm_head, kind: frozen_nf4}]",
     )
-    assert "peak 21.67 GiB in backward of each rank: 1 x 1024 tokens on cuda" in output
+    assert "peak 21.66 GiB in backward of each rank: 1 x 1024 tokens on cuda" in output
     assert "gathered weights" in output

@@ -193,7 +193,7 @@ def test_files_that_exist_and_bases_that_are_quantized(
 ) -> None:
     (tmp_path / "plan.json").write_text("mine")
     assert plan(checkpoint, rows, tmp_path / "plan.yaml", "bits=5") == 2
-    assert "plan.yaml, or its .json, exists; choose another name" in capsys.readouterr().err
+    assert "plan.json exists; choose another name" in capsys.readouterr().err
     assert plan(checkpoint, rows, tmp_path / "plan.txt", "bits=5") == 2
     assert "must end in .yaml" in capsys.readouterr().err
     nf4 = tmp_path / "nf4"

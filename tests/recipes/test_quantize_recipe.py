@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from qlora_builders import cli
 from qlora_builders.checkpoint import load_checkpoint, load_with_adapter, stored_plan
 from qlora_builders.checkpoint.formats import detect_format
-from qlora_builders.tensor import NF4Tensor
+from qlora_builders.tensor import NF4Format, NF4Tensor
 
 F32 = "compute_dtype=float32"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -50,9 +50,8 @@ def test_options(checkpoint: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "a").glob("nf4-*.safetensors"))) > 1
     options = ["block_size=128", "scale_format=none", "scale_search=true", "dtype=float32"]
     weight = quantize(checkpoint, tmp_path / "b", *options)
-    assert weight.format == {
-        "block_size": 128, "scale_block_size": 256, "scale_format": "none", "scale_search": True
-    }  # fmt: skip
+    expected = NF4Format(block_size=128, scale_format="none", scale_search=True)
+    assert weight.format == expected
     assert weight.dtype == torch.float32
 
 

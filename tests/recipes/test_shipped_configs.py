@@ -9,7 +9,7 @@ from qlora_builders.config.compose import compose
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.shipped import shipped_dir
 from qlora_builders.models import get_arch, llama
-from qlora_builders.training.step import trainable_parameters
+from qlora_builders.training.optimizers import trainable_parameters
 
 EXPERIMENTS = sorted(path.stem for path in shipped_dir("configs").glob("experiment/*.yaml"))
 METHODS = sorted(path.stem for path in shipped_dir("configs").glob("method/*.yaml"))

@@ -15,8 +15,7 @@ import pytest
 
 from qlora_builders import cli
 from qlora_builders.report import read_run
-from qlora_builders.sweep.process import error_in
-from qlora_builders.sweep.results import figures_of
+from qlora_builders.sweep import error_in, figures_of
 
 
 def words(checkpoint: Path, rows: Path, folder: Path, *more: str) -> list[str]:

@@ -6,13 +6,13 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qlora_builders.config.instantiate import instantiate
-from qlora_builders.training.loggers import Loggers
-from qlora_builders.training.progress import MetricsLog
+from qlora_builders.training.loggers import Loggers, MetricsLog
 
 PREFIX = "qlora_builders.training.loggers."
 
@@ -84,18 +84,42 @@ def test_tensorboard_events_can_be_read_back(tmp_path: Path) -> None:
     assert points == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
 
 
-def test_wandb_writes_a_run_offline_and_keeps_its_id(
+class FakeWandb(ModuleType):
+    """What of wandb's interface the logger uses, written down."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.runs: list[tuple[dict[str, Any], list[Any]]] = []  # options of init, what was called
+
+    Settings = staticmethod(lambda *, console, disable_git, disable_code: console)
+
+    def init(
+        self, *, dir: str, id: str, resume: str, settings: str, project: str | None,
+        entity: str | None, name: str | None, mode: str | None, config: dict[str, Any],
+    ) -> Any:  # fmt: skip
+        calls: list[Any] = []
+        self.runs.append(({"dir": dir, "id": id, "name": name, "mode": mode}, calls))
+        return SimpleNamespace(
+            log=lambda data, step: calls.append((step, data)),
+            finish=lambda: calls.append("finished"),
+        )
+
+
+def test_wandb_keeps_the_id_of_a_resumed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     run = tmp_path / "run"
-    ids = []
+    make("WandbLogger", run).close()  # nothing logged, nothing opened
+    assert fake.runs == []
     for first_step in (0, 1, 0):
         logger = make("WandbLogger", run, first_step=first_step, mode="offline", project="p")
         logger.log(first_step + 1, {"loss": 1.5})
         logger.close()
-        ids.append((run / "wandb_run_id").read_text())
-    assert ids[0] == ids[1] != ids[2]  # resumed, then a new run
-    names = [path.name for path in (run / "wandb").glob("offline-run-*")]
-    assert all(any(name.endswith(id) for name in names) for id in ids)
+    ids = [options["id"] for options, _ in fake.runs]
+    assert ids[0] == ids[1] != ids[2] == (run / "wandb_run_id").read_text()  # then a new run
+    assert fake.runs[1][0] == {"dir": str(run), "id": ids[0], "name": "run", "mode": "offline"}
+    assert [calls for _, calls in fake.runs] == [
+        [(step, {"loss": 1.5}), "finished"] for step in (1, 2, 1)
+    ]
