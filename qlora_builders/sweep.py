@@ -29,13 +29,11 @@ from qlora_builders.config.instantiate import allow_prefixes
 from qlora_builders.config.overrides import key_of
 from qlora_builders.config.sweep import Job, differences, plan_sweep, short_names
 from qlora_builders.config.verbs import VERBS
-from qlora_builders.console import plain_table
+from qlora_builders.console import StopRequest, plain_table, table_console
 from qlora_builders.errors import ConfigError
 from qlora_builders.files.outputs import write_whole
 from qlora_builders.files.reading import read_json
 from qlora_builders.report import AVERAGED, Run, final_figures, read_run
-from qlora_builders.training.progress import table_console
-from qlora_builders.training.step import StopRequest
 from qlora_builders.visible import say
 
 RESULTS_FILE = "sweep.json"

@@ -30,7 +30,7 @@ from qlora_builders.runs import (
     show_result,
     train,
 )
-from qlora_builders.training.dpo import DPO, check_reference
+from qlora_builders.training.objectives import DPO, check_reference
 from qlora_builders.visible import say
 
 

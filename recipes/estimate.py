@@ -30,7 +30,7 @@ from qlora_builders.console import PlainConsole, plain_table
 from qlora_builders.models import get_arch, llama
 from qlora_builders.runs import build_optimizer
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
-from qlora_builders.training.step import trainable_parameters
+from qlora_builders.training.optimizers import trainable_parameters
 
 SEQ_STEP = 64  # tokens; the longest sequence is found to this
 

@@ -19,6 +19,7 @@ from qlora_builders.analysis.preflight import check_positions
 from qlora_builders.checkpoint import load_with_adapter, read_adapter, read_arch
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import EvaluateConfig
+from qlora_builders.console import table_console
 from qlora_builders.data import Batches, Tokenizer, check_token_range, spell_asked
 from qlora_builders.errors import counted
 from qlora_builders.evaluation import (
@@ -37,7 +38,6 @@ from qlora_builders.files.outputs import check_new, write_whole
 from qlora_builders.modules import CausalLM
 from qlora_builders.runs import read_dataset
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
-from qlora_builders.training.progress import table_console
 from qlora_builders.visible import visible_json
 
 

@@ -26,7 +26,7 @@ from qlora_builders.runs import (
     show_result,
     train,
 )
-from qlora_builders.training.objective import NextToken
+from qlora_builders.training.objectives import NextToken
 from qlora_builders.visible import say
 
 

@@ -21,11 +21,10 @@ from qlora_builders.checkpoint.weight_figures import WeightFigures, together, we
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.schema import FinetuneConfig
-from qlora_builders.console import PlainConsole, plain_table
+from qlora_builders.console import PlainConsole, plain_table, table_console
 from qlora_builders.models import SummaryRow, get_arch, linear_slots, llama, summarize
 from qlora_builders.modules import CausalLM
 from qlora_builders.training.device import resolve_dtype
-from qlora_builders.training.progress import table_console
 
 
 def main(cfg: FinetuneConfig) -> None:

@@ -19,10 +19,9 @@ from qlora_builders.checkpoint import MergeError, MergeReport, load_with_adapter
 from qlora_builders.config.checks import size_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import MergeConfig
-from qlora_builders.console import plain_table
+from qlora_builders.console import plain_table, table_console
 from qlora_builders.files.outputs import check_new, write_whole
 from qlora_builders.training.device import resolve_dtype
-from qlora_builders.training.progress import table_console
 from qlora_builders.visible import say
 
 SHOWN_LAYERS = 8

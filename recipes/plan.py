@@ -40,7 +40,7 @@ from qlora_builders.checkpoint import load_checkpoint, read_arch, stored_plan
 from qlora_builders.config.checks import memory_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import PlanConfig
-from qlora_builders.console import plain_table
+from qlora_builders.console import plain_table, table_console
 from qlora_builders.data import Batch, Batches, TokenizedDataset, Tokenizer, check_token_range
 from qlora_builders.errors import ConfigError
 from qlora_builders.files.outputs import check_new, write_whole
@@ -48,7 +48,6 @@ from qlora_builders.models import LlamaArch, linear_slots, llama, summarize
 from qlora_builders.modules import CausalLM
 from qlora_builders.runs import read_dataset
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
-from qlora_builders.training.progress import table_console
 from qlora_builders.visible import visible, visible_json
 
 EVAL_BATCHES = 20  # at least, where there are as many rows: chance is judged by their spread

@@ -25,7 +25,8 @@ from qlora_builders import llama
 from qlora_builders.checkpoint import arch_from_config
 from qlora_builders.data import Batch
 from qlora_builders.names import PROJECTIONS
-from qlora_builders.training.step import train_step, trainable_parameters
+from qlora_builders.training.optimizers import trainable_parameters
+from qlora_builders.training.step import train_step
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},

@@ -26,9 +26,9 @@ from qlora_builders import LlamaArch, llama, load_checkpoint, save_checkpoint
 from qlora_builders.analysis.memory import predict_phases, probe_optimizer
 from qlora_builders.checkpoint import read_arch
 from qlora_builders.data import Batch
-from qlora_builders.training.compile import compile_layers
-from qlora_builders.training.device import bound_heap
-from qlora_builders.training.step import train_step, trainable_parameters
+from qlora_builders.training.device import bound_heap, compile_layers
+from qlora_builders.training.optimizers import trainable_parameters
+from qlora_builders.training.step import train_step
 
 MIB = 2**20
 TARGETS = "layers.*.*.{q,k,v,o,gate,up,down}_proj"

@@ -36,8 +36,9 @@ from qlora_builders.data import Batch
 from qlora_builders.models.generation import generate
 from qlora_builders.modules import CausalLM
 from qlora_builders.tensor import NF4Tensor
-from qlora_builders.training.compile import compile_layers
-from qlora_builders.training.step import train_step, trainable_parameters
+from qlora_builders.training.device import compile_layers
+from qlora_builders.training.optimizers import trainable_parameters
+from qlora_builders.training.step import train_step
 
 # dense bfloat16 TFLOP/s of the data sheets
 DATASHEET_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}

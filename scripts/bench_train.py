@@ -30,9 +30,9 @@ from qlora_builders import load_checkpoint
 from qlora_builders.data import Batch
 from qlora_builders.modules import CausalLM
 from qlora_builders.names import CHECKPOINTING_MODES, COMPILE_MODES
-from qlora_builders.training.compile import compile_layers
-from qlora_builders.training.device import bound_heap, resolve_device, set_seed
-from qlora_builders.training.step import train_step, trainable_parameters
+from qlora_builders.training.device import bound_heap, compile_layers, resolve_device, set_seed
+from qlora_builders.training.optimizers import trainable_parameters
+from qlora_builders.training.step import train_step
 
 RANK = 8
 ADAPTED = {"match": "layers.**", "rank": RANK, "alpha": 2 * RANK}

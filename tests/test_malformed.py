@@ -19,7 +19,7 @@ from malformed_files import ADAPTERS, CHECKPOINTS, GOOD, LINES, write_files
 from markupsafe import escape
 
 from qlora_builders import cli
-from qlora_builders.training.progress import read_rows
+from qlora_builders.training.loggers import read_rows
 
 
 @pytest.fixture(scope="module")

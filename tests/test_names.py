@@ -18,15 +18,14 @@ from qlora_builders.errors import CheckpointError, QLoRAError
 from qlora_builders.kernels.nf4_reference import FORMAT_NUMBERS
 from qlora_builders.modules import checkpointing
 from qlora_builders.tensor import to_nf4
-from qlora_builders.training import compile as compiling
-from qlora_builders.training.device import resolve_dtype
-from qlora_builders.training.dpo import LOSSES
-from qlora_builders.training.lr_schedule import SHAPES
+from qlora_builders.training.device import compile_layers, resolve_dtype
+from qlora_builders.training.objectives import LOSSES
+from qlora_builders.training.optimizers import SHAPES
 
 
 def listed_in(docstring: str | None) -> tuple[str, ...]:
     """The first words of the lines of a table."""
-    return tuple(re.findall(r"^(\w+)  +\S", docstring or "", flags=re.MULTILINE))
+    return tuple(re.findall(r"^ *(\w+)  +\S", docstring or "", flags=re.MULTILINE))
 
 
 def test_tables_have_the_names() -> None:
@@ -35,7 +34,7 @@ def test_tables_have_the_names() -> None:
     assert tuple(LOSSES) == names.DPO_LOSSES
     assert set(FORMAT_NUMBERS) == set(names.SCALE_FORMATS)
     assert listed_in(checkpointing.__doc__) == names.CHECKPOINTING_MODES
-    assert listed_in(compiling.__doc__) == names.COMPILE_MODES
+    assert listed_in(compile_layers.__doc__) == names.COMPILE_MODES
 
 
 def test_every_choice_of_the_schema_is_a_set_of_names() -> None:

@@ -20,10 +20,10 @@ from qlora_builders import cli
 from qlora_builders.checkpoint.safetensors_header import read_header
 from qlora_builders.config.entry import report
 from qlora_builders.config.shipped import shipped_dir
-from qlora_builders.console import PlainConsole
+from qlora_builders.console import PlainConsole, table_console
 from qlora_builders.errors import CheckpointError, ConfigError, QLoRAError
 from qlora_builders.sweep import Result, results_table
-from qlora_builders.training.progress import ProgressReport, table_console
+from qlora_builders.training.loggers import ProgressReport
 from qlora_builders.visible import say, visible, visible_json
 
 ACTS = re.compile(

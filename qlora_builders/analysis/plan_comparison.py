@@ -24,8 +24,7 @@ from qlora_builders.analysis.precision import Choice
 from qlora_builders.analysis.sensitivity import draw_tokens
 from qlora_builders.errors import TrainingError
 from qlora_builders.modules import IGNORE_INDEX, CausalLM, log_probabilities, trained_rows
-from qlora_builders.training.statistics import mean_and_error
-from qlora_builders.training.step import Batch
+from qlora_builders.training.objectives import Batch, mean_and_error
 
 STANDARD_ERRORS = 2.0  # a smaller difference is a tie: 1 in 40 such wins would be luck
 

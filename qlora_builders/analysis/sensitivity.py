@@ -34,7 +34,7 @@ from qlora_builders.modules import (
     num_target_tokens,
     trained_rows,
 )
-from qlora_builders.training.step import Batch
+from qlora_builders.training.objectives import Batch
 
 _ROWS_AT_ONCE = 1024
 

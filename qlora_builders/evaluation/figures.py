@@ -16,7 +16,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from qlora_builders.training.statistics import mean_and_error
+from qlora_builders.training.objectives import mean_and_error
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from qlora_builders.data import Batch, TokenizedDataset
 from qlora_builders.evaluation.figures import Figure, mean_figure, share_figure
+from qlora_builders.models import generate
 from qlora_builders.modules import IGNORE_INDEX, CausalLM, sequence_log_probs
-from qlora_builders.training.samples import answer_rows
 
 
 @torch.no_grad()
@@ -38,3 +38,28 @@ def measure_answers(
     them as `answer_rows` gives them."""
     answers = list(answer_rows(model, data, count, max_new_tokens=max_new_tokens))
     return share_figure([answer["right"] for answer in answers]), answers
+
+
+def answer_rows(
+    model: CausalLM, data: TokenizedDataset, count: int, *, max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Greedy answers to the first rows, compared with the reference without outer white space.
+
+    Dropout is off meanwhile, and no random number is drawn.
+    """
+    training = model.training
+    model.eval()
+    try:
+        for index in range(0, len(data), data.per_row)[:count]:
+            prompt = data.prompt_and_answer(index)
+            reference = (prompt.reference or "").strip()
+            stop = data.tokenizer.stop_token_ids
+            tokens = generate(model, prompt.ids, max_new_tokens=max_new_tokens, stop_token_ids=stop)
+            # layers compiled for training would be compiled again for each length of a sequence
+            with torch.compiler.set_stance("force_eager"):
+                answer = data.tokenizer.decode(list(tokens)).strip()
+            right = answer == reference
+            told = {"reference": reference, "answer": answer, "right": right}
+            yield {"row": data[index].row, **prompt.asked, **told}
+    finally:
+        model.train(training)

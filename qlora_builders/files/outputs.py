@@ -19,6 +19,9 @@ from qlora_builders.visible import say
 
 # of a run's folder
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+ENVIRONMENT_FILE = "environment.jsonl"
 RESULTS = ("adapter", "model")  # folders that a finished run has one of
 
 

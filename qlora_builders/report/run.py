@@ -26,11 +26,16 @@ from qlora_builders.checkpoint.peft_export import PREFIX
 from qlora_builders.checkpoint.weight_figures import WeightFigures, weight_figures
 from qlora_builders.config.resume import flatten
 from qlora_builders.errors import ConfigError, QLoRAError
-from qlora_builders.files.outputs import CONFIG_FILE, RESULTS, step_folders
+from qlora_builders.files.outputs import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    RESULTS,
+    SAMPLES_FILE,
+    step_folders,
+)
 from qlora_builders.models import llama
-from qlora_builders.training.environment import ENVIRONMENT_FILE
-from qlora_builders.training.progress import METRICS_FILE, read_rows
-from qlora_builders.training.samples import SAMPLES_FILE
+from qlora_builders.training.loggers import read_rows
 
 AVERAGED = 10  # values of the final loss: those of the last steps that were logged
 _LARGEST = 1e300  # beyond it a value is shown as not finite, so that no sum of values overflows

@@ -13,7 +13,7 @@ from qlora_builders.config.resume import check_same_curve, curve_config, refuse_
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.modules import CausalLM
 from qlora_builders.runs.folder import Start
-from qlora_builders.training.lr_schedule import check_same_past
+from qlora_builders.training.optimizers import check_same_past
 
 # keys -> what they lead to: the base, which is compared by itself
 _LEAD_TO_BASE = ("checkpoint.dir", "checkpoint.format", "model.arch")

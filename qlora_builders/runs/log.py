@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_builders.config.compose import save_config
+from qlora_builders.console import StopRequest, stop_on_signal
 from qlora_builders.runs.folder import run_directory
 from qlora_builders.runs.setup import Data, Run
-from qlora_builders.training.environment import add_environment, describe_environment
-from qlora_builders.training.progress import MetricsLog, ProgressReport
-from qlora_builders.training.step import StopRequest, stop_on_signal
+from qlora_builders.training.device import add_environment, describe_environment
+from qlora_builders.training.loggers import MetricsLog, ProgressReport
 
 
 @dataclass(frozen=True)

@@ -5,28 +5,33 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 import torch
 
+from qlora_builders.console import StopRequest
 from qlora_builders.errors import TrainingError
-from qlora_builders.files.outputs import how_to_go_on, last_checkpoint, step_folders
+from qlora_builders.evaluation.measure import answer_rows
+from qlora_builders.files.outputs import (
+    SAMPLES_FILE,
+    append_rows,
+    how_to_go_on,
+    last_checkpoint,
+    step_folders,
+)
 from qlora_builders.modules import CausalLM
 from qlora_builders.runs.folder import step_folder
 from qlora_builders.runs.log import Log
 from qlora_builders.runs.saving import Checkpoints
 from qlora_builders.runs.setup import Data, Run
 from qlora_builders.training.device import peak_memory_mib
-from qlora_builders.training.objective import Objective
-from qlora_builders.training.progress import pair_figures, step_row
-from qlora_builders.training.samples import add_samples
-from qlora_builders.training.step import (
-    all_finite,
-    evaluate_objective,
-    train_step,
-    trainable_parameters,
-    until_stopped,
-)
+from qlora_builders.training.loggers import pair_figures, step_row
+from qlora_builders.training.objectives import Batch, Objective
+from qlora_builders.training.optimizers import all_finite, trainable_parameters
+from qlora_builders.training.step import evaluate_objective, train_step
+
+_SAMPLE_TOKENS = 128  # of an answer at most
 
 
 def train(
@@ -127,9 +132,19 @@ def _evaluate(
     log.metrics.write(step=step, eval_loss=result.loss, eval_tokens=result.target_tokens, **figures)
     log.progress.say(f"step {step}: eval loss {result.loss:.4f}{pair_figures(figures, 'eval_')}")
     if cfg.samples and step in (0, data.total_steps):
-        folder = run.folder if run.ranks.is_main else None
-        add_samples(folder, step, model, data.eval.dataset, cfg.samples)
+        answers = answer_rows(model, data.eval.dataset, cfg.samples, max_new_tokens=_SAMPLE_TOKENS)
+        rows = [{"step": step, **answer} for answer in answers]  # on every rank, for the forward
+        if run.ranks.is_main:
+            append_rows(run.folder / SAMPLES_FILE, rows)
 
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def until_stopped(batches: Iterable[Batch], stop: StopRequest) -> Iterator[Batch]:
+    """The batches until `stop` is set, and at least one."""
+    for batch in batches:
+        yield batch
+        if stop.agreed():
+            return

@@ -14,7 +14,7 @@ from qlora_builders.runs.log import Log
 from qlora_builders.runs.setup import Run
 from qlora_builders.runs.state import has_adapters
 from qlora_builders.training.device import resolve_dtype
-from qlora_builders.training.step import check_adapters_learned
+from qlora_builders.training.optimizers import check_adapters_learned
 
 
 def save_result(run: Run, model: CausalLM, log: Log) -> None:

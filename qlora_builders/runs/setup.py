@@ -32,18 +32,16 @@ from qlora_builders.runs.about import (
 )
 from qlora_builders.runs.folder import AUTO, Start, find_start
 from qlora_builders.runs.state import load_step
-from qlora_builders.training.compile import compile_layers
 from qlora_builders.training.device import (
     bound_heap,
+    compile_layers,
     resolve_compute_dtype,
     resolve_device,
     resolve_dtype,
     set_seed,
 )
 from qlora_builders.training.loggers import Loggers
-from qlora_builders.training.lr_schedule import lr_factor
-from qlora_builders.training.param_groups import lora_plus_groups
-from qlora_builders.training.step import trainable_parameters
+from qlora_builders.training.optimizers import lora_plus_groups, lr_factor, trainable_parameters
 
 
 @dataclass(frozen=True)

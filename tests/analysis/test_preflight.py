@@ -33,8 +33,7 @@ from qlora_builders.config.shipped import demo_path
 from qlora_builders.data import Batches, TokenizedDataset, Tokenizer, build_dataset
 from qlora_builders.errors import DataError
 from qlora_builders.modules import CausalLM
-from qlora_builders.training.param_groups import lora_plus_groups
-from qlora_builders.training.step import trainable_parameters
+from qlora_builders.training.optimizers import lora_plus_groups, trainable_parameters
 
 BASE = Path(demo_path("base"))
 Data = Callable[..., TokenizedDataset]

@@ -30,7 +30,8 @@ from qlora_builders.data import Batch
 from qlora_builders.errors import CheckpointError, PlanError
 from qlora_builders.models import llama, summarize
 from qlora_builders.modules import CausalLM
-from qlora_builders.training.step import train_step, trainable_parameters
+from qlora_builders.training.optimizers import trainable_parameters
+from qlora_builders.training.step import train_step
 
 # PEFT asks transformers for an attribute that transformers renamed
 pytestmark = pytest.mark.filterwarnings(

@@ -24,7 +24,7 @@ from qlora_builders.report.run import layer_figures
 from qlora_builders.runs.folder import find_start
 from qlora_builders.runs.state import load_step
 from qlora_builders.tensor import NF4Tensor
-from qlora_builders.training.progress import MetricsLog
+from qlora_builders.training.loggers import MetricsLog
 
 Summary = dict[str, Any]
 

@@ -12,7 +12,7 @@ from qlora_builders.config.compose import compose
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.shipped import shipped_dir
 from qlora_builders.models import get_arch, llama
-from qlora_builders.training.step import trainable_parameters
+from qlora_builders.training.optimizers import trainable_parameters
 
 HARDWARE = re.compile(r"_(?:cpu|(?P<cards>\d+)x(?P<gib>\d+)gb)$")
 EXPERIMENTS, METHODS = (

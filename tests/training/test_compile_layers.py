@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from qlora_builders import LlamaArch, llama
 from qlora_builders.data import Batch
 from qlora_builders.modules import CausalLM
-from qlora_builders.training import compile as compile_module
-from qlora_builders.training.compile import compile_layers, matmul_seconds
-from qlora_builders.training.step import train_step, trainable_parameters
+from qlora_builders.training import device as compile_module
+from qlora_builders.training.device import compile_layers, matmul_seconds
+from qlora_builders.training.optimizers import trainable_parameters
+from qlora_builders.training.step import train_step
 
 ARCH = LlamaArch(
     vocab_size=61,

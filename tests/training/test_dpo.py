@@ -14,8 +14,9 @@ from qlora_builders.data import Example, collate
 from qlora_builders.errors import ConfigError, PlanError
 from qlora_builders.modules import CausalLM, adapters_disabled
 from qlora_builders.names import DPO_LOSSES
-from qlora_builders.training.dpo import DPO, LOSSES, check_reference
-from qlora_builders.training.step import evaluate_objective, train_step, trainable_parameters
+from qlora_builders.training.objectives import DPO, LOSSES, check_reference
+from qlora_builders.training.optimizers import trainable_parameters
+from qlora_builders.training.step import evaluate_objective, train_step
 
 ARCH = LlamaArch(
     vocab_size=41,

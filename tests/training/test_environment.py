@@ -9,11 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_builders.training.environment import (
-    add_environment,
-    describe_environment,
-    device_name,
-)
+from qlora_builders.training.device import add_environment, describe_environment, device_name
 
 
 def test_each_process_adds_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_builders.config.instantiate import instantiate
-from qlora_builders.training.loggers import Loggers
-from qlora_builders.training.progress import MetricsLog
+from qlora_builders.training.loggers import Loggers, MetricsLog
 
 PREFIX = "qlora_builders.training.loggers."
 

@@ -15,7 +15,8 @@ from qlora_builders.data import Batch
 from qlora_builders.models import llama
 from qlora_builders.modules import CausalLM
 from qlora_builders.names import CHECKPOINTING_MODES, PROJECTIONS
-from qlora_builders.training.step import train_step, trainable_parameters
+from qlora_builders.training.optimizers import trainable_parameters
+from qlora_builders.training.step import train_step
 
 VOCAB = 61
 CONFIG = LlamaConfig(

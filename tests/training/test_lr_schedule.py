@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qlora_builders.errors import ConfigError
-from qlora_builders.training.lr_schedule import check_same_past, lr_factor
+from qlora_builders.training.optimizers import check_same_past, lr_factor
 
 
 def test_cosine_with_warmup() -> None:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_builders import LlamaArch, llama
 from qlora_builders.errors import ConfigError
-from qlora_builders.training.param_groups import lora_plus_groups
+from qlora_builders.training.optimizers import lora_plus_groups
 
 ARCH = LlamaArch(
     vocab_size=32,

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from qlora_builders.console import table_console
 from qlora_builders.errors import QLoRAError
-from qlora_builders.training import progress
-from qlora_builders.training.progress import MetricsLog, ProgressReport, step_row
+from qlora_builders.training import loggers
+from qlora_builders.training.loggers import MetricsLog, ProgressReport, step_row
 from qlora_builders.training.step import StepResult
 
 RESULT = StepResult(loss=1.25, grad_norm=0.5, target_tokens=100, tokens=1234)
@@ -77,7 +78,7 @@ def test_a_log_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
 
 def test_plain_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: float(next(clock)))
     out = io.StringIO()
     with ProgressReport(6, Console(file=out, width=120)) as report:
         report.say("hello")
@@ -94,7 +95,7 @@ def test_the_eta_counts_neither_what_came_before_nor_earlier_processes(
 ) -> None:
     """The first one has the time of its step alone; then what came between is counted too."""
     clock = iter((100.0, 120.0))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: next(clock))
     out = io.StringIO()
     with ProgressReport(110, Console(file=out, width=120), steps_done=100) as report:
         report.step(row(101))
@@ -113,9 +114,9 @@ def test_tables_are_as_wide_as_the_terminal_or_as_the_environment_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert progress.table_console().width == 140
+    assert table_console().width == 140
     monkeypatch.setenv("COLUMNS", "90")
-    assert progress.table_console().width == 90
+    assert table_console().width == 90
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, SystemExit])

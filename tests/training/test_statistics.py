@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from qlora_builders.training.statistics import mean_and_error
+from qlora_builders.training.objectives import mean_and_error
 
 
 def test_equal_weights_give_the_usual_error_of_a_mean() -> None:

@@ -13,16 +13,12 @@ from torch import Tensor
 
 from qlora_builders import LlamaArch, llama
 from qlora_builders.config.compose import compose
+from qlora_builders.console import StopRequest, stop_on_signal
 from qlora_builders.errors import PlanError, TrainingError
 from qlora_builders.modules import CausalLM
-from qlora_builders.training.step import (
-    StopRequest,
-    evaluate_loss,
-    stop_on_signal,
-    train_step,
-    trainable_parameters,
-    until_stopped,
-)
+from qlora_builders.runs.loop import until_stopped
+from qlora_builders.training.optimizers import trainable_parameters
+from qlora_builders.training.step import evaluate_loss, train_step
 
 ARCH = LlamaArch(
     vocab_size=31,

@@ -1,27 +1,83 @@
-"""Direct Preference Optimization (https://arxiv.org/abs/2305.18290) with the base as reference.
+"""What a step minimizes: a mean over something countable, so that any split of it adds up.
 
-The implicit reward of an answer y to a prompt x is
+Direct Preference Optimization (https://arxiv.org/abs/2305.18290) has the base as reference. The
+implicit reward of an answer y to a prompt x is
 
     r(x, y) = beta * (log p(y | x) - log p_ref(y | x))
 
 and the loss makes the chosen answer's larger than the rejected one's. p is the base with its
 adapters, p_ref the same base without them: there is no second model, and nothing to load for it.
 
-Shapes: p = pairs. A batch has 2 p sequences: chosen, rejected, chosen, rejected ...
+Shapes: p = pairs. A batch of pairs has 2 p sequences: chosen, rejected, chosen, rejected ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_builders.errors import ConfigError, PlanError, did_you_mean
-from qlora_builders.modules import IGNORE_INDEX, CausalLM, LoRALinear, adapters_disabled
-from qlora_builders.training.objective import Batch
+from qlora_builders.modules import (
+    IGNORE_INDEX,
+    CausalLM,
+    LoRALinear,
+    adapters_disabled,
+    num_target_tokens,
+)
+
+
+class Batch(Protocol):
+    """What a step needs of a batch."""
+
+    @property
+    def input_ids(self) -> Tensor: ...  # [batch, seq]
+    @property
+    def labels(self) -> Tensor: ...  # [batch, seq], IGNORE_INDEX where not trained
+    @property
+    def rows(self) -> list[int]: ...  # where in the data the sequences come from
+    @property
+    def document_ids(self) -> Tensor | None: ...  # [batch, seq] where a row holds several
+
+
+class Objective(Protocol):
+    """The loss of a step is `sums(...)[0]`, added up, over `count(...)`, added up."""
+
+    def count(self, batch: Batch) -> int:
+        """What the batch has of that which the mean is taken of: tokens, pairs."""
+
+    def sums(self, model: CausalLM, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+        """The sum of losses, to call backward on, and sums of figures to log."""
+
+
+class NextToken:
+    """Mean cross-entropy of the target tokens."""
+
+    def count(self, batch: Batch) -> int:
+        return num_target_tokens(batch.labels)
+
+    def sums(self, model: CausalLM, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+        return model.loss(batch.input_ids, batch.labels, document_ids=batch.document_ids), {}
+
+
+def mean_and_error(sums: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """(sum of `sums` / sum of `weights`, its standard error), each over independent parts.
+
+    A part is what was drawn as one: a row with the sum of its tokens' losses and their number, or
+    an answer with 0 or 1 and weight 1. The error is that of a ratio of two sums, which for equal
+    weights is the usual one of a mean; infinite for a single part.
+    """
+    total, count = sum(weights), len(weights)
+    mean = sum(sums) / total
+    if count < 2:
+        return mean, math.inf
+    squares = sum((part - mean * weight) ** 2 for part, weight in zip(sums, weights, strict=True))
+    return mean, math.sqrt(squares * count / (count - 1)) / total
 
 
 def _sigmoid(margins: Tensor, smoothing: float) -> Tensor:
