@@ -41,7 +41,7 @@ from qlora_builders.checkpoint.peft_export import (
     collect_adapter,
     write_adapter_files,
 )
-from qlora_builders.checkpoint.safetensors_io import MAX_SHARD_BYTES, atomic_directory, open_tensors
+from qlora_builders.checkpoint.tensor_files import MAX_SHARD_BYTES, open_tensors
 from qlora_builders.distributed.gathering import shard_optimizer_state_
 from qlora_builders.distributed.sharded_state import (
     has_parts,
@@ -50,6 +50,7 @@ from qlora_builders.distributed.sharded_state import (
     write_parts,
 )
 from qlora_builders.errors import CheckpointError
+from qlora_builders.files.folders import atomic_directory
 from qlora_builders.files.manifest import MANIFEST_FILE, check_manifest, write_manifest
 from qlora_builders.files.reading import read_json_object
 from qlora_builders.models import LlamaArch
