@@ -63,7 +63,7 @@ def load_checkpoint(
     dequantized. `stored_plan` gives the rules that keep a directory as it is.
 
     Args:
-        path: a directory in one of the formats that `formats.py` lists.
+        path: a directory in one of the formats of `formats.FORMATS`.
         format: what the directory holds, if not what it looks like: hf, meta, bnb-4bit or nf4.
         arch: overrides what the directory says.
         components, train, dtype, compute_dtype: as for `llama`.

@@ -1,7 +1,7 @@
 """PEFT adapter directories, read strictly.
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`; the layout is described in
-`peft_export`. Config, file and model must agree in every module: PEFT loads what happens to fit and
+`write.py`. Config, file and model must agree in every module: PEFT loads what happens to fit and
 leaves the rest of the model as it was.
 """
 
