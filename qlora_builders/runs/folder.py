@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_builders.checkpoint.safetensors_io import clean_up, remove_directory
 from qlora_builders.errors import CheckpointError, ConfigError
+from qlora_builders.files.folders import clean_up, remove_directory
 from qlora_builders.files.manifest import check_manifest
 from qlora_builders.files.outputs import (
     CONFIG_FILE,

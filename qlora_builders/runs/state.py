@@ -43,7 +43,7 @@ from qlora_builders.checkpoint.peft_export import (
     collect_adapter,
     write_adapter_files,
 )
-from qlora_builders.checkpoint.safetensors_io import MAX_SHARD_BYTES, atomic_directory, open_tensors
+from qlora_builders.checkpoint.tensor_files import MAX_SHARD_BYTES, open_tensors
 from qlora_builders.distributed import Ranks
 from qlora_builders.distributed.sharding import (
     has_parts,
@@ -53,6 +53,7 @@ from qlora_builders.distributed.sharding import (
     write_parts,
 )
 from qlora_builders.errors import CheckpointError
+from qlora_builders.files.folders import atomic_directory
 from qlora_builders.files.manifest import MANIFEST_FILE, write_manifest
 from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM, LoRALinear

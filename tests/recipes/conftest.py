@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_runs import train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qlora_builders import LlamaArch, cli, llama, save_checkpoint
@@ -66,20 +67,32 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command line that ends in exit code 2; gives what it says on stderr."""
+
+    def run(*argv: object) -> str:
+        capsys.readouterr()
+        assert cli.main([str(word) for word in argv]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return captured.err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def train_adapter() -> Callable[[Path, Path, Path], Path]:
     """From a checkpoint, rows and a run folder to an adapter that knows the rows by heart."""
 
-    def train(checkpoint: Path, rows: Path, run: Path) -> Path:
-        words = [f"checkpoint.dir={checkpoint}", f"data.train={rows}", f"output_dir={run}"]
-        words += ["training.max_steps=100", "training.compute_dtype=float32", "optimizer.lr=1e-2"]
+    def adapter_of(checkpoint: Path, rows: Path, run: Path) -> Path:
         # the base is random, so the frozen embedding and head could not tell the words apart
-        head = "components=[{match: lm_head, kind: lora, rank: 16, alpha: 32}]"
-        words += [head, "train=[embed_tokens, norm]", "data.eval=null", "training.batch_size=20"]
-        assert cli.main(["finetune", *words]) == 0
+        words = ["components=[{match: lm_head, kind: lora, rank: 16, alpha: 32}]", "data.eval=null"]
+        words += ["train=[embed_tokens, norm]", "training.max_steps=100", "training.batch_size=20"]
+        assert train("finetune", checkpoint, rows, run, *words) == 0
         return run / "adapter"
 
-    return train
+    return adapter_of
 
 
 @pytest.fixture(scope="session")

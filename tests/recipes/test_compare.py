@@ -10,20 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipe_runs import F32
 
 from qlora_builders import cli
 from qlora_builders.evaluation import candidates as module
-
-F32 = "compute_dtype=float32"
-
-
-@pytest.fixture(scope="module")
-def adapter(checkpoint: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("adapter") / "run"
-    argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}", f"output_dir={run}"]
-    argv += ["training.max_steps=30", "training.compute_dtype=float32", "optimizer.lr=1e-2"]
-    assert cli.main([*argv, "train=[embed_tokens, norm]", "data.eval=null"]) == 0
-    return run / "adapter"
 
 
 def evaluate(checkpoint: Path, rows: Path, *options: str) -> int:
@@ -122,27 +112,3 @@ def test_one_model_is_in_memory_at_a_time(
     finally:
         gc.enable()
     assert len(loaded) == 3
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["compare=true", "quantize=none"], "quantize=none has no effect: without an adapter"),
-        (["exact_match=3", "data.eval=null"], "exact_match=3 needs questions in data.eval, which"),
-        (["data.eval=null"], "data.eval is required: write data.eval=FILE"),
-        (["lm_eval.limit=3"], "lm_eval.limit=3 has no effect without lm_eval.tasks"),
-        (["lm_eval.tasks_dir=here"], "lm_eval.tasks_dir=here has no effect without lm_eval.tasks"),
-        (["lm_eval.task=[a]"], "did you mean 'lm_eval.tasks'?"),
-    ],
-)
-def test_mistakes(
-    checkpoint: Path,
-    rows: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
-) -> None:
-    assert evaluate(checkpoint, rows, *options) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.out == ""

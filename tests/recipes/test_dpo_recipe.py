@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from recipe_runs import metrics, same_adapter, train
 
 from qlora_builders import cli
 from qlora_builders.checkpoint import load_with_adapter
-from qlora_builders.config.compose import compose
-from qlora_builders.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +31,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dpo(checkpoint: Path, pairs: Path, run: Path, *overrides: str) -> int:
-    return cli.main(
-        [
-            "dpo",
-            f"checkpoint.dir={checkpoint}",
-            f"data.train={pairs}",
-            f"data.eval={pairs}",
-            f"output_dir={run}",
-            "training.max_steps=6",
-            "training.batch_size=2",
-            "training.grad_accumulation=2",
-            "training.compute_dtype=float32",
-            "method.dropout=0.1",
-            "optimizer.lr=1e-2",
-            *overrides,
-        ]
-    )
-
-
-def metrics(run: Path, key: str) -> list[Any]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [row[key] for row in map(json.loads, lines) if key in row]
+    options = ("training.max_steps=6", "training.batch_size=2", "training.grad_accumulation=2")
+    return train("dpo", checkpoint, pairs, run, *options, "method.dropout=0.1", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +86,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     assert dpo(checkpoint, pairs, run, *options, "training.resume=auto") == 0
     for key in ("loss", "grad_norm", "lr", "rewards/margins", "eval_loss", "eval_rewards/chosen"):
         assert metrics(run, key) == metrics(finished, key)
-    ours, theirs = (load_file(r / "adapter" / "adapter_model.safetensors") for r in (run, finished))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert same_adapter(run, finished)
 
 
 def test_another_beta_is_another_run(
@@ -154,31 +131,3 @@ def test_a_base_that_trains_is_refused(
     assert dpo(checkpoint, pairs, tmp_path / "run", "train=[norm]") == 2
     assert "dpo trains adapters only: its reference is the base" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("verb", "overrides", "message"),
-    [
-        ("dpo", [], "data.train is required: the demo file has instruct rows, but data.format=pre"),
-        ("dpo", ["data=chat"], "data.format=chat holds no pairs of answers; dpo takes preference"),
-        ("dpo", ["data.packing=best_fit"], "data.packing=best_fit: dpo does not pack pairs; write"),
-        ("dpo", ["data.train_on=all"], "data.train_on=all has no effect: dpo compares the last an"),
-        ("dpo", ["dpo.beta=0"], "dpo.beta=0.0 must be > 0"),
-        ("dpo", ["dpo.label_smoothing=0.5"], "dpo.label_smoothing=0.5 must be < 0.5"),
-        ("dpo", ["dpo.loss_type=ipo"], "dpo.loss_type='ipo' is not allowed; allowed: sigmoid, hin"),
-        (
-            "dpo",
-            ["dpo.loss_type=hinge", "dpo.label_smoothing=0.1"],
-            "dpo.label_smoothing=0.1 has no effect with dpo.loss_type=hinge",
-        ),
-        ("dpo", ["method=full"], "method=full trains the base, which is the reference of dpo; use"),
-        ("dpo", ["dpo.bata=1"], "unknown key 'dpo.bata'; did you mean 'dpo.beta'?"),
-        ("finetune", ["dpo.beta=1"], "unknown key 'dpo.beta'"),
-        ("finetune", ["data=preference"], "holds pairs of answers, which only `qlora dpo` takes"),
-        ("evaluate", ["data=preference"], "holds pairs of answers, which only `qlora dpo` takes"),
-    ],
-)
-def test_configs_that_make_no_sense(verb: str, overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        compose(verb, overrides)
-    assert message in str(caught.value)

@@ -100,20 +100,6 @@ def test_positions_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(the model has 2,048 positions)" in output
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("memory=1GB", "memory='1GB' is not a size: write a number with MiB or GiB, such as 24GiB"),
-        ("memory=0GiB", "memory='0GiB' is not a size"),
-        ("method.targets=[q_porj]", "did you mean 'q_proj'?"),
-        ("components=[{match: '**', kind: linear}]", "the plan trains nothing"),
-    ],
-)
-def test_mistakes(override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["estimate", override]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_a_rank_of_two(capsys: pytest.CaptureFixture[str]) -> None:
     """70B on two cards of 24 GB: it fits, as the page on several processes says."""
     output = estimate(

@@ -12,79 +12,71 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipe_runs import F32
 
 from qlora_builders import cli, models
 from qlora_builders.data import Tokenizer
 
-F32 = "compute_dtype=float32"
+Ask = Callable[..., str]
+THREE = "one\ntwo\nthree\n"
 
 
-def test_generate_answers_streamed_or_not(
-    checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def ask(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """Runs generate; gives what it prints. Nothing comes on stderr."""
+
+    def run(*words: str, base: Path = checkpoint) -> str:
+        capsys.readouterr()
+        assert cli.main(["generate", f"checkpoint.dir={base}", F32, *words]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return captured.out
+
+    return run
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_generate_answers_streamed_or_not(ask: Ask, adapter: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("what comes after three\nwhat comes after five\n")
-    argv = ["generate", f"checkpoint.dir={checkpoint}", f"adapter.path={adapter}", F32]
-    for stream in ("true", "false"):
-        assert cli.main([*argv, "prompt=what comes after one", f"stream={stream}"]) == 0
-        assert capsys.readouterr().out == "two\n"
-        assert cli.main([*argv, f"prompts_file={prompts}", f"stream={stream}"]) == 0
-        expected = ">>> what comes after three\nfour\n>>> what comes after five\nsix\n"
-        assert capsys.readouterr().out == expected
-    assert cli.main([*argv, f"prompts_file={prompts}", "batch_size=2"]) == 0
-    assert capsys.readouterr().out == expected
+    tuned, file = f"adapter.path={adapter}", f"prompts_file={prompts}"
+    expected = ">>> what comes after three\nfour\n>>> what comes after five\nsix\n"
+    for stream in ("stream=true", "stream=false"):
+        assert ask(tuned, "prompt=what comes after one", stream) == "two\n"
+        assert ask(tuned, file, stream) == expected
+    assert ask(tuned, file, "batch_size=2") == expected
 
 
-def test_sampling_depends_on_the_seed_alone(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["generate", f"checkpoint.dir={checkpoint}", F32, "prompt=what", "max_new_tokens=20"]
-    outputs = []
-    for seed in (0, 0, 1):
-        options = ["temperature=1.0", "top_k=50", "top_p=0.9", f"seed={seed}"]
-        assert cli.main([*argv, *options]) == 0
-        outputs.append(capsys.readouterr().out)
-    assert outputs[0] == outputs[1] != outputs[2]
-
-
-@pytest.fixture(scope="module")
-def plain_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same without a chat template."""
-    path = tmp_path_factory.mktemp("plain") / "hf"
-    shutil.copytree(checkpoint, path)
-    config = json.loads((path / "tokenizer_config.json").read_text())
-    del config["chat_template"]
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-    return path
+def test_sampling_depends_on_the_seed_alone(ask: Ask) -> None:
+    options = ["prompt=what", "max_new_tokens=20", "temperature=1.0", "top_k=50", "top_p=0.9"]
+    first, again, other = (ask(*options, f"seed={seed}") for seed in (0, 0, 1))
+    assert first == again != other
 
 
 def test_without_a_template_prompts_are_those_of_training(
-    plain_checkpoint: Path,
+    ask: Ask,
+    checkpoint: Path,
     rows: Path,
     train_adapter: Callable[..., Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    adapter = train_adapter(plain_checkpoint, rows, tmp_path / "run")
-    argv = ["generate", f"checkpoint.dir={plain_checkpoint}", f"adapter.path={adapter}", F32]
-    outputs = []
+    base = shutil.copytree(checkpoint, tmp_path / "plain")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    tuned = f"adapter.path={train_adapter(base, rows, tmp_path / 'run')}"
     question = "prompt=what comes after two"
-    for words in ([question], [f"{question}\n", "chat=false"]):
-        capsys.readouterr()
-        assert cli.main([*argv, *words]) == 0
-        outputs.append(capsys.readouterr().out)
-    assert outputs == ["three\n", "three\n"]
-    assert cli.main([*argv, question, "chat=false"]) == 0
-    assert capsys.readouterr().out != "three\n"  # no newline comes behind
+    assert ask(tuned, question, base=base) == "three\n"
+    assert ask(tuned, f"{question}\n", "chat=false", base=base) == "three\n"
+    assert ask(tuned, question, "chat=false", base=base) != "three\n"  # no newline comes behind
 
 
 @pytest.mark.parametrize("options", [[], ["stream=false"], ["batch_size=3"]])
 def test_answers_to_rows_in_a_file(
-    checkpoint: Path,
-    adapter: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
+    ask: Ask, refused: Callable[..., str], adapter: Path, tmp_path: Path, options: list[str]
 ) -> None:
     turns = [
         {"from": "human", "value": "what comes after one"},
@@ -98,14 +90,12 @@ def test_answers_to_rows_in_a_file(
     ]
     file, output = tmp_path / "rows.jsonl", tmp_path / "new" / "answers.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = ["generate", f"checkpoint.dir={checkpoint}", f"adapter.path={adapter}", F32]
-    argv += [f"prompts_file={file}", f"output={output}", "max_new_tokens=9", *options]
-    argv += ["data.columns.prompt=question", "data.columns.completion=answer"]
-    assert cli.main(argv) == 0
-    assert capsys.readouterr() == (f"wrote {output} (3 answers)\n", "")
+    words = [f"adapter.path={adapter}", f"prompts_file={file}", f"output={output}", *options]
+    words += ["data.columns.prompt=question", "data.columns.completion=answer", "max_new_tokens=9"]
+    assert ask(*words) == f"wrote {output} (3 answers)\n"
     text = output.read_text()
     assert "dréi" in text  # as it was written
-    answers = [json.loads(line) for line in text.splitlines()]
+    answers = read(output)
     assert [list(answer) for answer in answers] == [
         ["id", "prompt", "answer", "reference", "num_tokens", "finish_reason"],
         ["messages", "answer", "num_tokens", "finish_reason"],
@@ -118,8 +108,7 @@ def test_answers_to_rows_in_a_file(
     assert [m["role"] for m in answers[2]["messages"]] == ["user", "assistant", "user"]
     assert answers[0]["finish_reason"] == answers[1]["finish_reason"] == "stop"
     assert 0 < answers[0]["num_tokens"] < 9
-    assert cli.main(argv) == 2
-    assert f"output={output} exists; choose another name" in capsys.readouterr().err
+    assert f"output={output} exists; choose another name" in refused("generate", *words)
     assert output.read_text() == text
 
 
@@ -132,7 +121,7 @@ def test_what_is_answered_outlives_an_interrupt(
     error: type[BaseException],
 ) -> None:
     prompts, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
-    prompts.write_text("one\ntwo\nthree\n")
+    prompts.write_text(THREE)
     calls = iter((True, True, False))
     generate_batch = models.generate_batch
 
@@ -147,38 +136,39 @@ def test_what_is_answered_outlives_an_interrupt(
     assert cli.main(argv) != 0
     assert f"what was finished is in {output}.partial\n" in capsys.readouterr().err
     assert not output.exists()
-    lines = (tmp_path / "answers.jsonl.partial").read_text().splitlines()
-    assert [json.loads(line)["prompt"] for line in lines] == ["one", "two"]
+    assert [row["prompt"] for row in read(tmp_path / "answers.jsonl.partial")] == ["one", "two"]
     assert cli.main(argv) == 2
     assert "rename or remove it, or choose another name" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_progress_is_for_terminals(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts, shown = tmp_path / "prompts.txt", Terminal()
-    prompts.write_text("one\ntwo\nthree\n")
+    prompts.write_text(THREE)
     monkeypatch.setattr(sys, "stderr", shown)
     argv = ["generate", f"checkpoint.dir={checkpoint}", F32, "max_new_tokens=2", "batch_size=2"]
     assert cli.main([*argv, f"prompts_file={prompts}", f"output={tmp_path / 'a.jsonl'}"]) == 0
     assert "answering" in shown.getvalue()
 
 
-def test_the_system_message_is_written_and_read_again(checkpoint: Path, tmp_path: Path) -> None:
-    argv = ["generate", f"checkpoint.dir={checkpoint}", F32, "max_new_tokens=2"]
+def test_the_system_message_is_written_and_read_again(ask: Ask, tmp_path: Path) -> None:
+    """And an answer that is cut says so."""
     files = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    assert cli.main([*argv, "prompt=hi", "system=be brief", f"output={files[0]}"]) == 0
-    assert cli.main([*argv, f"prompts_file={files[0]}", f"output={files[1]}"]) == 0
-    first, again = (json.loads(file.read_text()) for file in files)
+    ask("prompt=hi", "system=be brief", f"output={files[0]}", "max_new_tokens=2")
+    ask(f"prompts_file={files[0]}", f"output={files[1]}", "max_new_tokens=2")
+    (first,), (again,) = map(read, files)
     assert (first["system"], first["prompt"]) == ("be brief", "hi")
+    assert (first["num_tokens"], first["finish_reason"]) == (2, "length")
     assert again == first
 
 
-def test_an_answer_that_is_cut_says_so(checkpoint: Path, tmp_path: Path) -> None:
-    argv = ["generate", f"checkpoint.dir={checkpoint}", F32, f"output={tmp_path / 'a.jsonl'}"]
-    assert cli.main([*argv, "prompt=what", "max_new_tokens=3"]) == 0
-    row = json.loads((tmp_path / "a.jsonl").read_text())
-    assert (row["num_tokens"], row["finish_reason"]) == (3, "length")
+# ---- conversations ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -195,11 +185,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return found
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.mark.parametrize(
     ("stdin", "options", "shown"),
     [
@@ -209,34 +194,30 @@ class Terminal(io.StringIO):
     ],
 )
 def test_a_conversation_has_all_that_was_said_before(
+    ask: Ask,
     checkpoint: Path,
     adapter: Path,
     asked: list[list[int]],
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     stdin: type[io.StringIO],
     options: list[str],
     shown: str,
 ) -> None:
-    argv = ["generate", f"checkpoint.dir={checkpoint}", f"adapter.path={adapter}", F32]
-    argv += ["max_new_tokens=5", "interactive=true", *options]
     monkeypatch.setattr(sys, "stdin", stdin("what comes after one\n\nand then\n"))
-    assert cli.main(argv) == 0
-    captured = capsys.readouterr()
+    out = ask(f"adapter.path={adapter}", "max_new_tokens=5", "interactive=true", *options)
     tokenizer = Tokenizer.from_dir(checkpoint)
     first = [{"role": "user", "content": "what comes after one"}]
     then = [{"role": "assistant", "content": "two"}, {"role": "user", "content": "and then"}]
     texts = [tokenizer.render_chat(m, add_generation_prompt=True) for m in (first, first + then)]
     assert [tokenizer.decode(ids, skip_special_tokens=False) for ids in asked] == texts
     head, tail = shown.split("{}")
-    assert captured.out.startswith(head)
-    assert captured.out.endswith(tail)
-    assert captured.err == ""
+    assert out.startswith(head)
+    assert out.endswith(tail)
 
 
 @pytest.mark.parametrize("when", ["asked", "answering"])
 def test_ctrl_c_ends_a_conversation_quietly(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, when: str
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     def interrupt(*_: object, **__: object) -> Any:
         raise KeyboardInterrupt
@@ -244,8 +225,7 @@ def test_ctrl_c_ends_a_conversation_quietly(
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
     where = "builtins.input" if when == "asked" else "qlora_builders.models.generate_batch"
     monkeypatch.setattr(where, interrupt)
-    assert cli.main(["generate", f"checkpoint.dir={checkpoint}", F32, "interactive=true"]) == 0
-    assert capsys.readouterr() == ("\n", "")
+    assert ask("interactive=true") == "\n"
 
 
 @pytest.mark.parametrize(
@@ -256,23 +236,22 @@ def test_ctrl_c_ends_a_conversation_quietly(
     ],
 )
 def test_what_a_conversation_cannot_hold(
+    refused: Callable[..., str],
     checkpoint: Path,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     said: str,
     message: str,
 ) -> None:
     stdin = io.TextIOWrapper(io.BytesIO(said.encode("utf-8", "surrogateescape")), "utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)
-    assert cli.main(["generate", f"checkpoint.dir={checkpoint}", F32, "interactive=true"]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    error = refused("generate", f"checkpoint.dir={checkpoint}", F32, "interactive=true")
+    assert re.search(message, error)
 
 
 def test_a_system_message_begins_the_conversation(
-    checkpoint: Path, asked: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    ask: Ask, asked: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi"))
-    argv = ["generate", f"checkpoint.dir={checkpoint}", F32, "max_new_tokens=2"]
-    assert cli.main([*argv, "interactive=true", "system=be brief"]) == 0
-    assert cli.main([*argv, "prompt=hi", "system=be brief"]) == 0
+    for said in ("interactive=true", "prompt=hi"):
+        ask(said, "system=be brief", "max_new_tokens=2")
     assert asked[0] == asked[1]

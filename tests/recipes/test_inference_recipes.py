@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_runs import F32
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_builders import cli
 from qlora_builders.checkpoint import load_checkpoint, load_with_adapter
-
-F32 = "compute_dtype=float32"
 
 
 def test_evaluate_reports_what_it_writes(
@@ -151,25 +150,6 @@ def test_inspect_counts_an_8b(capsys: pytest.CaptureFixture[str]) -> None:
     assert "41,943,040 parameters train" in output  # rank 16 on seven projections of 32 layers
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("method.targets=[q_porj]", "did you mean 'q_proj'?"),
-        ("components=[{match: lm_head, kind: qlora, rnak: 4}]", "did you mean 'rank'?"),
-        ("components=[{match: layers.99.**, kind: linear}]", "the layers are 0 to 1"),
-        ("components=[{match: lm_head, kind: qlroa}]", "did you mean 'qlora'?"),
-        ("training.bach_size=2", "training.batch_size"),
-    ],
-)
-def test_mistakes_are_one_message_and_exit_code_2(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
-) -> None:
-    assert cli.main(["inspect", f"checkpoint.dir={checkpoint}", override]) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.out == ""
-
-
 def test_the_base_gets_the_dtype_that_the_adapter_was_trained_on(
     checkpoint: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -190,14 +170,3 @@ def test_the_base_gets_the_dtype_that_the_adapter_was_trained_on(
         assert cli.main(argv) == 0
         losses.append(json.loads(output.read_text())["loss"])
     assert losses[0] == losses[1]
-
-
-def test_a_folder_that_cannot_be_written_is_one_message(
-    checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}", "data.eval=null"]
-    assert cli.main([*argv, f"output_dir={tmp_path / 'file' / 'run'}"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert "file is a file, not a folder; choose another place" in error

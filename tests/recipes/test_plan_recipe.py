@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from recipe_runs import F32
 
 from qlora_builders import cli, save_checkpoint
 from qlora_builders.analysis.precision import SETTINGS
 from qlora_builders.checkpoint import load_checkpoint, stored_plan
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.models import LlamaArch, llama, summarize
-
-F32 = "compute_dtype=float32"
 
 
 def plan(checkpoint: Path, rows: Path, output: Path, *options: str) -> int:
@@ -155,39 +154,6 @@ def test_the_demo_base_keeps_its_most_sensitive_layers(tmp_path: Path) -> None:
     assert base["kl"] == 0
 
 
-# ---- mistakes -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "a budget is required: write budget=6GiB or bits=4.6"),
-        (["bits=4.6", "budget=6GiB"], "budget=6GiB and bits=4.6: give one of them"),
-        (["budget=6GB"], "budget='6GB' is not a size: write a number with MiB or GiB"),
-        (["bits=0"], "bits=0.0 must be > 0"),
-        (["bits=4"], "bits=4 is too small: the smallest plan has bits=4.044 or budget=0.08MiB"),
-        (["budget=0.01MiB"], "budget=0.01MiB is too small: the smallest plan has bits=4.044"),
-        (["bits=16"], "bits=16 is too large: without quantization the base has bits=16.0 "),
-        (["budget=1GiB"], "budget=1GiB is too large: without quantization the base has"),
-        (["bits=5", "alpha=8"], "alpha=8.0 has no effect without rank"),
-        (["bits=5", "data.eval=null"], "data.eval is required: write data.eval=FILE"),
-        (["bits=5", "data.train=nowhere.jsonl"], "nowhere.jsonl"),
-        (["bits=5", "data.format=text"], "text"),
-    ],
-)
-def test_mistakes(
-    checkpoint: Path,
-    rows: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
-) -> None:
-    assert plan(checkpoint, rows, tmp_path / "plan.yaml", *options) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_files_that_exist_and_bases_that_are_quantized(
     checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,35 +166,3 @@ def test_files_that_exist_and_bases_that_are_quantized(
     assert cli.main(["quantize", f"checkpoint.dir={checkpoint}", f"output_dir={nf4}"]) == 0
     assert plan(nf4, rows, tmp_path / "other.yaml", "bits=5") == 2
     assert "is quantized already" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such file"),
-        ("- {match: 'layers.**', kind: linnear}\n", "did you mean 'linear'"),
-        ("rules: []\n", "no list of rules under components:"),
-        ("components: nothing\n", "no list of rules under components:"),
-        (
-            "components: [{match: lm_head, kind: linear}]\ntrain: [norm]\n",
-            "train beside components:, which alone is read from such a file",
-        ),
-        ("components: [\n", "plan.yaml, line 2: not valid YAML: expected the node content"),
-        ("components: [{'a b': 1}]\n", "'a b' is no option of a rule"),
-        ("components: [{match: 'layers.**', kind: linnear}]\n", "did you mean 'linear'"),
-        ("components: \xe9\n", "not UTF-8 text"),
-    ],
-)
-def test_a_file_that_holds_no_rules(
-    checkpoint: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    content: str | None,
-    message: str,
-) -> None:
-    file = tmp_path / "plan.yaml"
-    if content is not None:
-        file.write_text(content, "latin-1")
-    argv = ["inspect", f"checkpoint.dir={checkpoint}", f"components={file}"]
-    assert cli.main(argv) == 2
-    assert message in capsys.readouterr().err

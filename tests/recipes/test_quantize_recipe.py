@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_runs import F32
 from transformers import AutoModelForCausalLM
 
 from qlora_builders import cli
@@ -13,7 +14,6 @@ from qlora_builders.checkpoint import load_checkpoint, load_with_adapter, stored
 from qlora_builders.checkpoint.formats import detect_format
 from qlora_builders.tensor import NF4Format, NF4Tensor
 
-F32 = "compute_dtype=float32"
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -92,51 +92,6 @@ def test_other_verbs_keep_what_is_stored(
     assert cli.main([*argv, f"output_dir={run}", "training.max_steps=2"]) == 0
     tuned = load_with_adapter(tmp_path / "nf4", run / "adapter")
     assert torch.equal(tuned.get_parameter(UP).codes, model.get_parameter(UP).codes)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["block_size=63"], "block_size is 63"),
-        (["scale_format=bnb", "scale_search=true"], "scale_search cannot be combined with"),
-        (["components=[{match: 'layers.*', kind: frozen_nf4}]"], "layers.*"),
-    ],
-)
-def test_mistakes(
-    checkpoint: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
-) -> None:
-    argv = ["quantize", f"checkpoint.dir={checkpoint}", f"output_dir={tmp_path / 'out'}"]
-    assert cli.main([*argv, *options]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("verb", "options"),
-    [
-        ("finetune", ["data.train={rows}", "data.eval=null", "output_dir={out}"]),
-        ("evaluate", ["data.eval={rows}"]),
-        ("generate", ["prompt=hi"]),
-        ("inspect", []),
-        ("quantize", ["output_dir={out}"]),
-    ],
-)
-def test_every_verb_passes_the_format_on(
-    checkpoint: Path,
-    rows: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    verb: str,
-    options: list[str],
-) -> None:
-    given = [option.format(rows=rows, out=tmp_path / "out") for option in options]
-    argv = [verb, f"checkpoint.dir={checkpoint}", "checkpoint.format=nf4", *given]
-    assert cli.main(argv) == 2
-    assert "format is 'nf4', but the directory is 'hf'" in capsys.readouterr().err
 
 
 def test_an_existing_folder_and_another_block_size(

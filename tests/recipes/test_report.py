@@ -99,65 +99,9 @@ def test_the_command_takes_folders_and_keys(
     assert "{odd} name: stopped after step 1" in page
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "a run is required: write qlora report RUN"),
-        (
-            ["missing"],
-            "'missing' is no run directory: it has neither metrics.jsonl nor config.yaml",
-        ),
-        (["missing", "outptu=x"], "unknown key 'outptu'; did you mean 'output'?"),
-        (["--html"], "unknown option '--html'"),
-    ],
-)
-def test_mistakes_are_one_message(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["report", *words]) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert (captured.err.count("\n"), captured.out) == (1, "")
-
-
 def test_help_shows_that_runs_come_without_a_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", "--help"]) == 0
     assert "usage: qlora report RUN [RUN ...] [OPTION ...]" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("loggers=[{project: p}]", "loggers[0].component is missing"),
-        (
-            "loggers=[{component: os.system}]",
-            "loggers[0].component='os.system' is no logger that a config may name",
-        ),
-        (
-            "loggers=[{component: qlora_builders.training.loggers.TensorBordLogger}]",
-            "did you mean 'qlora_builders.training.loggers.TensorBoardLogger'?",
-        ),
-        (
-            "loggers=[{component: qlora_builders.training.loggers.WandbLogger, projct: p}]",
-            "loggers[0].projct is not an argument of",
-        ),
-        ("training.samples=2 data.eval=null", "training.samples=2 needs questions in data.eval"),
-    ],
-)
-def test_wrong_loggers_and_samples_stop_before_anything_is_written(
-    checkpoint: Path,
-    rows: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    override: str,
-    message: str,
-) -> None:
-    run = tmp_path / "run"
-    argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}", f"output_dir={run}"]
-    words = override.split(" ") if override.startswith("training") else [override]
-    assert cli.main([*argv, *TINY, *words]) == 2
-    assert message in capsys.readouterr().err
-    assert not run.exists()
 
 
 def test_inspect_shows_what_quantization_costs(

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from recipe_runs import same_adapter
 
 from qlora_builders.runs.folder import find_start
 
@@ -93,9 +92,7 @@ def curve(run: Path) -> list[tuple[Any, ...]]:
 def same_run(run: Path, expected: Path) -> None:
     """Losses and weights, bit for bit, and no other file than usual."""
     assert curve(run) == curve(expected)
-    ours, theirs = (load_file(r / "adapter" / "adapter_model.safetensors") for r in (run, expected))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert same_adapter(run, expected)
     names = [sorted(str(p.relative_to(r)) for p in r.rglob("*")) for r in (run, expected)]
     assert names[0] == names[1]
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,29 @@ from qlora_builders.files.manifest import write_manifest
 from qlora_builders.runs import loop, setup
 
 Finetune = Callable[..., int]
+SHORT = ("training.save_every=1", "training.keep_last=9", "training.compute_dtype=float32")
+
+
+@pytest.fixture(scope="module")
+def trained(
+    checkpoint: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int], Path]:
+    """The folder of a run of a method and so many steps."""
+
+    @cache
+    def run(method: str, steps: int) -> Path:
+        folder = tmp_path_factory.mktemp("trained") / "run"
+        words = [f"checkpoint.dir={checkpoint}", f"data.train={rows}", f"output_dir={folder}"]
+        words += [f"method={method}", f"training.max_steps={steps}", *SHORT]
+        assert cli.main(["finetune", *words]) == 0
+        return folder
+
+    return run
 
 
 @pytest.fixture
 def base(checkpoint: Path, tmp_path: Path) -> Path:
+    """The same in another place."""
     return Path(shutil.copytree(checkpoint, tmp_path / "base"))
 
 
@@ -30,20 +50,21 @@ def base(checkpoint: Path, tmp_path: Path) -> Path:
 def finetune(base: Path, rows: Path, tmp_path: Path) -> Finetune:
     def run(*overrides: str) -> int:
         words = [f"checkpoint.dir={base}", f"data.train={rows}", f"output_dir={tmp_path / 'run'}"]
-        words += ["training.max_steps=3", "training.save_every=1", "training.keep_last=9"]
-        return cli.main(["finetune", *words, "training.compute_dtype=float32", *overrides])
+        return cli.main(["finetune", *words, "training.max_steps=3", *SHORT, *overrides])
 
     return run
 
 
 @pytest.fixture
-def run(finetune: Finetune, tmp_path: Path) -> Path:
+def run(trained: Callable[[str, int], Path], tmp_path: Path) -> Path:
     """Stopped after step 2."""
-    folder = tmp_path / "run"
-    assert finetune() == 0
-    shutil.rmtree(folder / "adapter")
-    shutil.rmtree(folder / "checkpoints" / "step_3")
-    return folder
+    return stop(Path(shutil.copytree(trained("qlora", 3), tmp_path / "run")))
+
+
+def stop(run: Path) -> Path:
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / "step_3")
+    return run
 
 
 def losses(run: Path) -> list[Any]:
@@ -76,13 +97,14 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_base_is_refused_before_anything_is_touched(
     finetune: Finetune,
+    trained: Callable[[str, int], Path],
     base: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     name: str,
     method: str,
 ) -> None:
-    assert finetune(f"method={method}", "training.max_steps=2") == 0
+    shutil.copytree(trained(method, 2), tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     change, message = CHANGES[name]
     change(base)
@@ -105,7 +127,7 @@ def test_a_base_that_moved_goes_on_with_the_same_losses(
 
 
 def test_a_checkpoint_that_does_not_know_its_base_is_compared_by_its_config(
-    finetune: Finetune, run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finetune: Finetune, run: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in (run / "checkpoints").iterdir():
         about = json.loads((folder / "train_state.json").read_text())
@@ -113,11 +135,10 @@ def test_a_checkpoint_that_does_not_know_its_base_is_compared_by_its_config(
         (folder / "train_state.json").write_text(json.dumps(about))
         (folder / "manifest.json").unlink()
         write_manifest(folder)
-    other = Path(shutil.copytree(base, tmp_path / "other"))
-    assert finetune("training.resume=auto", f"checkpoint.dir={other}") == 2
-    assert f"checkpoint.dir={other}, but the checkpoint was trained with" in capsys.readouterr().err
+    assert finetune("training.resume=auto") == 2  # its base has moved
+    assert "/base, but the checkpoint was trained with" in capsys.readouterr().err
     expected = losses(run)
-    assert finetune("training.resume=auto") == 0
+    assert finetune("training.resume=auto", f"checkpoint.dir={checkpoint}") == 0
     assert losses(run) == expected
 
 
@@ -219,7 +240,6 @@ def test_a_run_keeps_the_date_that_its_template_prints(
     (base / "chat_template.jinja").write_text(template)
     assert finetune() == 0
     whole = losses(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "adapter")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_3")
+    stop(tmp_path / "run")
     assert finetune("training.resume=auto") == 0
     assert losses(tmp_path / "run") == whole

@@ -15,7 +15,7 @@ import pytest
 
 from qlora_builders import cli
 from qlora_builders.report import read_run
-from qlora_builders.sweep import error_in, figures_of
+from qlora_builders.sweep import error_in
 
 
 def words(checkpoint: Path, rows: Path, folder: Path, *more: str) -> list[str]:
@@ -169,23 +169,6 @@ def test_a_dry_run_lists_the_jobs(
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (["merge", "--multirun", "x=1,2"], "qlora merge takes no --multirun; finetune, dpo, "),
-        (
-            ["evaluate", "--multirun", "--nproc-per-node=2"],
-            "qlora evaluate runs in one process; on",
-        ),
-        (["finetune", "--multirun", "--print-config"], "--print-config is for one run; leave out "),
-        (["finetune", "--multirun", "training.seed=1"], "--multirun needs a key with several val"),
-    ],
-)
-def test_mistakes(command: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(command) == 2
-    assert capsys.readouterr().err.startswith(f"error: {message}")
-
-
 def test_a_folder_of_something_else_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,13 +201,6 @@ def test_a_folder_of_something_else_is_left_alone(
 )
 def test_what_is_said_of_the_end_of_a_job(stderr: str, code: int, error: str) -> None:
     assert error_in(stderr, code) == error
-
-
-def test_figures_of_files_that_hold_none(tmp_path: Path) -> None:
-    for text in ('{"models": {"base": {"loss": 1.0}}}', '{"loss": "low"}', "{"):
-        (tmp_path / "e.json").write_text(text)
-        assert figures_of("evaluate", tmp_path / "e.json") == {}
-    assert figures_of("plan", tmp_path / "p.yaml") == figures_of("finetune", tmp_path) == {}
 
 
 @pytest.mark.slow
