@@ -65,7 +65,7 @@ def save_checkpoint(
 
     Args:
         model: built by `llama` or `load_checkpoint`.
-        format: "hf" upcasts quantized weights. "nf4" and "native" (our own layout, see `formats/native.py`)
+        format: "hf" upcasts quantized weights. "nf4" and "native" (`formats/native.py`)
             and "bnb-4bit" (which transformers and bitsandbytes load) keep their codes; all but
             "native" write NF4 only.
         dtype: of the plain tensors written; by default each parameter's own.
