@@ -22,7 +22,6 @@ from qlora_builders.training.device import compile_layers, resolve_dtype
 from qlora_builders.training.objectives import LOSSES
 from qlora_builders.training.optimizers import SHAPES
 
-
 # what configs in use may say: a name that is taken away breaks them
 IN_USE = {
     "DTYPES": "float32 bfloat16 float16",
