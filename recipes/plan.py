@@ -95,7 +95,7 @@ def main(cfg: PlanConfig) -> None:
     plain = {slot: next(o for o in some if o.setting == PLAIN) for slot, some in options.items()}
     reference = HeldOut(model, held_out_batches(held_out, cfg), seed=cfg.seed)
     unquantized = Measured("not quantized", plain, reference.figures(model))
-    del model, slots, tried
+    del model, slots, found, tried
 
     plans = {name: p for name, p in uniform_plans(options).items() if total_bytes(p) <= budget}
     plans["the plan"] = choose(options, budget)
