@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -79,6 +79,12 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
 def counted(number: int, noun: str) -> str:
     """`"1 row"`, `"1,200 rows"`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names of a long list, for an error message."""
+    shown = ", ".join(names[:8]) or "none"
+    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -157,7 +157,10 @@ BASES: dict[str, Case] = {
     "vocab": ("embed_tokens.weight has shape [1000, 32]; the model needs [1024, 32]",),
     "shapes": ("mlp.down_proj.weight has shape [48, 32]; the model needs [32, 48]",),
     "no_weights": ("neither model.safetensors nor model.safetensors.index.json there; expected",),
-    "cut_weights": ("model.safetensors: cannot be read as safetensors: the tensors end at byte",),
+    "cut_weights": (
+        "model.safetensors: cannot be read as safetensors: ",
+        "it is damaged or cut short",
+    ),
     "no_header": ("model.safetensors: cannot be read as safetensors: 5 bytes cannot hold",),
     "html": ("html/model.safetensors: cannot be read as safetensors: ",),
     "nan_norm": ("nan_norm/model.safetensors: model.norm.weight holds NaN or infinity",),
@@ -213,7 +216,10 @@ FAULTS: dict[str, Case] = {
     "a_lacks": ("modules_to_save entries without a module in the file: norm",),
     "a_tokens": ("trainable_token_indices is [1, 1]; it must be token ids >= 0, none twice",),
     "a_no_weights": ("a_no_weights/adapter_model.safetensors: cannot be read as safetensors",),
-    "a_cut_weights": ("adapter_model.safetensors: cannot be read as safetensors: the tensors end",),
+    "a_cut_weights": (
+        "adapter_model.safetensors: cannot be read as safetensors: ",
+        "damaged or cut",
+    ),
     "a_nan": ("adapter_model.safetensors: ", "q_proj.lora_B.weight holds NaN or infinity"),
     "a_half": ("q_proj needs lora_A [rank, in] and lora_B [out, rank], got lora_A none",),
     "a_shape": ("q_proj.lora_A.weight has shape [2, 31]; the model needs [2, 32]",),

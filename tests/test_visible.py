@@ -17,7 +17,7 @@ import pytest
 from rich.table import Table
 
 from qlora_builders import cli
-from qlora_builders.checkpoint.safetensors_header import read_header
+from qlora_builders.checkpoint.tensor_files import read_header
 from qlora_builders.config.entry import report
 from qlora_builders.config.shipped import shipped_dir
 from qlora_builders.console import PlainConsole, table_console

@@ -6,23 +6,17 @@ traced (`memory_trace`), one layer of each kind, and replayed over all layers. S
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from qlora_builders.analysis.memory_trace import (
-    MemoryTracer,
-    Segment,
-    StepTrace,
-    offloaded,
-    trace_step,
-)
-from qlora_builders.modules import CausalLM, Decoder, DecoderLayer, is_adapter
+from qlora_builders.analysis.memory_trace import MemoryTracer, Segment, Segments, trace_step
+from qlora_builders.modules import CausalLM, is_adapter
 from qlora_builders.tensor.sharded import held_bytes
 
 # Resident memory of a CPU process that no tensor explains, as scripts/bench_memory.py measured it
@@ -129,16 +123,18 @@ def predict_phases(
     state = {"gathered weights": gathered, "optimizer state": optimizer_state}
     fixed = {**weights, **state, **_runtime(model, device_type, compiled)}
     small, kinds = _one_layer_of_each_kind(model)
-    trace = _trace(
+    left_by = {"loss backward": gradient_bytes(small.model.norm, small.lm_head)}
+    for index, layer in enumerate(small.model.layers):
+        left_by[f"backward {index}"] = gradient_bytes(layer)
+    in_flight = max(map(gradient_bytes, small.model.layers))
+    trace = trace_step(
         small,
         device_type=device_type,
         batch_size=batch_size,
         seq_len=seq_len,
         accumulate=accumulate,
     )
-    left_by = [0 if accumulate else gradient_bytes(layer) for layer in small.model.layers]
-    left_by_head = 0 if accumulate else gradient_bytes(small.model.norm, small.lm_head)
-    forward, backward = _replay(trace, kinds, left_by, left_by_head)
+    forward, backward = _replay(trace, kinds, {} if accumulate else left_by)
     backward["gradients"] = backward.get("gradients", 0) // num_shards
     if accumulate:
         forward["gradients"], backward["gradients"] = gradients, gradients
@@ -150,7 +146,6 @@ def predict_phases(
         Phase("optimizer step", {**fixed, **step}),
     ]
     if cpu_offload and device_type == "cuda":
-        in_flight = max(map(gradient_bytes, small.model.layers))
         return [_on_the_gpu(phase, set(weights), in_flight) for phase in phases]
     return phases
 
@@ -163,13 +158,6 @@ def _optimizer_bytes(
     elements, largest = sum(trained) / num_shards, max(trained) / num_shards
     temporary = optimizer.temporary_of_all * elements + optimizer.temporary_of_one * largest
     return round(optimizer.state * elements), round(temporary)
-
-
-def _trace(model: CausalLM, **sizes: Any) -> StepTrace:
-    if model.model.activation_checkpointing != "offload":
-        return trace_step(model, **sizes)
-    model.model.activation_checkpointing = "full"
-    return offloaded(trace_step(model, **sizes))
 
 
 def _on_the_gpu(phase: Phase, weights: set[str], gradients: int) -> Phase:
@@ -278,18 +266,17 @@ def _load_terms(model: CausalLM, device_type: str) -> dict[str, int]:
 
 
 def _one_layer_of_each_kind(model: CausalLM) -> tuple[CausalLM, list[int]]:
-    """A model that shares one layer of each kind, and which of them each layer is like.
+    """A copy with one layer of each kind, and which of them each layer is like.
 
     Layers are alike if their modules are, and what trains in them, and if a gradient passes through
     them to what lies below.
     """
     decoder = model.model
     kinds: dict[tuple, int] = {}
-    chosen: list[DecoderLayer] = []
+    chosen: list[nn.Module] = []
     kind_of_layer = []
     passes = any(p.requires_grad for p in decoder.embed_tokens.parameters())
     for layer in decoder.layers:
-        assert isinstance(layer, DecoderLayer)
         parameters = tuple((p.dtype, p.requires_grad) for p in layer.parameters())
         key = (repr(layer), parameters, passes)
         passes = passes or any(requires_grad for _, requires_grad in parameters)
@@ -297,56 +284,33 @@ def _one_layer_of_each_kind(model: CausalLM) -> tuple[CausalLM, list[int]]:
             kinds[key] = len(kinds)
             chosen.append(layer)
         kind_of_layer.append(kinds[key])
-    small = Decoder(
-        embed_tokens=decoder.embed_tokens,
-        layers=chosen,
-        norm=decoder.norm,
-        rotary=decoder.rotary,
-        compute_dtype=decoder.compute_dtype,
-    )
-    small.activation_checkpointing = decoder.activation_checkpointing
-    return CausalLM(model=small, lm_head=model.lm_head), kind_of_layer
+    memo = {id(decoder.layers): nn.ModuleList(copy.deepcopy(chosen))}
+    return copy.deepcopy(model, memo), kind_of_layer
 
 
 def _replay(
-    trace: StepTrace, kinds: list[int], layer_gradients: list[int], other_gradients: int
+    trace: Segments, kinds: list[int], left_by: dict[str, int]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The terms at the peak of forward and at that of backward, from segments of each kind.
 
     Args:
         kinds: of each layer, an index of the trace's layers.
-        layer_gradients: bytes that backward leaves, of each kind of layer.
-        other_gradients: the same of head and final norm.
+        left_by: segment of backward -> bytes of gradients that it leaves.
     """
-    activations = 0  # kept so far
-    forward = []
-
-    def run_forward(segment: Segment, name: str) -> None:
-        nonlocal activations
-        forward.append({"activations": activations, name: segment.peak})
-        activations += segment.end
-
-    run_forward(trace.embedding, "temporaries")
-    for kind in kinds:
-        run_forward(trace.forward[kind], "temporaries")
-    run_forward(trace.loss, "loss chunk")
-
-    gradients = 0
-    backward = []
-
-    def run_backward(segment: Segment, new_gradients: int) -> None:
-        nonlocal activations, gradients
+    activations = gradients = 0  # kept so far
+    forward, backward = [], []
+    for name in ("embedding", *(f"forward {kind}" for kind in kinds), "loss"):
+        term = "loss chunk" if name == "loss" else "temporaries"
+        forward.append({"activations": activations, term: trace[name].peak})
+        activations += trace[name].end
+    for name in ("loss backward", *(f"backward {kind}" for kind in reversed(kinds)), "backward -1"):
+        segment, new = trace.get(name, Segment()), left_by.get(name, 0)
         now = {"gradients": gradients, "activations": activations, "temporaries": segment.peak}
         backward.append(now)
-        gradients += new_gradients
-        activations += segment.end - new_gradients
+        gradients += new
+        activations += segment.end - new
 
-    run_backward(trace.loss_backward, other_gradients)
-    for kind in reversed(kinds):
-        if kind in trace.backward:
-            run_backward(trace.backward[kind], layer_gradients[kind])
-    run_backward(trace.embedding_backward, 0)
-    return (
-        max(forward, key=lambda terms: sum(terms.values())),
-        max(backward, key=lambda terms: sum(terms.values())),
-    )
+    def size(terms: dict[str, int]) -> int:
+        return sum(terms.values())
+
+    return max(forward, key=size), max(backward, key=size)

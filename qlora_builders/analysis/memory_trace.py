@@ -7,11 +7,10 @@ here.
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,40 +34,28 @@ class Segment:
     peak: int = 0
 
 
-@dataclass(frozen=True)
-class StepTrace:
-    """The segments of one step; those of layers by index, in the model that was traced."""
-
-    embedding: Segment
-    forward: Mapping[int, Segment]
-    loss: Segment  # final norm, head and cross-entropy
-    loss_backward: Segment
-    backward: Mapping[int, Segment]  # without the layers that no gradient reaches
-    embedding_backward: Segment
+Segments = dict[str, Segment]
 
 
 def trace_step(
-    model: CausalLM,
-    *,
-    device_type: str,
-    batch_size: int,
-    seq_len: int,
-    accumulate: bool = False,
-) -> StepTrace:
+    model: CausalLM, *, device_type: str, batch_size: int, seq_len: int, accumulate: bool = False
+) -> Segments:
     """Trace the loss of a model and its backward, with every token a target.
 
     Args:
-        model: on the meta device.
+        model: on the meta device; its large weights are cast.
         device_type: "cpu" or "cuda", the device to stand in for; it is not touched.
         accumulate: gradients of an earlier batch are there already, and are not counted.
+
+    Returns:
+        "embedding", "forward I" of layer I, "loss" (with final norm and head), "loss backward",
+        "backward I" unless no gradient reaches it, and "backward -1" of the embedding likewise.
     """
-    vocab_size, hidden_size = model.lm_head.out_features, model.lm_head.in_features
-    assert isinstance(vocab_size, int)
-    assert isinstance(hidden_size, int)
+    vocab_size, hidden_size = model.spec.arch.vocab_size, model.spec.arch.hidden_size
     # The chunks of the loss are alike: two are traced, and what the others keep is added below.
     targets = batch_size * (seq_len - 1)
     traced = min(targets, 2 * max(1, loss_module._CHUNK_ELEMENTS // vocab_size))
-    model = copy.deepcopy(model).train()
+    model.train()
     if device_type == "cpu":
         _cast_large_weights(model)
     there: list[Tensor] = [
@@ -81,6 +68,9 @@ def trace_step(
     tile = 0 if device_type == "cpu" else TILE_ELEMENTS["cuda"]
     tracer = MemoryTracer(there, num_targets=traced, tile_elements=tile)
     ids = torch.empty(batch_size, seq_len, dtype=torch.long, device="meta")
+    offloads = model.model.activation_checkpointing == "offload"
+    if offloads:
+        model.model.activation_checkpointing = "full"
     with torch.enable_grad(), _flash_on_meta(), tracer, _segments_at_layers(model, tracer):
         tracer.begin("embedding")
         loss = model.loss(ids, ids)
@@ -89,33 +79,17 @@ def trace_step(
         tracer.begin("done")
     row_bytes = hidden_size * model.model.compute_dtype.itemsize
     kept = (targets - traced) * row_bytes  # gradients of the hidden states; and, until then, a copy
-    segments, layers = tracer.segments, range(len(model.model.layers))
+    segments = tracer.segments
     head, head_backward = segments["loss"], segments["loss backward"]
-    return StepTrace(
-        embedding=segments["embedding"],
-        forward={index: segments[f"forward {index}"] for index in layers},
-        loss=Segment(head.end + kept, head.peak + 2 * kept),
-        loss_backward=Segment(head_backward.end - kept, head_backward.peak),
-        backward={
-            index: segments[f"backward {index}"]
-            for index in layers
-            if f"backward {index}" in segments
-        },
-        embedding_backward=segments.get("backward -1", Segment()),
-    )
-
-
-def offloaded(trace: StepTrace) -> StepTrace:
-    """The same where the inputs of layers wait for backward in another memory."""
-    kept = {index: segment.end for index, segment in trace.forward.items()}
-    return replace(
-        trace,
-        forward={index: Segment(0, segment.peak) for index, segment in trace.forward.items()},
-        backward={
-            index: Segment(segment.end + kept[index], segment.peak + kept[index])
-            for index, segment in trace.backward.items()
-        },
-    )
+    segments["loss"] = Segment(head.end + kept, head.peak + 2 * kept)
+    segments["loss backward"] = Segment(head_backward.end - kept, head_backward.peak)
+    for index in range(len(model.model.layers) if offloads else 0):
+        forward, backward = segments[f"forward {index}"], segments.get(f"backward {index}")
+        segments[f"forward {index}"] = Segment(0, forward.peak)  # its input waits elsewhere
+        if backward is not None:
+            both = Segment(backward.end + forward.end, backward.peak + forward.end)
+            segments[f"backward {index}"] = both
+    return segments
 
 
 def _cast_large_weights(model: CausalLM) -> None:
@@ -145,7 +119,7 @@ class MemoryTracer(TorchDispatchMode):
         self, there: Iterable[Tensor], *, num_targets: int = 0, tile_elements: int = 0
     ) -> None:
         super().__init__()
-        self.segments: dict[str, Segment] = {}
+        self.segments: Segments = {}
         self.num_targets = num_targets
         self.tile_elements = tile_elements
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in there)

@@ -46,15 +46,8 @@ class Measured:
     choice: Choice
     figures: Sequence[Figures]
 
-    @property
-    def loss(self) -> float:
-        """Nats per target token."""
-        return self.mean("loss")
-
-    @property
-    def kl(self) -> float:
-        """Nats per target token."""
-        return self.mean("kl")
+    loss = property(lambda self: self.mean("loss"))  # nats per target token
+    kl = property(lambda self: self.mean("kl"))  # the same
 
     def mean(self, name: str) -> float:
         return sum(getattr(f, name) for f in self.figures) / sum(f.tokens for f in self.figures)
@@ -74,32 +67,28 @@ class HeldOut:
         self.drawn: list[tuple[Tensor, Tensor]] = []  # [n] tokens and [n] their log p, per batch
         for index, batch in enumerate(self.batches):
             generator = torch.Generator(batch.input_ids.device).manual_seed(seed + index)
-            tokens, log_p = [], []
+            tokens, log_p = [batch.labels.new_empty(0)], [torch.empty(0, device=generator.device)]
             for log_probs in log_probabilities(model.lm_head, _rows(model, batch)):
                 tokens.append(draw_tokens(log_probs, generator))
                 log_p.append(_at(log_probs, tokens[-1]))
-            if tokens:
-                self.drawn.append((torch.cat(tokens), torch.cat(log_p)))
-            else:
-                self.drawn.append((batch.labels.new_empty(0), torch.empty(0)))
+            self.drawn.append((torch.cat(tokens), torch.cat(log_p)))
         if not any(len(tokens) for tokens, _ in self.drawn):
             raise TrainingError("nothing to compare on: the held-out data has no target tokens")
 
     def figures(self, model: CausalLM) -> list[Figures]:
         """Of every batch, for the model that a plan gives."""
-        return [self._batch(model, *one) for one in zip(self.batches, self.drawn, strict=True)]
-
-    def _batch(self, model: CausalLM, batch: Batch, drawn: tuple[Tensor, Tensor]) -> Figures:
-        targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE_INDEX]
-        tokens, log_p = drawn
-        loss, kl, start = 0.0, 0.0, 0
-        for log_probs in log_probabilities(model.lm_head, _rows(model, batch)):
-            part = slice(start, start + len(log_probs))
-            loss -= _at(log_probs, targets[part]).double().sum().item()
-            log_r = (_at(log_probs, tokens[part]) - log_p[part]).double()
-            kl += (log_r.expm1() - log_r).sum().item()
-            start = part.stop
-        return Figures(loss, kl, len(targets))
+        found = []
+        for batch, (tokens, log_p) in zip(self.batches, self.drawn, strict=True):
+            targets = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE_INDEX]
+            loss, kl, start = 0.0, 0.0, 0
+            for log_probs in log_probabilities(model.lm_head, _rows(model, batch)):
+                part = slice(start, start + len(log_probs))
+                loss -= _at(log_probs, targets[part]).double().sum().item()
+                log_r = (_at(log_probs, tokens[part]) - log_p[part]).double()
+                kl += (log_r.expm1() - log_r).sum().item()
+                start = part.stop
+            found.append(Figures(loss, kl, len(targets)))
+        return found
 
 
 @torch.no_grad()

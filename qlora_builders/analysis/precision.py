@@ -34,8 +34,8 @@ class Setting:
             return self.kind
         words = ["nf4", str(self.options["block_size"])]
         words += ["search"] if self.options.get("scale_search") else []
-        words += [f"{key}={self.options[key]}" for key in ("scale_format",) if key in self.options]
-        return " ".join(words)
+        format = self.options.get("scale_format")
+        return " ".join([*words, f"scale_format={format}"] if format else words)
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype) -> int:
         """Bytes of a weight as it is stored: codes, scales and groups, or elements."""
@@ -93,16 +93,13 @@ def measure_options(
         for setting in SETTINGS:
             loss = 0.0
             if setting != PLAIN:
-                loss = predict(slot, weight, _stored(slot, weight, setting))
+                try:
+                    stored = to_nf4(weight, **setting.options).dequantize()
+                except ValueError as error:
+                    raise CheckpointError(f"{slot}.weight: {error}") from error
+                loss = predict(slot, weight, stored)
             options.append(Option(setting, setting.nbytes(weight.shape, weight.dtype), loss))
         yield slot, options
-
-
-def _stored(slot: str, weight: torch.Tensor, setting: Setting) -> torch.Tensor:
-    try:
-        return to_nf4(weight, **setting.options).dequantize()
-    except ValueError as error:
-        raise CheckpointError(f"{slot}.weight: {error}") from error
 
 
 def total_bytes(choice: Mapping[str, Option]) -> int:
@@ -120,21 +117,20 @@ def smallest(options: Options) -> Choice:
 
 def uniform_plans(options: Options) -> dict[str, Choice]:
     """One NF4 setting for all decoder layers, and a head of its own in 16 bits or in NF4 too."""
-    plans = {}
-    for setting in SETTINGS:
-        if setting == PLAIN:
-            continue
-        everywhere = {slot: _with(setting, some) for slot, some in options.items()}
-        if "lm_head" not in options:
-            plans[setting.name] = everywhere
-            continue
-        plans[f"{setting.name}, head too"] = everywhere
-        plans[setting.name] = {**everywhere, "lm_head": _with(PLAIN, options["lm_head"])}
+
+    def with_setting(setting: Setting) -> Choice:
+        return {
+            slot: next(option for option in some if option.setting == setting)
+            for slot, some in options.items()
+        }
+
+    plans, head = {}, {k: v for k, v in with_setting(PLAIN).items() if k == "lm_head"}
+    for setting in SETTINGS[:-1]:  # the last is PLAIN
+        everywhere = with_setting(setting)
+        if head:
+            plans[f"{setting.name}, head too"] = everywhere
+        plans[setting.name] = everywhere | head
     return plans
-
-
-def _with(setting: Setting, options: Sequence[Option]) -> Option:
-    return next(option for option in options if option.setting == setting)
 
 
 def choose(options: Options, budget: int) -> Choice:

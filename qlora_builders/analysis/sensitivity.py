@@ -62,14 +62,22 @@ class Sensitivity:
 class _Sums:
     """Running sums of one slot, float64: a long calibration adds small numbers to large ones."""
 
-    def __init__(self) -> None:
-        self.inputs: Tensor | float = 0.0  # [in], squared inputs weighted by |g|^2
-        self.outputs: Tensor | float = 0.0  # [out]
+    inputs: Any = 0.0  # tensor [in], squared inputs weighted by |g|^2
+    outputs: Any = 0.0  # tensor [out], squared gradients
 
     def add(self, input: Tensor, grad: Tensor) -> None:
         x, g = input.flatten(0, -2).float().square(), grad.flatten(0, -2).float().square()
         self.inputs = self.inputs + (g.sum(1) @ x).double()
         self.outputs = self.outputs + g.sum(0).double()
+
+    def sensitivity(self, name: str, tokens: int) -> Sensitivity:
+        total = self.outputs.sum()
+        if not (torch.isfinite(total) and torch.isfinite(self.inputs).all()):
+            raise TrainingError(
+                f"{name}: a gradient of the calibration is not finite; try compute_dtype=float32"
+            )
+        weighted = self.inputs / total if total > 0 else self.inputs
+        return Sensitivity(weighted.float(), (self.outputs / tokens).float())
 
 
 def measure_sensitivity(
@@ -102,20 +110,7 @@ def measure_sensitivity(
     model.train(training)
     if tokens == 0:
         raise TrainingError("nothing to measure on: the calibration data has no target tokens")
-    return {name: _sensitivity(name, one, tokens) for name, one in sums.items()}
-
-
-def _sensitivity(name: str, sums: _Sums, tokens: int) -> Sensitivity:
-    inputs, outputs = sums.inputs, sums.outputs
-    assert isinstance(inputs, Tensor)
-    assert isinstance(outputs, Tensor)
-    total = outputs.sum()
-    if not (torch.isfinite(total) and torch.isfinite(inputs).all()):
-        raise TrainingError(
-            f"{name}: a gradient of the calibration is not finite; try compute_dtype=float32"
-        )
-    weighted = inputs / total if total > 0 else inputs
-    return Sensitivity(weighted.float(), (outputs / tokens).float())
+    return {name: one.sensitivity(name, tokens) for name, one in sums.items()}
 
 
 @contextmanager

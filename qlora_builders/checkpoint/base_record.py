@@ -20,8 +20,8 @@ from torch import Tensor
 
 from qlora_builders.checkpoint.hf_config import function_keys
 from qlora_builders.checkpoint.peft_config import CONFIG_FILE
-from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
-from qlora_builders.errors import CheckpointError, PlanError
+from qlora_builders.checkpoint.tensor_files import LazyTensor
+from qlora_builders.errors import CheckpointError, PlanError, listed
 from qlora_builders.files.reading import read_json_object
 from qlora_builders.models import BaseCheckpoint, ComponentRule
 from qlora_builders.modules import CausalLM

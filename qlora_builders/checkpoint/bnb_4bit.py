@@ -15,7 +15,7 @@ import torch
 
 from qlora_builders.checkpoint.config_keys import Key, read_keys
 from qlora_builders.checkpoint.native import collect_weights, lazy_parts
-from qlora_builders.checkpoint.safetensors_io import LazyTensor, open_tensors
+from qlora_builders.checkpoint.tensor_files import LazyTensor, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.tensor import NF4Tensor
 from qlora_builders.tensor.layouts import (

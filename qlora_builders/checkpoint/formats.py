@@ -17,7 +17,7 @@ from qlora_builders.checkpoint.bnb_4bit import check_quantization_config, read_b
 from qlora_builders.checkpoint.hf_config import arch_from_config, read_config
 from qlora_builders.checkpoint.meta_llama import PARAMS_FILE, read_meta, read_meta_arch
 from qlora_builders.checkpoint.native import QUANT_METHODS, read_native
-from qlora_builders.checkpoint.safetensors_io import LazyTensor, open_tensors
+from qlora_builders.checkpoint.tensor_files import LazyTensor, open_tensors
 from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.models import ComponentRule, LlamaArch
 

@@ -14,14 +14,9 @@ from torch import Tensor, nn
 from qlora_builders.checkpoint.bnb_4bit import bnb_parts, quantization_config
 from qlora_builders.checkpoint.hf_config import config_from_arch, read_config
 from qlora_builders.checkpoint.native import QUANTIZATION_CONFIGS, STEMS, native_parts
-from qlora_builders.checkpoint.safetensors_io import (
-    MAX_SHARD_BYTES,
-    STEM,
-    LazyTensor,
-    atomic_directory,
-    write_shards,
-)
+from qlora_builders.checkpoint.tensor_files import MAX_SHARD_BYTES, STEM, LazyTensor, write_shards
 from qlora_builders.errors import CheckpointError, did_you_mean
+from qlora_builders.files.folders import atomic_directory
 from qlora_builders.models import LlamaArch, linear_slots
 from qlora_builders.modules import CausalLM, LoRALinear, is_adapter
 from qlora_builders.names import WRITTEN_FORMATS

@@ -15,9 +15,9 @@ from qlora_builders.checkpoint.formats import AUTO, detect_format, read_arch, re
 from qlora_builders.checkpoint.hf_llama import base_parameters
 from qlora_builders.checkpoint.meta_llama import PARAMS_FILE
 from qlora_builders.checkpoint.placing import place
-from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
 from qlora_builders.checkpoint.streaming import stream
-from qlora_builders.errors import CheckpointError, PlanError
+from qlora_builders.checkpoint.tensor_files import LazyTensor
+from qlora_builders.errors import CheckpointError, PlanError, listed
 from qlora_builders.models import (
     BaseCheckpoint,
     ComponentRule,

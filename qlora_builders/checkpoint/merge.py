@@ -29,13 +29,9 @@ from qlora_builders.checkpoint.merge_report import (
     streamed_model,
 )
 from qlora_builders.checkpoint.peft_export import adapters_of, hf_name
-from qlora_builders.checkpoint.safetensors_io import (
-    MAX_SHARD_BYTES,
-    LazyTensor,
-    atomic_directory,
-    listed,
-)
-from qlora_builders.errors import CheckpointError, did_you_mean
+from qlora_builders.checkpoint.tensor_files import MAX_SHARD_BYTES, LazyTensor
+from qlora_builders.errors import CheckpointError, did_you_mean, listed
+from qlora_builders.files.folders import atomic_directory
 from qlora_builders.models import ComponentRule, LlamaArch, linear_slots, llama
 from qlora_builders.modules import LOFTQ, CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.names import WRITTEN_FORMATS

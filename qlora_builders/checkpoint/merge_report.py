@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.checkpoint.formats import read_arch
-from qlora_builders.checkpoint.safetensors_io import find_tensors, read_tensor
+from qlora_builders.checkpoint.tensor_files import find_tensors, read_tensor
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import llama
 from qlora_builders.modules import CausalLM, adapters_disabled

@@ -25,8 +25,8 @@ from torch import Tensor
 from qlora_builders.checkpoint.config_keys import REQUIRED, Key, in_words_of, read_keys
 from qlora_builders.checkpoint.hf_config import KEYS as HF_KEYS
 from qlora_builders.checkpoint.hf_config import head_dim_of
-from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed
-from qlora_builders.errors import CheckpointError, QLoRAError
+from qlora_builders.checkpoint.tensor_files import LazyTensor
+from qlora_builders.errors import CheckpointError, QLoRAError, listed
 from qlora_builders.files.reading import open_plain, read_json_object
 from qlora_builders.models import LLAMA_ARCHS, LlamaArch, RopeScaling
 

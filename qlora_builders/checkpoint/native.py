@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qlora_builders.checkpoint.safetensors_io import LazyTensor, open_tensors
+from qlora_builders.checkpoint.tensor_files import LazyTensor, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.tensor import QuantizedTensor
 from qlora_builders.tensor.layouts import (

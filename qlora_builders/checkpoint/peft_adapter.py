@@ -38,9 +38,8 @@ from qlora_builders.checkpoint.peft_export import (
     hf_name,
     trained_parameters,
 )
-from qlora_builders.checkpoint.safetensors_header import read_header
-from qlora_builders.checkpoint.safetensors_io import LazyTensor, listed, open_tensors
-from qlora_builders.errors import CheckpointError
+from qlora_builders.checkpoint.tensor_files import LazyTensor, open_tensors, read_header
+from qlora_builders.errors import CheckpointError, listed
 from qlora_builders.models import linear_slots
 from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.tensor.sharded import copy_whole_

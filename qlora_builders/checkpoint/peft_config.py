@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_builders.checkpoint.safetensors_io import listed
 from qlora_builders.confined import patterns as confined_patterns
 from qlora_builders.confined.process import Limits, OverrunError, RaisedError, ask
-from qlora_builders.errors import CheckpointError
+from qlora_builders.errors import CheckpointError, listed
 from qlora_builders.files.outputs import step_folders
 from qlora_builders.files.reading import read_json_object
 

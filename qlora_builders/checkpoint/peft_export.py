@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from qlora_builders.checkpoint.base_record import BASE_FILE, base_record
 from qlora_builders.checkpoint.peft_config import CONFIG_FILE
-from qlora_builders.checkpoint.safetensors_io import atomic_directory, write_tensors
+from qlora_builders.checkpoint.tensor_files import write_tensors
 from qlora_builders.errors import CheckpointError
+from qlora_builders.files.folders import atomic_directory
 from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding, is_adapter
 
 PREFIX = "base_model.model."

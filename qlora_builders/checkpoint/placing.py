@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_builders.checkpoint.finite import is_finite
-from qlora_builders.checkpoint.safetensors_io import LazyTensor
+from qlora_builders.checkpoint.tensor_files import LazyTensor
 from qlora_builders.errors import CheckpointError
 from qlora_builders.tensor import Format, QuantizedTensor, plain, quantize
 from qlora_builders.tensor.sharded import (
@@ -120,7 +120,7 @@ def _needed_rows(tensor: LazyTensor, parameter: DTensor, format: Format | None) 
         start, stop = first // columns, -(-last // columns)
     shape = torch.Size((stop - start, *tensor.shape[1:]))
     load = partial(tensor.load_rows, start, stop)
-    return replace(tensor, shape=shape, load=load, load_into=None, map=None)
+    return replace(tensor, shape=shape, load=load, map=None)
 
 
 def _check_finite(tensor: LazyTensor, value: Tensor) -> None:

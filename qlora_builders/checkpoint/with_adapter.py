@@ -13,8 +13,7 @@ from qlora_builders.checkpoint.formats import AUTO, read_arch, stored_dtype, sto
 from qlora_builders.checkpoint.load import load_checkpoint
 from qlora_builders.checkpoint.peft_adapter import AdapterInfo, load_adapter_info, read_adapter
 from qlora_builders.checkpoint.peft_export import WEIGHTS_FILE, hf_name
-from qlora_builders.checkpoint.safetensors_io import listed
-from qlora_builders.errors import CheckpointError, PlanError, did_you_mean
+from qlora_builders.errors import CheckpointError, PlanError, did_you_mean, listed
 from qlora_builders.models import ComponentRule, linear_slots, resolve
 from qlora_builders.modules import LOFTQ, CausalLM
 

@@ -44,7 +44,6 @@ def find_candidates(
     adapter: str | Path | None,
     *,
     quantize: str,
-    format: str,
     dtype: torch.dtype | None,
     allow_base_mismatch: bool,
     **options: Any,
@@ -55,27 +54,28 @@ def find_candidates(
     NF4, bit for bit. Of an adapter on a plain base, or without an adapter, it is what `quantize`
     writes. Where the checkpoint itself holds NF4 there is no base in 16 bits.
 
-    Args:
-        path, adapter, quantize, format, dtype, allow_base_mismatch, options: as for
-            `load_with_adapter`.
+    Args: as for `load_with_adapter`.
 
     Raises:
         CheckpointError: if either cannot be read.
         ConfigError: if there is nothing to compare.
     """
-    stored = stored_plan(path, format=format)
-    info = None if adapter is None else read_adapter(adapter)
+    stored = stored_plan(path, format=options["format"])
     nf4: Sequence[ComponentRule | dict[str, Any]] = stored or [NF4_BASE]
-    base_dtype = dtype or stored_dtype(path, format=format)
-    trained_on = BASE
-    if info is not None:
+    base_dtype = dtype or stored_dtype(path, format=options["format"])
+    trained_on = NF4 if stored else BASE
+    if adapter is not None:
+        info = read_adapter(adapter)
         rules = [ComponentRule.parse(r).frozen() for r in adapter_plan(info, quantize=quantize)[0]]
         if any(rule.base != "none" for rule in rules):
             nf4, trained_on = rules, NF4
         if dtype is None and info.base is not None:
             base_dtype = info.base.dtype
-
-    options |= {"format": format}
+    elif stored:
+        raise ConfigError(
+            f"compare=true: {path} holds NF4 weights already, so without an adapter there is "
+            "nothing to compare; set adapter.path, or checkpoint.dir to the 16-bit weights"
+        )
 
     def base(rules: Sequence[ComponentRule | dict[str, Any]]) -> CausalLM:
         return load_checkpoint(path, rules, dtype=base_dtype, **options).eval()
@@ -83,19 +83,8 @@ def find_candidates(
     found = [] if stored else [Candidate(BASE, None, partial(base, []))]
     found.append(Candidate(NF4, None if stored else BASE, partial(base, nf4)))
     if adapter is not None:
-        tuned = partial(
-            load_with_adapter,
-            path,
-            adapter,
-            quantize=quantize,
-            dtype=dtype,
-            allow_base_mismatch=allow_base_mismatch,
-            **options,
-        )
-        found.append(Candidate(TUNED, NF4 if stored else trained_on, tuned))
-    if len(found) == 1:
-        raise ConfigError(
-            f"compare=true: {path} holds NF4 weights already, so without an adapter there is "
-            "nothing to compare; set adapter.path, or checkpoint.dir to the 16-bit weights"
-        )
+        options_of_both = {"quantize": quantize, "dtype": dtype, **options}
+        options_of_both["allow_base_mismatch"] = allow_base_mismatch
+        tuned = partial(load_with_adapter, path, adapter, **options_of_both)
+        found.append(Candidate(TUNED, trained_on, tuned))
     return found

@@ -81,12 +81,9 @@ class HarnessModel(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Token ids; a BOS that the text spells out is not doubled."""
-        ids = self._ids(string)
-        before, _ = self._tok.special_tokens_around(ids)
-        return ids if add_special_tokens is False else [*before, *ids]
-
-    def _ids(self, text: str) -> list[int]:
-        return self._tok.encode(text, add_special_tokens=False)
+        ids = self._tok.encode(string, add_special_tokens=False)
+        before = [] if add_special_tokens is False else self._tok.special_tokens_around(ids)[0]
+        return [*before, *ids]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -165,27 +162,26 @@ class HarnessModel(TemplateLM):
         longest = max(map(len, inputs))
         padded = [[*ids, *[0] * (longest - len(ids))] for ids in inputs]  # causal: none looks there
         hidden = self._model.model(torch.tensor(padded, device=self._device))  # [b, s, hidden]
-        rows: list[int] = []
-        positions: list[int] = []
-        for row, continuation in continuations:
-            end = len(inputs[row])
-            rows += [row] * len(continuation)
-            positions += range(end - len(continuation), end)
-        flat = [token for _, continuation in continuations for token in continuation]
+        scored = [
+            (row, len(inputs[row]) - len(tokens) + at, token)
+            for row, tokens in continuations
+            for at, token in enumerate(tokens)
+        ]
+        rows, positions, flat = (list(column) for column in zip(*scored, strict=True))
         targets = torch.tensor(flat, device=self._device)  # [n]
         log_p: list[Tensor] = []
         greedy: list[Tensor] = []
-        parts = log_probabilities(self._model.lm_head, hidden[rows, positions])  # [c, vocab] each
-        for log_probs in parts:
-            start = sum(len(done) for done in log_p)
-            part = targets[start : start + len(log_probs)]
+        start = 0
+        for log_probs in log_probabilities(self._model.lm_head, hidden[rows, positions]):
+            part = targets[start : start + len(log_probs)]  # [c], of log_probs [c, vocab]
             log_p.append(log_probs.gather(1, part[:, None])[:, 0])
             greedy.append(log_probs.argmax(1) == part)
-        lengths = [len(continuation) for _, continuation in continuations]
-        sums = [p.double().sum().item() for p in torch.cat(log_p).split(lengths)]
-        return list(
-            zip(sums, (bool(g.all()) for g in torch.cat(greedy).split(lengths)), strict=True)
-        )
+            start += len(part)
+        lengths = [len(tokens) for _, tokens in continuations]
+        likelihoods = torch.cat(log_p).split(lengths)
+        all_greedy = torch.cat(greedy).split(lengths)
+        pairs = zip(likelihoods, all_greedy, strict=True)
+        return [(p.double().sum().item(), bool(g.all())) for p, g in pairs]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -219,7 +215,13 @@ class HarnessModel(TemplateLM):
         answers = [""] * len(requests)
         for indices in groups.values():
             until, options = _decoding(requests[indices[0]].args[1])
-            room = self._room(options["max_new_tokens"])
+            room = self.max_length - options["max_new_tokens"]  # tokens that a prompt may have
+            if room <= 0:
+                raise QLoRAError(
+                    f"max_gen_toks={options['max_new_tokens']} leaves no room for a prompt in the "
+                    f"model's {self.max_length} positions; set a smaller one in the task's "
+                    "generation_kwargs"
+                )
             whole = {i: self.tok_encode(requests[i].args[0]) for i in indices}
             self._warn_of(sum(len(tokens) > room for tokens in whole.values()))
             prompts = {i: (ids or [self.prefix_token_id])[-room:] for i, ids in whole.items()}
@@ -230,15 +232,6 @@ class HarnessModel(TemplateLM):
                     answers[index] = answer
         return answers
 
-    def _room(self, max_new_tokens: int) -> int:
-        """Tokens that a prompt may have."""
-        if max_new_tokens >= self.max_length:
-            raise QLoRAError(
-                f"max_gen_toks={max_new_tokens} leaves no room for a prompt in the model's "
-                f"{self.max_length} positions; set a smaller one in the task's generation_kwargs"
-            )
-        return self.max_length - max_new_tokens
-
     def _generate(
         self, prompts: Sequence[list[int]], until: Sequence[str], options: dict[str, Any]
     ) -> list[str]:
@@ -246,27 +239,22 @@ class HarnessModel(TemplateLM):
         rows: list[list[int]] = [[] for _ in prompts]
         running = [True] * len(prompts)
         # a token has at least a byte of text; special ones have none
-        tail = max((len(stop.encode()) for stop in until), default=0)
-        special = [
-            ids for ids in map(self._ids, until) if len(ids) == 1 and not self._tok.decode(ids)
-        ]
-        stop_ids = {*self._tok.stop_token_ids, *(token for ids in special for token in ids)}
+        tail = 1 + max((len(stop.encode()) for stop in until), default=0)
+        stop_ids = set(self._tok.stop_token_ids)
+        for ids in (self._tok.encode(stop, add_special_tokens=False) for stop in until):
+            if len(ids) == 1 and not self._tok.decode(ids):
+                stop_ids.add(ids[0])
         for tokens in generate_batch(self._model, prompts, stop_token_ids=stop_ids, **options):
             for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-                if token is not None and running[index]:
+                if running[index] and token is not None:
                     row.append(token)
-                    ending = self._tok.decode(row[-tail - 1 :])
-                    running[index] = not any(stop in ending for stop in until)
-                else:
-                    running[index] = False
+                    ending = self._tok.decode(row[-tail:])
+                running[index] &= token is not None and not any(stop in ending for stop in until)
             if not any(running):
                 break
-        answers = []
-        for row in rows:
-            answer = self._tok.decode(row)
-            for stop in until:
-                answer = answer.partition(stop)[0]
-            answers.append(answer)
+        answers = [self._tok.decode(row) for row in rows]
+        for stop in until:
+            answers = [answer.partition(stop)[0] for answer in answers]
         return answers
 
 

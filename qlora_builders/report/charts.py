@@ -22,18 +22,18 @@ from qlora_builders.report.run import LayerFigures, Run
 
 NUM_COLORS = 8
 _SMALL, _WIDE = (360, 215), (1160, 290)  # CSS pixels; a phone shows the small one as it is
-# metric, whose evaluation is eval_METRIC -> title, unit, options of Chart
-_EVALUATED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "loss": ("Loss", "nats per token", {"wide": True}),
-    "rewards/margins": ("Reward margin", "nats per pair, chosen less rejected", {}),
-    "rewards/accuracies": ("Reward accuracy", "share of pairs", {"from_zero": True}),
-}
-_OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+# metric -> title, unit, options of Chart; what is evaluated too is drawn with its eval_METRIC
+_METRICS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "loss": ("Loss", "nats per token", {"wide": True, "smooth": True}),
+    "rewards/margins": ("Reward margin", "nats per pair, chosen less rejected", {"smooth": True}),
+    "rewards/accuracies": (
+        "Reward accuracy", "share of pairs", {"from_zero": True, "smooth": True}
+    ),
     "lr": ("Learning rate", "", {"from_zero": True}),
     "grad_norm": ("Gradient norm", "before clipping", {"log": True, "smooth": True}),
     "tokens_per_s": ("Throughput", "tokens/s", {"from_zero": True, "smooth": True}),
     "peak_memory_mib": ("Peak memory", "MiB", {"from_zero": True}),
-}
+}  # fmt: skip
 _DOTS_UP_TO = 40  # points of a curve that are marked one by one
 _MOST_POINTS = 2400  # of a metric, all runs together; of one curve a quarter
 _MOST_OTHER_METRICS = 12
@@ -52,6 +52,10 @@ class Curve:
     y: Sequence[float]
     color: int = 0  # past the last one they come again, dashed
     dots: bool = False  # mark every point: there are few, and none between them
+
+    @cached_property
+    def finite(self) -> list[float]:
+        return [value for value in self.y if math.isfinite(value)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Chart:
     @cached_property
     def range(self) -> tuple[float, float] | None:
         """The lowest and the highest finite value."""
-        values = [value for curve in self.curves for value in _finite(curve)]
+        values = [value for curve in self.curves for value in curve.finite]
         return (min(values), max(values)) if values else None
 
     @property
@@ -84,41 +88,48 @@ class Chart:
         low, high = self.range or (0, 0)
         return self.log and low > 0 and 100 < high / low < 1e100
 
+    def is_smooth(self, curve: Curve) -> bool:
+        return self.smooth and len(curve.x) >= _SMOOTH_FROM
+
     @property
     def note(self) -> str:
-        smooth = self.smooth and any(len(curve.x) >= _SMOOTH_FROM for curve in self.curves)
         said = {
             self.about: True,
             "no finite value": self.range is None,
             "logarithmic axis": self.is_log,
-            "thin: as logged, bold: averages": smooth,
+            "thin: as logged, bold: averages": any(map(self.is_smooth, self.curves)),
         }
         return "; ".join(text for text, holds in said.items() if text and holds)
 
     @property
     def description(self) -> str:
         """For those who cannot see the drawing."""
-        return f"{self.title} over {self.x_label}. " + "; ".join(map(_range, self.curves))
+        told = []
+        for curve in self.curves:
+            all, words = curve.finite, "no finite value"
+            if all:
+                words = f"last {spell(all[-1])}, from {spell(min(all))} to {spell(max(all))}"
+            told.append(f"{curve.name}: {words}")
+        return f"{self.title} over {self.x_label}. {'; '.join(told)}"
 
     @property
     def values(self) -> tuple[str, list[str], list[list[str]]]:
         """Some of the points as a table: caption, head, rows."""
         xs = sorted({x for curve in self.curves for x in curve.x})
-        last = len(xs) - 1
-        few = [xs[round(i * last / (_TABLE_ROWS - 1))] for i in range(_TABLE_ROWS)]
-        shown = xs if len(xs) <= _TABLE_ROWS else few
+        kept = np.linspace(0, len(xs) - 1, min(len(xs), _TABLE_ROWS)).round().astype(int)
         columns = [dict(zip(curve.x, curve.y, strict=True)) for curve in self.curves]
-        rows = [[spell(x), *(spell(ys[x]) if x in ys else "" for ys in columns)] for x in shown]
+        rows = [
+            [spell(x), *(spell(ys[x]) if x in ys else "" for ys in columns)]
+            for x in (xs[at] for at in kept)
+        ]
         head = [self.x_label, *(curve.name for curve in self.curves)]
-        return f"{self.title}: {len(shown)} of {len(xs)} points", head, rows
+        return f"{self.title}: {len(rows)} of {len(xs)} points", head, rows
 
     def drawings(self, name: str) -> list[tuple[str, str]]:
-        """(class, SVG) of each size; ids in it begin with `name`. The page shows the one that
-        fits; there is none where nothing is finite."""
-        if self.range is None:
-            return []
+        """(class, SVG) of each size; `name` tells its ids from others'. The page shows the one
+        that fits; there is none where nothing is finite."""
         sizes = {"small": _SMALL, "large": _WIDE} if self.wide else {"": _SMALL}
-        return [(size, draw(self, f"{name}{size}", sizes[size])) for size in sizes]
+        return [(s, draw(self, f"{name}{s}", sizes[s])) for s in sizes if self.range is not None]
 
 
 # ---- which charts there are ------------------------------------------------------------------
@@ -126,45 +137,31 @@ class Chart:
 
 def step_charts(runs: Sequence[Run]) -> tuple[list[Chart], list[Chart]]:
     """Those of metrics that we know, loss first, and those that another recipe logged."""
-    evaluated = [_evaluated(key, runs) for key in _EVALUATED]
-    known = [*evaluated, *(_metric(key, runs) for key in _OTHERS)]
-    drawn = {*_EVALUATED, *(f"eval_{key}" for key in _EVALUATED), *_OTHERS}
+    drawn = {*_METRICS, *(f"eval_{key}" for key in _METRICS)}
     names = dict.fromkeys(key for run in runs for key in run.metrics if key not in drawn)
-    others = [_metric(key, runs) for key in list(names)[:_MOST_OTHER_METRICS]]
-    return [chart for chart in known if chart.curves], others
+    others = [_over_steps(key, runs) for key in list(names)[:_MOST_OTHER_METRICS]]
+    return [chart for key in _METRICS if (chart := _over_steps(key, runs)).curves], others
 
 
-def _evaluated(metric: str, runs: Sequence[Run]) -> Chart:
+def _over_steps(metric: str, runs: Sequence[Run]) -> Chart:
     """One colour per run; one per curve where there is one run."""
+    title, unit, options = _METRICS.get(metric, (metric, "", {}))
+    pairs = [run.compares_pairs for run in runs]
+    if metric == "loss" and any(pairs):
+        unit = "nats per pair" if all(pairs) else "nats per token, or per pair"
+    evaluated = metric in _METRICS and any(f"eval_{metric}" in run.metrics for run in runs)
     curves = []
     for index, run in enumerate(runs):
-        for kind, key in enumerate((metric, f"eval_{metric}")):
-            if key in run.metrics:
-                steps, values = run.metrics[key]
-                single = len(runs) == 1
-                name = run.name + (" (evaluation)" if kind else "")
-                name = ("training", "evaluation")[kind] if single else name
-                dots = kind == 1 and len(steps) <= _DOTS_UP_TO
-                curves.append(Curve(name, steps, values, kind if single else index, dots))
-    title, unit, options = _EVALUATED[metric]
-    if metric == "loss" and any(run.compares_pairs for run in runs):
-        alone = all(run.compares_pairs for run in runs)
-        unit = "nats per pair" if alone else "nats per token, or per pair"
-    return Chart(title, unit, curves, marks=_marks(runs), smooth=True, **options)
-
-
-def _metric(key: str, runs: Sequence[Run]) -> Chart:
-    title, unit, options = _OTHERS.get(key, (key, "", {}))
-    curves = [
-        Curve(title if len(runs) == 1 else run.name, *run.metrics[key], color=index)
-        for index, run in enumerate(runs)
-        if key in run.metrics
-    ]
-    return Chart(title, unit, curves, marks=_marks(runs), **options)
-
-
-def _marks(runs: Sequence[Run]) -> list[int]:
-    return sorted({step for run in runs for step in run.resumed_at()})[-_MOST_MARKS:]
+        for kind, key in enumerate((metric, f"eval_{metric}") if evaluated else (metric,)):
+            if key not in run.metrics:
+                continue
+            name, color = run.name + (" (evaluation)" if kind else ""), index
+            if len(runs) == 1:
+                name, color = ("training", "evaluation")[kind] if evaluated else title, kind
+            dots = kind == 1 and len(run.metrics[key][0]) <= _DOTS_UP_TO
+            curves.append(Curve(name, *run.metrics[key], color, dots))
+    marks = sorted({step for run in runs for step in run.resumed_at()})[-_MOST_MARKS:]
+    return Chart(title, unit, curves, marks=marks, **options)
 
 
 def layer_charts(runs: Sequence[Run], layers: Sequence[LayerFigures]) -> Iterator[Chart]:
@@ -188,18 +185,16 @@ def layer_charts(runs: Sequence[Run], layers: Sequence[LayerFigures]) -> Iterato
 def _over_layers(title: str, unit: str, values: dict[str, float], from_zero: bool) -> Chart:
     """One curve per projection, in the same colour in every chart; what lies in no layer is told
     in words."""
-    found: dict[str, list[tuple[int, float]]] = {name: [] for name in PROJECTIONS}
+    found: dict[str, dict[int, float]] = {name: {} for name in PROJECTIONS}
     about = "Frobenius norms"
     for slot, value in values.items():
         match = re.fullmatch(r"layers\.(\d{1,6})\.(?:.+\.)?(.+)", slot)
         if match:
-            found.setdefault(match[2], []).append((int(match[1]), value))
+            found.setdefault(match[2], {})[int(match[1])] = value
         else:
             about += f"; {slot}: {spell(value)}"
     curves = [
-        Curve(
-            name, [x for x, _ in points], [y for _, y in points], index, len(points) <= _DOTS_UP_TO
-        )
+        Curve(name, list(points), list(points.values()), index, len(points) <= _DOTS_UP_TO)
         for index, (name, points) in enumerate(found.items())
         if points
     ]
@@ -210,10 +205,9 @@ def _over_layers(title: str, unit: str, values: dict[str, float], from_zero: boo
 
 # Colours that stand for those of the page: number N becomes var(--cN), and these two
 _LINE, _SOFT = "#fc00f0", "#fc00f1"
-_VARIABLES = {"f0": "var(--line)", "f1": "var(--soft)"}
+_VARIABLES = {"f0": "line", "f1": "soft"}
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "qlora_builders",  # the same drawing has the same ids
     "text.parse_math": False,
     "font.family": ["DejaVu Sans"],  # what matplotlib brings, to measure with
     "font.size": 11,
@@ -228,28 +222,19 @@ _STYLE: dict[str, Any] = {
     "axes.grid.axis": "y",
     "grid.color": _LINE,
     "lines.solid_capstyle": "round",
-    **{
-        f"{axis}tick.{key}": value
-        for axis in "xy"
-        for key, value in {
-            "color": _LINE,
-            "labelcolor": _SOFT,
-            "major.size": 0,
-            "minor.size": 0,
-        }.items()
-    },
 }
+for _axis in ("xtick", "ytick"):
+    _STYLE |= {f"{_axis}.color": _LINE, f"{_axis}.labelcolor": _SOFT}
+    _STYLE |= {f"{_axis}.major.size": 0, f"{_axis}.minor.size": 0}
 
 
 def draw(chart: Chart, name: str, size: tuple[int, int]) -> str:
     """An SVG element without a word of the run's in it; the same chart gives the same one."""
-    import matplotlib
+    import matplotlib.style
     from matplotlib.figure import Figure
 
-    # whatever a matplotlibrc says; a backend is neither needed nor touched
-    plain = {key: v for key, v in matplotlib.rcParamsDefault.items() if key != "backend"}
-    style: Any = {**plain, **_STYLE}
-    with matplotlib.rc_context(style):
+    style: Any = ["default", {**_STYLE, "svg.hashsalt": name}]  # whatever a matplotlibrc says
+    with matplotlib.style.context(style):
         width, height = size
         figure = Figure(figsize=(width / 72, height / 72))
         figure.subplots_adjust(52 / width, 36 / height, 1 - 10 / width, 1 - 8 / height)
@@ -257,7 +242,7 @@ def draw(chart: Chart, name: str, size: tuple[int, int]) -> str:
         file = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", metadata=nothing)
-    return _for_the_page(file.getvalue(), name)
+    return _for_the_page(file.getvalue())
 
 
 def _plot(axes: Any, chart: Chart) -> None:
@@ -277,11 +262,14 @@ def _plot(axes: Any, chart: Chart) -> None:
     limit = max(100, _MOST_POINTS // max(4, len(chart.curves)))
     for curve in chart.curves:
         x, y = thin_out(np.asarray(curve.x, float), np.asarray(curve.y, float), limit)
-        smooth = chart.smooth and len(curve.x) >= _SMOOTH_FROM
+        smooth = chart.is_smooth(curve)
         style = {
             "color": f"#fc000{curve.color % NUM_COLORS}",
             "linestyle": "-" if curve.color < NUM_COLORS else "--",
+            "clip_on": False,  # what lies on the axis is drawn whole
         }
+        gaps = np.isnan(np.concatenate([[np.nan], y, [np.nan]]))
+        alone = np.flatnonzero(~gaps[1:-1] & gaps[:-2] & gaps[2:])  # points that no line goes to
         axes.plot(
             x,
             y,
@@ -289,8 +277,7 @@ def _plot(axes: Any, chart: Chart) -> None:
             linewidth=1 if smooth or curve.dots else 1.75,
             marker="o",
             markersize=4 if curve.dots else 1.75,
-            markevery=None if curve.dots else _alone(y),
-            clip_on=False,  # what lies on the axis is drawn whole
+            markevery=None if curve.dots else alone.tolist(),
             **style,
         )
         if smooth:
@@ -299,21 +286,12 @@ def _plot(axes: Any, chart: Chart) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _alone(y: NDArray[np.float64]) -> list[int]:
-    """Points that no line goes to."""
-    gaps = np.isnan(np.concatenate([[np.nan], y, [np.nan]]))
-    return np.flatnonzero(~gaps[1:-1] & gaps[:-2] & gaps[2:]).tolist()
-
-
-def _for_the_page(svg: str, name: str) -> str:
-    """Inside HTML: no prolog and no style for all of the page, the page's colours, ids of its own,
-    and no more digits than there are pixels."""
-    svg = svg[svg.index("<svg") :]
+def _for_the_page(svg: str) -> str:
+    """Inside HTML: no prolog and no style for all of the page, the page's colours, no id that
+    nothing refers to, and no more digits than there are pixels."""
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    used = set(re.findall(r'(?:href="|url\()#(\w+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
-    svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
-    svg = re.sub(r"#fc00(..)", lambda m: _VARIABLES.get(m[1], f"var(--c{int(m[1], 16)})"), svg)
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg[svg.index("<svg") :])
+    svg = re.sub(r"#fc00(..)", lambda m: f"var(--{_VARIABLES.get(m[1], f'c{m[1][1]}')})", svg)
 
     def shorter(path: re.Match[str]) -> str:
         return re.sub(r"(\.\d)\d+", r"\1", path[0].replace(" \n", ""))
@@ -346,30 +324,13 @@ def averages(curve: Curve) -> tuple[list[float], list[float]]:
     return [x.mean() for x in xs], [y.mean() if len(y) else math.nan for y in finite]
 
 
-# ---- numbers ---------------------------------------------------------------------------------
-
-
 def spell(value: float) -> str:
     """A number as a person would write it: four digits, and a power of ten only where needed."""
     if not math.isfinite(value):
         return str(value)
-    if value == 0:
-        return "0"
     if value == round(value) and abs(value) < 1e6:
-        return f"{value:,.0f}"
+        return f"{value + 0.0:,.0f}"  # no minus before zero
     if not 1e-3 <= abs(value) < 1e6:
         mantissa, _, exponent = f"{value:.3g}".partition("e")
         return f"{mantissa}e{int(exponent)}" if exponent else mantissa
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:,.4g}"
-
-
-def _finite(curve: Curve) -> list[float]:
-    return [value for value in curve.y if math.isfinite(value)]
-
-
-def _range(curve: Curve) -> str:
-    values = _finite(curve)
-    if not values:
-        return f"{curve.name}: no finite value"
-    low, high = spell(min(values)), spell(max(values))
-    return f"{curve.name}: last {spell(values[-1])}, from {low} to {high}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -32,8 +32,7 @@ Table = tuple[list[str], list[list[str]]]  # head and rows
 LONGEST_TEXT = 4000  # characters of one value
 _MOST_SAMPLES = 12
 _MOST_NOTES = 20  # of a run
-_NOTHING = "–"
-# where and how, not what; and what the other keys of `method` say already
+# where and how, not what
 _NO_SETTING = ("output_dir", "overwrite", "training.resume")
 _NOT_SHOWN = ("directory", "first_step", "total_steps", "skipped_rows")
 # what HTML allows in no form, even escaped: control characters, halves of pairs, no characters
@@ -93,7 +92,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         "states": [(re.split(r"\W", run.status)[0], named(run, run.status)) for run in runs],
         "notes": [named(run, note) for run in runs for note in _notes(run)],
-        "results": _results(runs),
+        "results": _beside(runs, [_final_figures(run) for run in runs], "figure"),
         "charts": charts,
         "other_charts": other_charts,
         "resumed": [f"{run.name} resumed {_resumed(run)}" for run in runs if run.resumed_at()],
@@ -106,8 +105,8 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "num_colors": NUM_COLORS,
         "samples": _samples(runs),
         "chosen": _chosen(runs, keys),
-        "config": _beside(keys, [run.config for run in runs], ["key", *_names(runs)]),
-        "environment": _environments(runs),
+        "config": _beside(runs, [run.config for run in runs], "key", keys),
+        "environment": _beside(runs, [_environment(run) for run in runs]),
         "made": f"qlora-builders {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
     }
 
@@ -121,36 +120,44 @@ def _with_distinct_names(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, name="/".join(p[-depth:])) for run, p in zip(runs, parts, strict=True)]
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
-    return [run.name for run in runs]
-
-
 def _resumed(run: Run) -> str:
     return f"after {', '.join(f'step {step:,}' for step in run.resumed_at())}"
 
 
 def _notes(run: Run) -> list[str]:
-    return [*run.notes, *run.skipped_rows, *_not_finite(run)][:_MOST_NOTES]
-
-
-def _not_finite(run: Run) -> Iterator[str]:
+    notes = [*run.notes, *run.skipped_rows]
     for key, (steps, values) in run.metrics.items():
         bad = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
         if bad:
-            yield (
+            notes.append(
                 f"{key} is not finite at {len(bad):,} of {len(steps):,} steps, the first of them "
                 f"{bad[0]:,}"
             )
+    return notes[:_MOST_NOTES]
 
 
 # ---- tables: one column per run --------------------------------------------------------------
 
 
-def _beside(keys: Sequence[str], columns: Sequence[Mapping[str, Any]], head: list[str]) -> Table:
-    return head, [
-        [key, *(_spelled(column[key]) if key in column else _NOTHING for column in columns)]
-        for key in keys
+def _beside(
+    runs: Sequence[Run],
+    columns: Sequence[Mapping[str, Any]],
+    what: str = "",
+    keys: Sequence[str] | None = None,
+) -> Table:
+    """
+    Args:
+        columns: of each run, and then the defaults if there is one more.
+        keys: of the rows; None: all that a column has.
+    """
+    keys = (
+        list(dict.fromkeys(key for column in columns for key in column)) if keys is None else keys
+    )
+    head = [what, *(run.name for run in runs), "default"][: len(columns) + 1]
+    rows = [
+        [key, *(_spelled(each[key]) if key in each else "–" for each in columns)] for key in keys
     ]
+    return head, rows
 
 
 def _spelled(value: Any) -> str:
@@ -160,30 +167,23 @@ def _spelled(value: Any) -> str:
     return str(value)
 
 
-def _results(runs: Sequence[Run]) -> Table:
-    columns = [_final_figures(run) for run in runs]
-    return _beside(list(columns[0]), columns, ["figure", *_names(runs)])
-
-
 def _final_figures(run: Run) -> dict[str, str]:
     final = final_figures(run)
-
-    def shown(key: str, more: str = "") -> str:
-        return spell(final[key]) + more if key in final else _NOTHING
-
-    loss = None if run.compares_pairs else final.get("eval_loss")
-    return {
-        "state": run.status,
-        f"loss, mean of the last {AVERAGED}": shown("loss"),
-        "evaluation loss, last": shown("eval_loss"),
-        "evaluation loss, lowest": shown(
-            "best_eval_loss", f" at step {final.get('best_eval_step', 0):,}"
-        ),
-        "perplexity, last": _NOTHING if loss is None else spell(math.exp(min(loss, 600))),
-        "tokens/s, median": shown("tokens_per_s"),
-        "seconds per step, median": shown("step_s"),
-        "peak memory, MiB": shown("peak_memory_mib"),
+    names = {
+        "loss": f"loss, mean of the last {AVERAGED}",
+        "eval_loss": "evaluation loss, last",
+        "best_eval_loss": "evaluation loss, lowest",
+        "perplexity": "perplexity, last",
+        "tokens_per_s": "tokens/s, median",
+        "step_s": "seconds per step, median",
+        "peak_memory_mib": "peak memory, MiB",
     }
+    if "eval_loss" in final and not run.compares_pairs:
+        final["perplexity"] = math.exp(min(final["eval_loss"], 600))
+    shown = {key: spell(value) for key, value in final.items()}
+    if "best_eval_loss" in final:
+        shown["best_eval_loss"] += f" at step {final['best_eval_step']:,}"
+    return {"state": run.status, **{name: shown.get(key, "–") for key, name in names.items()}}
 
 
 def _samples(runs: Sequence[Run]) -> Table:
@@ -203,7 +203,7 @@ def _samples(runs: Sequence[Run]) -> Table:
             of = "" if len(runs) == 1 else f"{run.name}, "
             head.append(f"{of}{f'after step {step:,}' if step else 'before'}")
     keys = list(dict.fromkeys(key for column in columns for key in column))[:_MOST_SAMPLES]
-    return head, [[*key, *(column.get(key, _NOTHING) for column in columns)] for key in keys]
+    return head, [[*key, *(column.get(key, "–") for column in columns)] for key in keys]
 
 
 def _chosen(runs: Sequence[Run], keys: Sequence[str]) -> Table:
@@ -211,24 +211,16 @@ def _chosen(runs: Sequence[Run], keys: Sequence[str]) -> Table:
     training = [row for row in VERBS.values() if row.trains]
     verb = min(training, key=lambda row: len(set(keys) - knobs(row.root).keys())).name
     defaults = flatten(asdict(to_config(compose_tree(verb))))
-    configs = [run.config for run in runs if run.config]
     chosen = [
         key
         for key in keys
         if key not in _NO_SETTING
-        and any(config.get(key) != defaults.get(key) for config in configs)
+        and any(run.config and run.config.get(key) != defaults.get(key) for run in runs)
     ]
-    head = ["key", *_names(runs), "default"]
-    return _beside(chosen, [*(run.config for run in runs), defaults], head)
+    return _beside(runs, [*(run.config for run in runs), defaults], "key", chosen)
 
 
-def _environments(runs: Sequence[Run]) -> Table:
-    """Of the last process of each run; how many there were."""
-    columns = []
-    for run in runs:
-        about = {key: value for key, value in run.last_process.items() if value is not None}
-        if run.resumed_at():
-            about["resumed"] = _resumed(run)
-        columns.append({key: value for key, value in about.items() if key not in _NOT_SHOWN})
-    keys = list(dict.fromkeys(key for column in columns for key in column))
-    return _beside(keys, columns, ["", *_names(runs)])
+def _environment(run: Run) -> dict[str, Any]:
+    """Of the last process; and how many there were."""
+    about = dict(run.last_process) | ({"resumed": _resumed(run)} if run.resumed_at() else {})
+    return {k: value for k, value in about.items() if value is not None and k not in _NOT_SHOWN}

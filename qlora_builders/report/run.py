@@ -54,7 +54,7 @@ class Run:
     samples: Sequence[Mapping[str, Any]]  # samples.jsonl
     is_going: bool  # a process has it open
     result: Path | None  # adapter/ or model/
-    notes: Sequence[str] = field(default=())  # what could not be read
+    notes: Sequence[str] = ()  # what could not be read
 
     @property
     def last_step(self) -> int:
@@ -65,24 +65,22 @@ class Run:
         return self.processes[-1] if self.processes else {}
 
     @property
-    def total_steps(self) -> int | None:
+    def total_steps(self) -> int:
+        """0 if it is not known."""
         total = self.last_process.get("total_steps")
-        return total if isinstance(total, int) else None
+        return total if isinstance(total, int) else 0
 
     @property
     def is_finished(self) -> bool:
-        done = self.last_step >= (self.total_steps or 0)
-        return self.result is not None and done and not self.is_going
+        return bool(self.result) and self.last_step >= self.total_steps and not self.is_going
 
     @property
     def status(self) -> str:
         of = f" of {self.total_steps:,}" if self.total_steps else ""
-        at = f"step {self.last_step:,}{of}"
-        if self.is_going:
-            return f"running, {at}"
-        if self.is_finished:
-            return f"finished, {at}"
-        return f"stopped after {at}" if self.last_step else "stopped before the first step"
+        how = "running," if self.is_going else "finished," if self.is_finished else "stopped after"
+        if how == "stopped after" and not self.last_step:
+            return "stopped before the first step"
+        return f"{how} step {self.last_step:,}{of}"
 
     @property
     def compares_pairs(self) -> bool:
@@ -106,10 +104,9 @@ class Run:
 
     def base(self) -> Path | None:
         """The base checkpoint, if it is still where the run found it."""
-        folder = self.config.get("checkpoint.dir")
+        folder, started_in = self.config.get("checkpoint.dir"), self.last_process.get("directory")
         if not isinstance(folder, str):
             return None
-        started_in = self.last_process.get("directory")
         path = Path(started_in if isinstance(started_in, str) else "", folder)
         return path if path.is_dir() else None
 
@@ -141,7 +138,6 @@ def read_run(path: str | Path, *, is_going: bool | None = None) -> Run:
             "give the output_dir of a finetune or dpo"
         )
     notes: list[str] = []
-    results = [path / name for name in RESULTS if (path / name).is_dir()]
     return Run(
         path=path,
         name=path.resolve().name,
@@ -150,7 +146,7 @@ def read_run(path: str | Path, *, is_going: bool | None = None) -> Run:
         processes=_rows(path / ENVIRONMENT_FILE),
         samples=_rows(path / SAMPLES_FILE),
         is_going=_is_locked(path) if is_going is None else is_going,
-        result=results[0] if results else None,
+        result=next((path / name for name in RESULTS if (path / name).is_dir()), None),
         notes=notes,
     )
 
@@ -165,12 +161,11 @@ def _series(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], lis
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         step = row.get("step")
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**15:
-            continue
-        for key, value in row.items():
-            if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                finite = -_LARGEST < value < _LARGEST  # false for NaN, and exact for any integer
-                found.setdefault(key, {})[step] = float(value) if finite else math.nan
+        if type(step) is int and 0 <= step < 10**15:
+            for key, value in row.items():
+                if key != "step" and type(value) in (int, float):
+                    finite = -_LARGEST < value < _LARGEST  # false for NaN, exact for any integer
+                    found.setdefault(key, {})[step] = float(value) if finite else math.nan
     return {
         key: (sorted(values), [values[step] for step in sorted(values)])
         for key, values in found.items()
@@ -187,9 +182,9 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def _read_config(file: Path, notes: list[str]) -> dict[str, Any]:
-    if not _is_file(file):
-        return {}
     try:
+        if not _is_file(file):
+            return {}
         if file.stat().st_size > _MOST_CONFIG_BYTES:
             raise ValueError(f"larger than {_MOST_CONFIG_BYTES // 2**20} MiB")
         tree = yaml.load(file.read_text("utf-8"), _PlainLoader)
@@ -236,22 +231,24 @@ def final_figures(run: Run) -> dict[str, float]:
         steps, values = run.metrics.get(key, ([], []))
         return [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
 
+    def values(key: str) -> list[float]:
+        return [value for _, value in finite(key)]
+
     found: dict[str, float] = {}
-    if losses := [value for _, value in finite("loss")]:
+    if losses := values("loss"):
         found["loss"] = statistics.fmean(losses[-AVERAGED:])
     if evals := finite("eval_loss"):
         found["eval_loss"] = evals[-1][1]
         best = min(evals, key=lambda point: point[1])
         found["best_eval_step"], found["best_eval_loss"] = best
-    for key in ("tokens_per_s", "step_s"):
-        if values := [value for _, value in finite(key)]:
-            found[key] = statistics.median(values)
-    if peaks := [value for _, value in finite("peak_memory_mib")]:
-        found["peak_memory_mib"] = max(peaks)
+    for key in ("tokens_per_s", "step_s", "peak_memory_mib"):
+        if all := values(key):
+            found[key] = max(all) if key == "peak_memory_mib" else statistics.median(all)
     if rows := [row for row in run.samples if isinstance(row.get("step"), int)]:
         last = max(row["step"] for row in rows)
-        right = [row.get("right") is True for row in rows if row["step"] == last]
-        found["exact_match"] = sum(right) / len(right)
+        found["exact_match"] = statistics.fmean(
+            row.get("right") is True for row in rows if row["step"] == last
+        )
     return found
 
 
@@ -270,22 +267,18 @@ class LayerFigures:
 def layer_figures(run: Run) -> LayerFigures:
     """Read from the run's adapter and its base checkpoint, one tensor at a time; never raises for
     what is missing or damaged there."""
-    folder = run.adapter()
+    folder, base = run.adapter(), run.base()
     if folder is None:
         return LayerFigures()
+    what, updates = "adapter", {}
     try:
         info = read_adapter(folder)
-        updates = {
-            name.removeprefix("model."): update_norm(info, name)
-            for name in sorted(info.modules, key=_in_order)
-        }
-    except (QLoRAError, OSError) as error:
-        return LayerFigures(notes=(f"the adapter cannot be read: {error}",))
-    base = run.base()
-    if base is None:
-        note = "the base checkpoint is not where the run found it, so weights are not compared"
-        return LayerFigures(updates, notes=(note,))
-    try:
+        names = sorted(info.modules, key=_in_order)
+        updates = {name.removeprefix("model."): update_norm(info, name) for name in names}
+        if base is None:
+            note = "the base checkpoint is not where the run found it, so weights are not compared"
+            return LayerFigures(updates, notes=(note,))
+        what = "base checkpoint"
         format = str(run.config.get("checkpoint.format", "auto"))
         arch = read_arch(base, format=format)
         components, train = adapter_plan(info)
@@ -293,7 +286,7 @@ def layer_figures(run: Run) -> LayerFigures:
         model = llama(arch, components, train=train, device="meta", dtype=dtype)
         return LayerFigures(updates, dict(weight_figures(model, base, format=format)))
     except (QLoRAError, OSError) as error:
-        return LayerFigures(updates, notes=(f"the base checkpoint cannot be read: {error}",))
+        return LayerFigures(updates, notes=(f"the {what} cannot be read: {error}",))
 
 
 def update_norm(info: AdapterInfo, name: str) -> float:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qlora_builders.checkpoint import load_checkpoint, read_arch, safetensors_io, save_checkpoint
+from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint, tensor_files
 from qlora_builders.errors import CheckpointError
 
 NF4 = [{"match": "layers.**", "kind": "frozen_nf4"}]
@@ -119,7 +119,7 @@ def test_failure_while_writing_leaves_nothing(
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
     written = []
-    write_file = safetensors_io.write_file
+    write_file = tensor_files.write_file
 
     def full_disk(tensors: list, file: Path) -> None:
         if written:
@@ -127,7 +127,7 @@ def test_failure_while_writing_leaves_nothing(
         written.append(file)
         write_file(tensors, file)
 
-    monkeypatch.setattr(safetensors_io, "write_file", full_disk)
+    monkeypatch.setattr(tensor_files, "write_file", full_disk)
     with pytest.raises(CheckpointError, match="out: cannot be written: no space left"):
         save_checkpoint(model, out, max_shard_bytes=30_000)
     assert written  # it failed halfway, not at the start

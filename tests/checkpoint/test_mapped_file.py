@@ -11,9 +11,8 @@ import pytest
 import torch
 from test_native_nf4 import PLAN, assert_same_bits
 
-from qlora_builders.checkpoint import load_checkpoint, mapped_file, save_checkpoint, stored_plan
-from qlora_builders.checkpoint.mapped_file import MappedFile
-from qlora_builders.checkpoint.safetensors_io import open_tensors, write_tensors
+from qlora_builders.checkpoint import load_checkpoint, save_checkpoint, stored_plan, tensor_files
+from qlora_builders.checkpoint.tensor_files import open_tensors, write_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.modules import CausalLM
 
@@ -73,14 +72,6 @@ def test_saving_over_the_directory_in_use(native: Path) -> None:
     )
 
 
-def test_bytes_anywhere_in_the_file(tmp_path: Path) -> None:
-    content = os.urandom(3 * 4096 + 5)
-    (tmp_path / "file").write_bytes(content)
-    mapped = MappedFile(tmp_path / "file")
-    for start, count in ((0, 1), (4095, 2), (5, 4096), (8191, 4102), (0, len(content))):
-        assert mapped.bytes(start, count).numpy().tobytes() == content[start : start + count]
-
-
 @on_linux
 def test_a_file_that_shrank_before_it_is_read(tmp_path: Path) -> None:
     """The kernel says so, where touching the page would have killed the process."""
@@ -98,9 +89,11 @@ def test_a_file_that_shrank_before_it_is_read(tmp_path: Path) -> None:
 
 @on_linux
 def test_a_kernel_without_populate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapped_file, "_MADV_POPULATE_READ", 12345)
-    (tmp_path / "file").write_bytes(b"abc")
-    assert MappedFile(tmp_path / "file").bytes(1, 2).tolist() == [98, 99]
+    monkeypatch.setattr(tensor_files, "_MADV_POPULATE_READ", 12345)
+    write_tensors({"a": torch.arange(3)}, tmp_path / "model.safetensors")
+    (stored,) = open_tensors(tmp_path).values()
+    assert stored.map is not None
+    assert stored.map().tolist() == [0, 1, 2]
 
 
 def test_empty_and_crooked_tensors_are_read(tmp_path: Path) -> None:
@@ -115,6 +108,6 @@ def test_empty_and_crooked_tensors_are_read(tmp_path: Path) -> None:
     content = len(header).to_bytes(8, "little") + header + data
     (tmp_path / "model.safetensors").write_bytes(content)
     tensors = open_tensors(tmp_path, mappable=True)
-    assert {name for name, tensor in tensors.items() if tensor.map} == {"a"}
+    assert {name for name, tensor in tensors.items() if tensor.map} == {"a", "b"}
     assert tensors["b"].load().tolist() == [2.5]
     assert tensors["e"].load().tolist() == []

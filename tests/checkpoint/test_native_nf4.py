@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint, stored_plan
-from qlora_builders.checkpoint.safetensors_header import read_header
 from qlora_builders.errors import CheckpointError
 from qlora_builders.kernels import NF4
 from qlora_builders.tensor import NF4Tensor
@@ -174,8 +173,8 @@ def test_refused(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
 def test_damage_is_named(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     save_checkpoint(load_checkpoint(checkpoints(), PLAN), tmp_path / "nf4", format="nf4")
     file = tmp_path / "nf4/nf4.safetensors"
-    data = bytearray(file.read_bytes())
-    data[read_header(file)["model.layers.1.mlp.down_proj.weight.codes"].start] ^= 16
-    file.write_bytes(data)
+    stored = load_file(file)
+    stored["model.layers.1.mlp.down_proj.weight.codes"][0] ^= 16
+    save_file(stored, file)
     with pytest.raises(CheckpointError, match=r"nf4\.safetensors: model\.layers\.1\.mlp.*: the ch"):
         load_checkpoint(tmp_path / "nf4", stored_plan(tmp_path / "nf4"))

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from qlora_builders.checkpoint import load_checkpoint
-from qlora_builders.checkpoint import streaming as streaming_module
-from qlora_builders.checkpoint.safetensors_io import LazyTensor, open_tensors
 from qlora_builders.checkpoint.streaming import READERS, stream
+from qlora_builders.checkpoint.tensor_files import LazyTensor, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.tensor import NF4Tensor
 
@@ -24,14 +23,14 @@ SIZES = [3, 100, 1, 40, 40, 20, 7, 100, 2, 60, 30, 9]
 class Source:
     """Lazy tensors that record how much of them is in memory at a time."""
 
-    def __init__(self, *, into: bool) -> None:
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self.alive = self.most = self.most_tensors = self.tensors_alive = 0
         self.threads: set[int] = set()
-        self.tensors = [self.lazy(i, size, into) for i, size in enumerate(SIZES)]
+        self.tensors = [self.lazy(i, size) for i, size in enumerate(SIZES)]
 
-    def lazy(self, index: int, size: int, into: bool) -> LazyTensor:
-        def load(buffer: Tensor | None = None) -> Tensor:
+    def lazy(self, index: int, size: int) -> LazyTensor:
+        def load() -> Tensor:
             with self.lock:
                 self.threads.add(threading.get_ident())
                 self.alive += size
@@ -39,11 +38,10 @@ class Source:
                 self.most = max(self.most, self.alive)
                 self.most_tensors = max(self.most_tensors, self.tensors_alive)
             time.sleep(0.002 * (index % 3))
-            value = torch.empty(size, dtype=torch.uint8) if buffer is None else buffer
-            return value.fill_(index)
+            return torch.full((size,), index, dtype=torch.uint8)
 
         shape = torch.Size([size])
-        return LazyTensor(str(index), shape, torch.uint8, load, load_into=load if into else None)
+        return LazyTensor(str(index), shape, torch.uint8, load)
 
     def consumed(self, tensor: LazyTensor) -> None:
         with self.lock:
@@ -51,9 +49,8 @@ class Source:
             self.tensors_alive -= 1
 
 
-@pytest.mark.parametrize("into", [False, True])
-def test_order_values_and_bound(into: bool) -> None:
-    source, seen = Source(into=into), []
+def test_order_values_and_bound() -> None:
+    source, seen = Source(), []
 
     def consume(tensor: LazyTensor, value: Tensor) -> None:
         time.sleep(0.003)  # the readers get ahead
@@ -65,35 +62,30 @@ def test_order_values_and_bound(into: bool) -> None:
     assert source.most <= max(SIZES)
     assert source.most_tensors <= READERS + 1
     assert threading.get_ident() not in source.threads
-    if not into:
-        assert source.most_tensors == READERS + 1  # and they do read ahead
+    assert source.most_tensors == READERS + 1  # and they do read ahead
 
 
-def test_memory_is_reused_only_for_transient_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    source, kept, made = Source(into=True), {}, []
-    scratch = streaming_module._scratch
+def test_what_is_kept_is_no_page_of_a_file_that_may_change() -> None:
+    def lazy(name: str, mappable: bool) -> LazyTensor:
+        def ways(way: str) -> Callable[[], Tensor]:
+            return lambda: torch.tensor([ord(way)], dtype=torch.uint8)
 
-    def counting(nbytes: int) -> Tensor:
-        made.append(nbytes)
-        return scratch(nbytes)
+        shape, dtype = torch.Size([1]), torch.uint8
+        return LazyTensor(name, shape, dtype, ways("l"), map=ways("m"), mappable=mappable)
 
-    monkeypatch.setattr(streaming_module, "_scratch", counting)
-
-    def consume(tensor: LazyTensor, value: Tensor) -> None:
-        kept[tensor.name] = value
-        source.consumed(tensor)
-
-    stream(source.tensors, consume, transient=lambda tensor: tensor.nbytes < 50)
-    assert set(made) == {40}
-    assert len(made) <= READERS + 1
-    for index, size in enumerate(SIZES):
-        if size >= 50:
-            assert kept[str(index)].tolist() == [index] * size
+    came = {}
+    tensors = [lazy(f"{kept}{own}", own == "own") for kept in ("kept", "") for own in ("own", "")]
+    stream(
+        tensors,
+        lambda tensor, value: came.update({tensor.name: chr(value.item())}),
+        transient=lambda tensor: not tensor.name.startswith("kept"),
+    )
+    assert came == {"keptown": "m", "kept": "l", "own": "m", "": "m"}
 
 
 @pytest.mark.parametrize("failing", ["load", "consume"])
 def test_an_error_stops_the_reading(failing: str) -> None:
-    source = Source(into=False)
+    source = Source()
     before = set(threading.enumerate())  # other libraries leave some
 
     def broken() -> Tensor:
@@ -133,11 +125,12 @@ def test_loading_is_deterministic(checkpoints: Callable[..., Path]) -> None:
 
 
 def test_a_file_that_shrinks_while_it_is_read(own_copy: Callable[..., Path]) -> None:
-    """An error that names file and tensor; with a mapped file it would be a bus error."""
+    """An error that names file and tensor."""
     path = own_copy()
     tensors = open_tensors(path)
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    last = max(tensors.values(), key=lambda t: t.load.args[2].start)
-    with pytest.raises(CheckpointError, match=f"{last.name} cannot be read: the file"):
-        last.load()
+    for name, tensor in tensors.items():
+        for read in (tensor.load, tensor.map):
+            with pytest.raises(CheckpointError, match=rf"safetensors: {name} cannot be read: "):
+                read()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
+from torch import Tensor
 
 from qlora_builders import load_checkpoint, save_checkpoint
-from qlora_builders.checkpoint import base_record, safetensors_io
+from qlora_builders.checkpoint import base_record, tensor_files
 from qlora_builders.distributed import Ranks, make_mesh, shard_model, whole_parameters
 from qlora_builders.errors import CheckpointError
 from qlora_builders.tensor import NF4Tensor
@@ -36,14 +39,18 @@ def load_both(ranks: Ranks, path: Path, plan: list[dict], shard: int | None) -> 
     """Compare bit for bit; returns (bytes read, bytes held) of this rank."""
     torch.manual_seed(0)
     whole = load_checkpoint(path, plan, dtype=torch.float16)
-    read, original = [0], safetensors_io._read
+    read = [0]
 
-    def counted(*args):
-        tensor = original(*args)
-        read[0] += tensor.nbytes
-        return tensor
+    def counting(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(*args: Any) -> Tensor:
+            tensor = original(*args)
+            read[0] += tensor.nbytes
+            return tensor
 
-    safetensors_io._read = counted
+        return counted
+
+    tensor_files._read_rows = counting(tensor_files._read_rows)
+    tensor_files._map = counting(tensor_files._map)
     base_record._WINDOWS = 2  # the sample that is hashed would be most of so small a model
     torch.manual_seed(0)
     mesh = make_mesh(ranks, "cpu", shard=shard)

@@ -11,11 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_builders.evaluation import Figure, comparison_table, differences, figure_table
-from qlora_builders.evaluation.figures import _cell, difference, mean_figure, share_figure
+from qlora_builders.evaluation.figures import cell, mean_figure, share_figure
 
 # 1 of 4, 2 of 4: alike but for one answer
 BEFORE = mean_figure([1, 0, 0, 0], [1] * 4)
 AFTER = mean_figure([1, 1, 0, 0], [1] * 4)
+
+
+def difference(ours: Figure, theirs: Figure) -> tuple[float, float | None]:
+    found = ours.minus(theirs)
+    return found.value, found.error
 
 
 def test_differences_are_paired() -> None:
@@ -87,9 +92,10 @@ def test_tables() -> None:
     ],
 )
 def test_digits_are_those_that_the_error_leaves(
-    value: float, error: float | None, shown: str
+    value: float, error: float | None, shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _cell(value, error) == shown
+    monkeypatch.setattr(Figure, "error", error)
+    assert cell(Figure(value)) == shown
 
 
 def test_the_error_of_perplexity_is_that_of_repeated_draws() -> None:

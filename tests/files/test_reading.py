@@ -12,8 +12,7 @@ import pytest
 
 from qlora_builders.checkpoint import read_adapter, read_arch
 from qlora_builders.checkpoint.base_record import read_base_record
-from qlora_builders.checkpoint.safetensors_header import read_header
-from qlora_builders.checkpoint.safetensors_io import find_tensors
+from qlora_builders.checkpoint.tensor_files import find_tensors, read_header
 from qlora_builders.data import load_rows
 from qlora_builders.data.prompts import read_prompts
 from qlora_builders.errors import QLoRAError

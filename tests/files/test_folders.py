@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import signal
 import subprocess
 import sys
-import weakref
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
-from qlora_builders.checkpoint import safetensors_io
-from qlora_builders.checkpoint.safetensors_io import (
-    LazyTensor,
-    atomic_directory,
-    clean_up,
-    find_tensors,
-    listed,
-    read_tensor,
-    remove_directory,
-    write_shards,
-    write_tensors,
-)
 from qlora_builders.errors import CheckpointError
+from qlora_builders.files import folders
+from qlora_builders.files.folders import atomic_directory, clean_up, remove_directory
 
 MARKER = "config.json"
-
-
-def lazy(name: str, value: float, load: Callable | None = None) -> LazyTensor:
-    tensor = torch.full((10,), float(value))
-    return LazyTensor(name, tensor.shape, tensor.dtype, load or (lambda: tensor))  # 40 bytes
 
 
 def write(path: Path, text: str) -> None:
     with atomic_directory(path, marker=MARKER) as directory:
         (directory / MARKER).write_text(text)
-
-
-# ---- atomic_directory ---------------------------------------------------------------------------
 
 
 def test_directory_is_hidden_until_complete(tmp_path: Path) -> None:
@@ -88,7 +63,7 @@ def test_nothing_remains_of_a_failure(
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """File systems that cannot swap two names need two renames."""
     if request.param == "in two":
-        monkeypatch.setattr(safetensors_io, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(folders, "_exchange", lambda a, b: False)
 
 
 @pytest.mark.usefixtures("exchange")
@@ -132,13 +107,13 @@ def test_what_was_not_written_here_is_not_replaced(tmp_path: Path) -> None:
 KILLED_AT_EVERY_CALL = """
 import itertools, os, signal, sys
 from pathlib import Path
-from qlora_builders.checkpoint import safetensors_io
-from qlora_builders.checkpoint.safetensors_io import atomic_directory, clean_up
+from qlora_builders.files import folders
+from qlora_builders.files.folders import atomic_directory, clean_up
 
 folder, exchange = Path(sys.argv[1]), sys.argv[2] == "True"
 calls_left = None
 if not exchange:
-    safetensors_io._exchange = lambda a, b: False
+    folders._exchange = lambda a, b: False
 
 def audit(event, args):
     global calls_left
@@ -192,7 +167,7 @@ def test_removal_is_not_seen_halfway(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "out"
     write(path, "old")
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors_io.shutil, "rmtree", lambda _: None)
+        patch.setattr(folders.shutil, "rmtree", lambda _: None)
         remove_directory(path)
     assert not path.exists()
     assert len(list(tmp_path.iterdir())) == 1
@@ -211,61 +186,8 @@ def test_a_write_that_fails_names_the_directory_and_leaves_the_old_one(tmp_path:
             pytest.raises(CheckpointError, match=r"out: cannot be written: .*File too large"),
             atomic_directory(path, marker=MARKER) as directory,
         ):
-            write_tensors({"a": torch.zeros(1 << 16)}, directory / MARKER)
+            (directory / MARKER).write_bytes(bytes(1 << 18))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (path / MARKER).read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-# ---- shards -------------------------------------------------------------------------------------
-
-
-def test_single_file(tmp_path: Path) -> None:
-    write_shards([lazy("a", 1), lazy("b", 2)], tmp_path, max_shard_bytes=80)
-    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
-    assert set(find_tensors(tmp_path)) == {"a", "b"}
-    with safe_open(tmp_path / "model.safetensors", "pt") as handle:
-        assert handle.metadata() == {"format": "pt"}  # transformers asks for it
-
-
-def test_shards_and_index(tmp_path: Path) -> None:
-    tensors = [lazy(name, i) for i, name in enumerate("abcde")]
-    write_shards(tensors, tmp_path, max_shard_bytes=80)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert index["metadata"]["total_size"] == 200
-    expected = [shards[0], shards[0], shards[1], shards[1], shards[2]]
-    assert index["weight_map"] == dict(zip("abcde", expected, strict=True))
-    assert [len(load_file(tmp_path / shard)) for shard in shards] == [2, 2, 1]
-    for i, name in enumerate("abcde"):
-        assert torch.equal(
-            read_tensor(find_tensors(tmp_path)[name], name), torch.full((10,), float(i))
-        )
-
-
-def test_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
-    write_shards([lazy(name, 0) for name in "abc"], tmp_path, max_shard_bytes=1)
-    assert len(list(tmp_path.glob("model-*-of-00003.safetensors"))) == 3
-
-
-@pytest.mark.parametrize("max_shard_bytes", [40, 1000])
-def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, max_shard_bytes: int) -> None:
-    alive: list[weakref.ref] = []  # the memory behind the tensors
-    seen = []
-
-    def load() -> torch.Tensor:
-        memory = np.zeros(10, dtype=np.float32)
-        alive.append(weakref.ref(memory))
-        seen.append(sum(ref() is not None for ref in alive))
-        return torch.from_numpy(memory)
-
-    tensors = [lazy(name, 0, load) for name in "abc"]
-    write_shards(tensors, tmp_path, max_shard_bytes=max_shard_bytes)
-    assert seen == [1, 1, 1]
-
-
-def test_listed() -> None:
-    assert listed([]) == "none"
-    assert listed(["a", "b"]) == "a, b"
-    assert listed([str(i) for i in range(11)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"

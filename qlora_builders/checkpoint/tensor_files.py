@@ -1,0 +1,316 @@
+"""Safetensors directories: read one tensor at a time, write one tensor at a time.
+
+Files are read by the `safetensors` library, which maps them; what it does not refuse in a header is
+refused here. A mapping lives as long as its tensor. For `load` and `load_rows` that is a moment:
+they copy, part by part, so that never more of a file is in memory than of the tensor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qlora_builders.errors import CheckpointError, listed
+from qlora_builders.files.reading import open_plain, parse_json, read_json_object
+from qlora_builders.tensor.layouts import tensor_bytes
+
+STEM = "model"  # model.safetensors, or model-00001-of-00002.safetensors with an index
+MAX_SHARD_BYTES = 5 * 10**9
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MOST_HEADER_BYTES = 100_000_000  # the limit of the library
+_PART_BYTES = 2**24  # copied at once
+_MADV_POPULATE_READ = 22  # Linux 5.14
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file or to be written: what must be known beforehand, and how to get it.
+
+    `quantized` names the type of weight that `load` gives, where it gives no plain one; `shape` and
+    `dtype` are those of the weight it stands for. `load` gives it in memory of its own,
+    `load_rows(start, stop)`, where the file allows it, a part; `map`, where there is one, as pages
+    of the file: to be kept only if it is `mappable`, a file that nobody changes in place. `source`
+    is the file, for error messages.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+    source: Path | None = None
+    quantized: str = ""
+    load_rows: Callable[[int, int], Tensor] | None = None
+    map: Callable[[], Tensor] | None = None
+    mappable: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+# ---- in -----------------------------------------------------------------------------------------
+
+
+def find_tensors(directory: Path, *, stem: str = STEM) -> dict[str, Path]:
+    """Tensor name -> file, for a single-file or sharded checkpoint directory.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, a shard is missing, or the index points outside
+            the directory.
+    """
+    index = directory / f"{stem}.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json_object(index, expected="a safetensors index").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: not a safetensors index: it has no weight_map")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(
+                    f"{index}: {name} points to {file!r}; shards must lie beside the index"
+                )
+        missing = sorted({f for f in weight_map.values() if not _is_file(directory / f)})
+        if missing:
+            raise CheckpointError(f"{index}: shards missing: {listed(missing)}; download again")
+        return {name: directory / file for name, file in weight_map.items()}
+    single = directory / f"{stem}.safetensors"
+    if not single.is_file():
+        raise CheckpointError(
+            f"{directory}: neither {single.name} nor {index.name} there; expected a directory "
+            f"with safetensors weights, got {listed(sorted(f.name for f in directory.iterdir()))}"
+        )
+    return dict.fromkeys(read_header(single), single)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # no file can have so long a name
+        return False
+
+
+def open_tensors(
+    directory: Path, *, stem: str = STEM, mappable: bool = False
+) -> dict[str, LazyTensor]:
+    """Every tensor of such a directory; headers are read and checked, tensors are not.
+
+    Args:
+        mappable: nobody changes these files in place, so tensors may be kept mapped.
+
+    Raises:
+        CheckpointError: as `find_tensors` and `read_header`, or for a shard without a tensor that
+            the index expects in it.
+    """
+    files = find_tensors(directory, stem=stem)
+    headers = {file: read_header(file) for file in dict.fromkeys(files.values())}
+    openers: dict[Path, Callable[[], Any]] = {}
+    for file in headers:
+        opened = partial(safe_open, file, framework="pt")
+        openers[file] = cache(opened) if mappable else opened  # one mapping for all that is kept
+    found = {}
+    for name, file in files.items():
+        if name not in headers[file]:
+            index = directory / f"{stem}.safetensors.index.json"
+            raise CheckpointError(f"{file}: no tensor {name!r}, though {index} names it here")
+        dtype, shape = headers[file][name]
+        found[name] = LazyTensor(
+            name,
+            shape,
+            dtype,
+            partial(_read, file, name, dtype, shape),
+            source=file,
+            load_rows=partial(_read_rows, file, name) if shape else None,
+            map=partial(_map, openers[file], file, name) if shape.numel() else None,
+            mappable=mappable,
+        )
+    return found
+
+
+def read_header(file: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Tensor name -> dtype and shape, in the order of the header.
+
+    Raises:
+        CheckpointError: if the file cannot be read or is not such a file.
+    """
+    try:
+        with open_plain(file) as handle:  # a pipe would wait for ever
+            length = int.from_bytes(handle.read(8), "little")
+            text = handle.read(min(length, _MOST_HEADER_BYTES))
+        if len(text) != length or not length:
+            size = file.stat().st_size
+            raise ValueError(f"{size} bytes cannot hold a header of {length} bytes")
+        content = parse_json(text)
+        with safe_open(file, framework="pt"):
+            content.pop("__metadata__", None)
+        return {name: _entry(name, item) for name, item in content.items()}
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise CheckpointError(
+            f"{file}: cannot be read as safetensors: {reason}; it is damaged or cut short"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+
+
+def _entry(name: str, item: dict[str, Any]) -> tuple[torch.dtype, torch.Size]:
+    if set(item) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name}: expected the keys dtype, shape and data_offsets")
+    if item["dtype"] not in DTYPES:
+        raise ValueError(f"{name}: dtype {item['dtype']!r} is unknown")
+    return DTYPES[item["dtype"]], torch.Size(item["shape"])
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor, in memory of its own.
+
+    Raises:
+        CheckpointError: if the file cannot be read or has no such tensor.
+    """
+    header = read_header(file)
+    if name not in header:
+        raise CheckpointError(f"{file}: no tensor {name!r}; it holds {listed(sorted(header))}")
+    return _read(file, name, *header[name])
+
+
+def _read(file: Path, name: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    whole = torch.empty(shape, dtype=dtype)
+    if not whole.nbytes:
+        return whole
+    lines = whole.view(shape[0] if shape else 1, -1)
+    rows = max(1, _PART_BYTES * len(lines) // whole.nbytes)
+    for start in range(0, len(lines), rows):
+        stop = min(start + rows, len(lines))
+        part = _read_rows(file, name, start, stop)
+        lines[start:stop] = part.view(stop - start, -1)
+    return whole
+
+
+def _read_rows(file: Path, name: str, start: int, stop: int) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            stored = handle.get_slice(name)
+            rows: Tensor = stored[start:stop] if stored.get_shape() else stored[...]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
+    return rows
+
+
+def _map(open_file: Callable[[], Any], file: Path, name: str) -> Tensor:
+    """In pages that processes share and can be evicted, read from the disk when this returns."""
+    try:
+        mapped: Tensor = open_file().get_tensor(name)
+        if sys.platform == "linux":
+            _read_in(mapped)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
+    # kernels expect elements where the alignment of their type has them
+    return mapped if mapped.data_ptr() % mapped.dtype.itemsize == 0 else mapped.clone()
+
+
+def _read_in(memory: Tensor) -> None:
+    """Fetches the pages at once, many at a time; an error of the disk is an error here, where a
+    later touch of the page would be a signal."""
+    start = memory.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = memory.data_ptr() + memory.nbytes - start
+    madvise = ctypes.CDLL(None, use_errno=True).madvise  # releases the GIL; mmap.madvise does not
+    done = madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_POPULATE_READ)
+    if done == 0 or (code := ctypes.get_errno()) == errno.EINVAL:  # an older kernel
+        return
+    raise OSError("it has shrunk" if code == errno.EFAULT else os.strerror(code))
+
+
+# ---- out ----------------------------------------------------------------------------------------
+
+
+def write_shards(
+    tensors: Iterable[LazyTensor], directory: Path, *, max_shard_bytes: int, stem: str = STEM
+) -> None:
+    """Write `STEM.safetensors`, or shards with an index; one tensor is in memory at a time."""
+    shards: list[list[LazyTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{stem}.safetensors"
+        if len(shards) > 1:
+            file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(shard, directory / file)
+        weight_map.update({tensor.name: file for tensor in shard})
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / f"{stem}.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n"
+        )
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """As `write_file`, for tensors that exist already."""
+    write_file(
+        [LazyTensor(name, t.shape, t.dtype, partial(t.detach)) for name, t in tensors.items()], file
+    )
+
+
+def write_file(tensors: Iterable[LazyTensor], file: Path) -> None:
+    """One safetensors file, each tensor loaded when its turn comes and dropped when written."""
+    # the widest first, so that every tensor begins at a multiple of its element size
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header = _header([(t.name, t.dtype, t.shape) for t in ordered], {"format": "pt"})
+    with file.open("wb") as handle:
+        handle.write(header)
+        for tensor in ordered:
+            plain = tensor.load()
+            assert (plain.shape, plain.dtype) == (tensor.shape, tensor.dtype), tensor.name
+            handle.write(tensor_bytes(plain))
+            del plain  # before the next is loaded
+
+
+def _header(
+    tensors: Sequence[tuple[str, torch.dtype, torch.Size]], metadata: Mapping[str, str]
+) -> bytes:
+    """Length and JSON for tensors that follow in this order; the data begin 64-byte aligned, as a
+    cache line, for those who map the file."""
+    content: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + shape.numel() * dtype.itemsize
+        offsets = [position, end]
+        content[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
+        position = end
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
