@@ -32,16 +32,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from qlora_builders.checkpoint.hf_llama import (
-    hf_parameters,
-    lazy_parameter,
-    write_hf_files,
-)
-from qlora_builders.checkpoint.peft_adapter import load_adapter
-from qlora_builders.checkpoint.peft_export import (
+from qlora_builders.checkpoint.peft.read import load_adapter
+from qlora_builders.checkpoint.peft.write import (
     AdapterFiles,
     collect_adapter,
     write_adapter_files,
+)
+from qlora_builders.checkpoint.save import (
+    hf_parameters,
+    lazy_parameter,
+    write_hf_files,
 )
 from qlora_builders.checkpoint.tensor_files import MAX_SHARD_BYTES, open_tensors
 from qlora_builders.distributed import Ranks
