@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_builders.checkpoint.merge_report import MAX_ERROR
-from qlora_builders.config.checks import check, required, size_in_bytes
+from qlora_builders.config.checks import check, in_bytes, required
 from qlora_builders.config.knobs import knobs
 from qlora_builders.config.schema import (
     EvaluateConfig,
@@ -16,7 +16,6 @@ from qlora_builders.config.schema import (
 )
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.config.verbs import VERBS
-from qlora_builders.errors import ConfigError
 from qlora_builders.names import WRITTEN_FORMATS
 
 
@@ -126,9 +125,9 @@ def test_generate() -> None:
     both = GenerateConfig(prompt="a", prompts_file="b", top_k=5, top_p=0.5)
     both.system, both.chat, both.output = "c", False, "d.json"
     assert check(both) == [
+        "output=d.json must end in .jsonl",
         "prompt and prompts_file are both given; give one of them",
         "system is a chat message and has no effect with chat=false",
-        "output=d.json must end in .jsonl",
         "top_k=5 has no effect at temperature=0; set a temperature such as 0.7",
         "top_p=0.5 has no effect at temperature=0; set a temperature such as 0.7",
     ]
@@ -179,13 +178,13 @@ def test_quantize() -> None:
     ("size", "count"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("20KB", 20_000)]
 )
 def test_size_in_bytes(size: str, count: int) -> None:
-    assert size_in_bytes(size) == count
+    assert in_bytes(size, "file") == count
 
 
 @pytest.mark.parametrize("size", ["5", "GB", "-1GB", "0GB", "5TB", ""])
 def test_not_a_size(size: str) -> None:
-    with pytest.raises(ConfigError, match="is not a size: write a number with KB, MB or GB"):
-        size_in_bytes(size)
+    (problem,) = check(MergeConfig(max_shard_size=size))
+    assert "is not a size: write a number with KB, MB or GB, such as 5GB" in problem
 
 
 def test_demo_rows_are_instruct_rows() -> None:
