@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig
 
 from qlora_builders.checkpoint import arch_from_config, load_checkpoint
-from qlora_builders.checkpoint.hf_config import KEYS
+from qlora_builders.checkpoint.formats.hf import KEYS
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import LLAMA_ARCHS
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint
-from qlora_builders.checkpoint.meta_llama import _with_positions
+from qlora_builders.checkpoint.formats.meta import _with_positions
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import LLAMA_ARCHS, RopeScaling
 from qlora_builders.tensor import NF4Tensor
