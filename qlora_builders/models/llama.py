@@ -97,9 +97,10 @@ def llama(
         _check_tied_head(plan["lm_head"], embedding_trains="embed_tokens" in trained)
 
     def linear(name: str, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
-        return build_linear(
-            plan[name], in_features, out_features, bias=bias, device=device, dtype=dtype
-        )
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        if name == "lm_head" and tokens and arch.tie_word_embeddings:  # shares the trained rows
+            return TokenHead(in_features, out_features, **options).requires_grad_(False)
+        return build_linear(plan[name], in_features, out_features, **options)
 
     def norm(name: str) -> nn.Module:
         own = torch.float32 if name in trained else dtype
@@ -116,11 +117,7 @@ def llama(
         )
         model = CausalLM(
             model=decoder,
-            lm_head=TokenHead(
-                arch.hidden_size, arch.vocab_size, bias=False, device=device, dtype=dtype
-            ).requires_grad_(False)
-            if tokens and arch.tie_word_embeddings
-            else linear("lm_head", arch.hidden_size, arch.vocab_size),
+            lm_head=linear("lm_head", arch.hidden_size, arch.vocab_size),
             tie_word_embeddings=arch.tie_word_embeddings,
         )
     model.spec = LlamaSpec(arch=arch, components=tuple(rules), train=tuple(train), dtype=dtype)
