@@ -44,7 +44,7 @@ from qlora_builders.console import plain_table, table_console
 from qlora_builders.data import Batch, Batches, TokenizedDataset, Tokenizer, check_token_range
 from qlora_builders.errors import ConfigError
 from qlora_builders.files.outputs import check_new, write_whole
-from qlora_builders.models import LlamaArch, linear_slots, llama, summarize
+from qlora_builders.models import LlamaArch, hf_name, linear_slots, llama, summarize
 from qlora_builders.modules import CausalLM
 from qlora_builders.runs import read_dataset
 from qlora_builders.training.device import resolve_compute_dtype, resolve_device, resolve_dtype
@@ -140,7 +140,7 @@ def main(cfg: PlanConfig) -> None:
 def quantizable(model: CausalLM) -> dict[str, nn.Module]:
     """The linear slots by name; a head that shares the embedding's weight cannot be quantized."""
     return {
-        slot: model.get_submodule(slot if slot == "lm_head" else f"model.{slot}")
+        slot: model.get_submodule(hf_name(slot))
         for slot in linear_slots(model.spec.arch)
         if not (slot == "lm_head" and model.tie_word_embeddings)
     }

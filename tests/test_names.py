@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlora_builders import load_checkpoint, names, save_checkpoint
-from qlora_builders.checkpoint.formats import READERS, detect_format
+from qlora_builders.checkpoint.formats import FORMATS, detect_format
 from qlora_builders.config.knobs import Knob, knobs
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.config.verbs import VERBS
@@ -29,7 +29,7 @@ def listed_in(docstring: str | None) -> tuple[str, ...]:
 
 
 def test_tables_have_the_names() -> None:
-    assert sorted(READERS) == sorted(names.CHECKPOINT_FORMATS)
+    assert sorted(FORMATS) == sorted(names.CHECKPOINT_FORMATS)
     assert tuple(SHAPES) == names.LR_SHAPES
     assert tuple(LOSSES) == names.DPO_LOSSES
     assert set(FORMAT_NUMBERS) == set(names.SCALE_FORMATS)

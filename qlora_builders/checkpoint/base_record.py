@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_builders.checkpoint.hf_config import function_keys
-from qlora_builders.checkpoint.peft_config import CONFIG_FILE
+from qlora_builders.checkpoint.formats.hf import function_keys
+from qlora_builders.checkpoint.peft.config import CONFIG_FILE
 from qlora_builders.checkpoint.tensor_files import LazyTensor
 from qlora_builders.errors import CheckpointError, PlanError, listed
 from qlora_builders.files.reading import read_json_object

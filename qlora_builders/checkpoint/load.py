@@ -11,10 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.checkpoint.base_record import ContentHash
-from qlora_builders.checkpoint.formats import AUTO, detect_format, read_arch, read_tensors
-from qlora_builders.checkpoint.hf_llama import base_parameters
-from qlora_builders.checkpoint.meta_llama import PARAMS_FILE
+from qlora_builders.checkpoint.formats import (
+    AUTO,
+    FORMATS,
+    detect_format,
+    read_arch,
+    read_tensors,
+)
 from qlora_builders.checkpoint.placing import place
+from qlora_builders.checkpoint.save import base_parameters
 from qlora_builders.checkpoint.streaming import stream
 from qlora_builders.checkpoint.tensor_files import LazyTensor
 from qlora_builders.errors import CheckpointError, PlanError, listed
@@ -25,6 +30,7 @@ from qlora_builders.models import (
     linear_slots,
     llama,
     resolve,
+    slot_name,
 )
 from qlora_builders.modules import DEFAULT_INIT, LOFTQ, CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.tensor import QuantizedTensor
@@ -57,7 +63,7 @@ def load_checkpoint(
     dequantized. `stored_plan` gives the rules that keep a directory as it is.
 
     Args:
-        path: a directory in one of the formats that `formats.py` lists.
+        path: a directory in one of the formats of `formats.FORMATS`.
         format: what the directory holds, if not what it looks like: hf, meta, bnb-4bit or nf4.
         arch: overrides what the directory says.
         components, train, dtype, compute_dtype: as for `llama`.
@@ -113,7 +119,8 @@ def _check_shardable(model: CausalLM) -> None:
 
 def _describing_files(path: Path, tensors: Mapping[str, LazyTensor]) -> str:
     """For errors: the files that say which tensors there are, and which there should be."""
-    described = ["config.json", PARAMS_FILE, *(f.name for f in path.glob("*.index.json"))]
+    described = dict.fromkeys(row.marker for row in FORMATS.values())
+    described |= dict.fromkeys(file.name for file in path.glob("*.index.json"))
     weights = sorted({tensor.source.name for tensor in tensors.values() if tensor.source})
     found = [name for name in described if (path / name).is_file()]
     return f"{path} ({listed(found + weights)})"
@@ -179,7 +186,7 @@ def _load_weights(
             content.add(tensor.name, value)
         else:
             content.add_unread(tensor)
-        rule = rules.get(tensor.name.removesuffix(".weight").removeprefix("model."))
+        rule = rules.get(slot_name(tensor.name))
         if rule is not None and rule.format is not None and isinstance(value, QuantizedTensor):
             _check_stored(tensor, value, rule)
         try:

@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 
 from qlora_builders.checkpoint.base_record import ALLOW, hash_tensors
-from qlora_builders.checkpoint.formats import read_tensors
-from qlora_builders.checkpoint.hf_llama import (
-    base_parameters,
-    check_types,
-    lazy_parameter,
-    save_checkpoint,
-    write_hf_files,
-)
+from qlora_builders.checkpoint.formats import FORMATS, read_tensors
+from qlora_builders.checkpoint.formats.base import CheckpointFormat
+from qlora_builders.checkpoint.formats.bnb_4bit import BNB_4BIT
 from qlora_builders.checkpoint.merge_report import (
     MAX_ERROR,
     LayerError,
@@ -28,14 +23,21 @@ from qlora_builders.checkpoint.merge_report import (
     measure_layer,
     streamed_model,
 )
-from qlora_builders.checkpoint.peft_export import adapters_of, hf_name
+from qlora_builders.checkpoint.peft.write import adapters_of
+from qlora_builders.checkpoint.save import (
+    base_parameters,
+    check_types,
+    lazy_parameter,
+    save_checkpoint,
+    write_hf_files,
+    written_format,
+)
 from qlora_builders.checkpoint.tensor_files import MAX_SHARD_BYTES, LazyTensor
-from qlora_builders.errors import CheckpointError, did_you_mean, listed
+from qlora_builders.errors import CheckpointError, listed
 from qlora_builders.files.folders import atomic_directory
-from qlora_builders.models import ComponentRule, LlamaArch, linear_slots, llama
+from qlora_builders.models import ComponentRule, LlamaArch, hf_name, linear_slots, llama, slot_name
 from qlora_builders.modules import LOFTQ, CausalLM, LoRALinear, TokenEmbedding
-from qlora_builders.names import WRITTEN_FORMATS
-from qlora_builders.tensor import Format, NF4Format, QuantizedTensor, quantize
+from qlora_builders.tensor import Format, NF4Format, format_of, quantize
 
 DEQUANTIZED = "dequantized"
 # NF4 leaves about 0.1 of a weight's norm; a weight that is no relative of the other has 1.4
@@ -99,10 +101,9 @@ def save_merged(
         MergeError: if more than `max_error` is lost; its `report` has every figure.
         CheckpointError: as `merge_adapter`, and for an unknown format.
     """
-    if format not in WRITTEN_FORMATS:
-        raise CheckpointError(f"format is {format!r}{did_you_mean(format, WRITTEN_FORMATS)}")
-    plan = _MergePlan(model, base, dtype, allow_base_mismatch, formats=_formats(model, format))
-    if format != "hf":
+    row = written_format(format)
+    plan = _MergePlan(model, base, dtype, allow_base_mismatch, formats=_formats(model, row))
+    if row.parts is not None:
         merged = plan.build()
         report = plan.check(merged, max_error)
         save_checkpoint(
@@ -187,7 +188,7 @@ class _MergePlan:
         self, source: LazyTensor, parameter: Tensor, adapter: LoRALinear | None, dtype: torch.dtype
     ) -> LazyTensor:
         """Added in float32 and rounded once."""
-        slot = source.name.removesuffix(".weight").removeprefix("model.")
+        slot = slot_name(source.name)
 
         @torch.no_grad()
         def load() -> Tensor:
@@ -227,7 +228,7 @@ class _MergePlan:
             raise CheckpointError(
                 f"{self.base}: holds 4-bit weights ({listed(quantized)}); give 16- or 32-bit ones"
             )
-        if own is None or own.format not in ("hf", "meta") or self.allow_base_mismatch:
+        if own is None or FORMATS[own.format].parts is not None or self.allow_base_mismatch:
             return originals  # the weights themselves are compared as they come
         found = hash_tensors(originals.values(), tied=self.model.tie_word_embeddings)
         if found != own.content_hash:
@@ -285,19 +286,17 @@ def _plus_bias(source: LazyTensor, module: Any, dtype: torch.dtype) -> LazyTenso
     return replace(source, dtype=dtype, load=load)
 
 
-def _formats(model: CausalLM, format: str) -> dict[str, Format]:
+def _formats(model: CausalLM, row: CheckpointFormat) -> dict[str, Format]:
     """slot -> format of the merged model's weight, where it is quantized."""
-    if format == "hf":
+    if row.parts is None:
         return {}
     slots = linear_slots(model.spec.arch)
-    held = {slot: model.get_parameter(f"{hf_name(slot)}.weight") for slot in slots}
-    formats: dict[str, Format] = {
-        slot: weight.format for slot, weight in held.items() if isinstance(weight, QuantizedTensor)
-    } or {slot: NF4Format() for slot in slots if slot != "lm_head"}
-    check_types(formats.values(), format)
-    return (
-        dict.fromkeys(formats, NF4Format(scale_format="bnb")) if format == "bnb-4bit" else formats
-    )
+    held = {slot: format_of(model.get_parameter(f"{hf_name(slot)}.weight")) for slot in slots}
+    formats: dict[str, Format] = {slot: own for slot, own in held.items() if own is not None} or {
+        slot: NF4Format() for slot in slots if slot != "lm_head"
+    }
+    check_types(formats.values(), row)
+    return dict.fromkeys(formats, NF4Format(scale_format="bnb")) if row is BNB_4BIT else formats
 
 
 def _merged_arch(model: CausalLM, adapters: dict[str, LoRALinear]) -> LlamaArch:

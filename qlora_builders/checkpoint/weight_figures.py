@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from qlora_builders.checkpoint.formats import read_tensors
-from qlora_builders.checkpoint.peft_export import hf_name
 from qlora_builders.errors import CheckpointError
-from qlora_builders.models import linear_slots
+from qlora_builders.models import hf_name, linear_slots
 from qlora_builders.modules import CausalLM
-from qlora_builders.tensor import QuantizedTensor, quantize
+from qlora_builders.tensor import format_of, quantize
 
 _ROWS_AT_ONCE = 256
 
@@ -56,10 +55,10 @@ def weight_figures(
             raise CheckpointError(
                 f"{path}: {name} has shape {list(stored.shape)}; the model needs {list(own.shape)}"
             )
-        seen = None
-        if isinstance(own, QuantizedTensor):
+        seen, quantized_as = None, format_of(own)
+        if quantized_as is not None:
             try:
-                seen = quantize(stored.to(own.dtype), own.format).dequantize()
+                seen = quantize(stored.to(own.dtype), quantized_as).dequantize()
             except ValueError as error:
                 raise CheckpointError(f"{path}: {name}: {error}") from error
         yield slot, _figures(stored, seen)

@@ -11,10 +11,10 @@ import torch
 from qlora_builders.checkpoint.base_record import ASPECTS, BASE_FILE
 from qlora_builders.checkpoint.formats import AUTO, read_arch, stored_dtype, stored_plan
 from qlora_builders.checkpoint.load import load_checkpoint
-from qlora_builders.checkpoint.peft_adapter import AdapterInfo, load_adapter_info, read_adapter
-from qlora_builders.checkpoint.peft_export import WEIGHTS_FILE, hf_name
+from qlora_builders.checkpoint.peft.read import AdapterInfo, load_adapter_info, read_adapter
+from qlora_builders.checkpoint.peft.write import WEIGHTS_FILE
 from qlora_builders.errors import CheckpointError, PlanError, did_you_mean, listed
-from qlora_builders.models import ComponentRule, linear_slots, resolve
+from qlora_builders.models import ComponentRule, hf_name, linear_slots, resolve, slot_name
 from qlora_builders.modules import LOFTQ, CausalLM
 
 QUANTIZE = ("auto", "nf4", "none")
@@ -44,14 +44,14 @@ def adapter_plan(
     nf4 = quantize == "nf4"
     components: list[ComponentRule | dict[str, Any]] = [dict(NF4_BASE)] if nf4 else []
     for name, adapter in info.modules.items():
-        slot = name.removeprefix("model.")
+        slot = slot_name(name)
         kind = "qlora" if nf4 and slot.startswith("layers.") else "lora"
         rule = {"match": slot, "kind": kind, "rank": adapter.rank, "alpha": adapter.alpha}
         rule |= {"use_rslora": adapter.use_rslora}
         switches = {"lora_bias": adapter.lora_bias, "use_dora": adapter.use_dora}
         components.append(rule | {name: True for name, on in switches.items() if on})
     train = []
-    for name in sorted({saved.rpartition(".")[0].removeprefix("model.") for saved in info.saved}):
+    for name in sorted({slot_name(saved.rpartition(".")[0]) for saved in info.saved}):
         if name.endswith("_proj") or name == "lm_head":
             components.append({"match": name, "kind": "linear", "trainable": True})
         else:

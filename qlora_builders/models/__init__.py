@@ -6,9 +6,11 @@ from qlora_builders.models.generation import check_prompt, generate, generate_ba
 from qlora_builders.models.llama import (
     BaseCheckpoint,
     LlamaSpec,
+    hf_name,
     linear_slots,
     llama,
     other_modules,
+    slot_name,
 )
 from qlora_builders.models.llama_archs import LLAMA_ARCHS, LlamaArch, RopeScaling, get_arch
 from qlora_builders.models.summary import SummaryRow, summarize
@@ -27,10 +29,12 @@ __all__ = [
     "generate",
     "generate_batch",
     "get_arch",
+    "hf_name",
     "linear_slots",
     "llama",
     "max_steps",
     "other_modules",
     "resolve",
+    "slot_name",
     "summarize",
 ]

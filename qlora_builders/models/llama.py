@@ -202,6 +202,16 @@ def linear_slots(arch: LlamaArch) -> list[str]:
     return [*slots, "lm_head"]
 
 
+def hf_name(slot: str) -> str:
+    """The Hugging Face module name of a slot, which plans name without `model.`."""
+    return slot if slot == "lm_head" else f"model.{slot}"
+
+
+def slot_name(parameter: str) -> str:
+    """The slot of a module, or of its weight, by its Hugging Face name."""
+    return parameter.removesuffix(".weight").removeprefix("model.")
+
+
 def other_modules(arch: LlamaArch) -> list[str]:
     """Names of the modules with parameters outside the linear slots: what `train` may name."""
     norms = [f"layers.{index}.{name}" for index in range(arch.num_layers) for name in _NORMS]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from qlora_builders.models.components import resolve
-from qlora_builders.models.llama import linear_slots, other_modules
+from qlora_builders.models.llama import hf_name, linear_slots, other_modules
 from qlora_builders.modules import CausalLM
 
 
@@ -39,7 +39,7 @@ def summarize(model: CausalLM) -> list[SummaryRow]:
     plan = resolve(model.spec.components, linear_slots(arch))
     groups: dict[tuple, list[tuple[int | None, SummaryRow]]] = {}
     for name in [*other_modules(arch), *plan]:
-        module = model.get_submodule(name if name == "lm_head" else f"model.{name}")
+        module = model.get_submodule(hf_name(name))
         rule = plan.get(name)
         kind = type(module).__name__ if rule is None else rule.name
         options = {} if rule is None else rule.options

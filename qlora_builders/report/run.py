@@ -21,8 +21,8 @@ import torch
 import yaml  # type: ignore[import-untyped]  # a dependency of omegaconf
 
 from qlora_builders.checkpoint import adapter_plan, read_adapter, read_arch
-from qlora_builders.checkpoint.peft_adapter import AdapterInfo
-from qlora_builders.checkpoint.peft_export import PREFIX
+from qlora_builders.checkpoint.peft.read import AdapterInfo
+from qlora_builders.checkpoint.peft.write import PREFIX
 from qlora_builders.checkpoint.weight_figures import WeightFigures, weight_figures
 from qlora_builders.config.resume import flatten
 from qlora_builders.errors import ConfigError, QLoRAError
@@ -34,7 +34,7 @@ from qlora_builders.files.outputs import (
     SAMPLES_FILE,
     step_folders,
 )
-from qlora_builders.models import llama
+from qlora_builders.models import llama, slot_name
 from qlora_builders.training.loggers import read_rows
 
 AVERAGED = 10  # values of the final loss: those of the last steps that were logged
@@ -274,7 +274,7 @@ def layer_figures(run: Run) -> LayerFigures:
     try:
         info = read_adapter(folder)
         names = sorted(info.modules, key=_in_order)
-        updates = {name.removeprefix("model."): update_norm(info, name) for name in names}
+        updates = {slot_name(name): update_norm(info, name) for name in names}
         if base is None:
             note = "the base checkpoint is not where the run found it, so weights are not compared"
             return LayerFigures(updates, notes=(note,))

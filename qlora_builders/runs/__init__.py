@@ -11,9 +11,8 @@ with open_log(run, data, lines) as log:            # metrics, progress, signals
 show_result(run, log)
 """
 
-from qlora_builders.runs.log import Log, open_log
 from qlora_builders.runs.loop import train
-from qlora_builders.runs.results import save_result, show_result
+from qlora_builders.runs.saving import Log, open_log, save_result, show_result
 from qlora_builders.runs.setup import (
     Data,
     Run,

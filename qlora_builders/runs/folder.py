@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,15 +18,16 @@ from typing import Any
 
 from qlora_builders.errors import CheckpointError, ConfigError
 from qlora_builders.files.folders import clean_up, remove_directory
+from qlora_builders.files.manifest import check_manifest
 from qlora_builders.files.outputs import (
     CONFIG_FILE,
     RESULTS,
     check_writable,
-    how_to_go_on,
     step_folders,
     step_of,
 )
-from qlora_builders.runs.state import INFO_FILE, StepState, read_step, write_step
+from qlora_builders.files.reading import read_json_object
+from qlora_builders.runs.state import INFO_FILE, STATE_FILE, read_state
 
 AUTO = "auto"
 
@@ -128,6 +130,33 @@ def _start_at(folder: Path, check_about: CheckAbout, messages: Iterable[str] = (
     return Start(step, folder, about, (*messages, f"resumed after step {step} from {folder}"))
 
 
+def read_step(folder: Path) -> tuple[int, dict[str, Any]]:
+    """The step of a checkpoint whose files are those that were written, and what it says.
+
+    Raises:
+        CheckpointError: if it is no step checkpoint, or a damaged one.
+    """
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder}: is a symbolic link; name the folder it leads to")
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: is a file; give a folder named .../checkpoints/step_N")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such directory; give one named .../checkpoints/step_N")
+    file = folder / INFO_FILE
+    try:
+        check_manifest(folder)
+        about = read_json_object(file, expected="a step checkpoint")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from error
+    step, named = about.get("step"), re.fullmatch(r"step_([0-9]+)", folder.name)
+    if type(step) is not int or step < 1:
+        raise CheckpointError(f"{file}: step is {step!r:.80}; expected a whole number >= 1")
+    if named and int(named[1]) != step:
+        raise CheckpointError(f"{file}: step is {step}, but the folder is {folder.name}")
+    read_state(folder / STATE_FILE, mapped=True)
+    return step, about
+
+
 def _is_taken(run_dir: Path) -> bool:
     """Whether there is more than the first file of a run that was killed at once."""
     return run_dir.exists() and any(path.suffix != ".partial" for path in run_dir.iterdir())
@@ -195,21 +224,6 @@ def _tidy_up(run_dir: Path, start: Start, *, overwrite: bool, keep_last: int) ->
             shutil.rmtree(damaged, ignore_errors=True)
             folder.rename(damaged)
     remove_old_steps(run_dir, keep_last)
-
-
-def add_step(run_dir: Path, state: StepState, **ranks: Any) -> None:
-    """`write_step` in a run.
-
-    Args:
-        ranks: as `write_step` takes them.
-
-    Raises:
-        CheckpointError: if it cannot be written; the message says what there is to go on from.
-    """
-    try:
-        write_step(step_folder(run_dir, state.step), state, **ranks)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}. {how_to_go_on(run_dir)}") from error
 
 
 def remove_old_steps(run_dir: Path, keep_last: int) -> None:

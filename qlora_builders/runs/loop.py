@@ -22,8 +22,7 @@ from qlora_builders.files.outputs import (
 )
 from qlora_builders.modules import CausalLM
 from qlora_builders.runs.folder import step_folder
-from qlora_builders.runs.log import Log
-from qlora_builders.runs.saving import Checkpoints
+from qlora_builders.runs.saving import Checkpoints, Log
 from qlora_builders.runs.setup import Data, Run
 from qlora_builders.training.device import peak_memory_mib
 from qlora_builders.training.loggers import pair_figures, step_row
@@ -50,15 +49,14 @@ def train(
         CheckpointError: if a checkpoint cannot be written.
         SystemExit: after a signal, with a checkpoint to go on from.
     """
-    cfg, ranks, device, total_steps = run.cfg.training, run.ranks, run.device, data.total_steps
+    cfg, ranks, step = run.cfg.training, run.ranks, run.start.step
     model.train()
-    step = run.start.step
     _evaluate(run, data, model, log, objective, step)
     with Checkpoints(run, data, model, optimizer, log) as checkpoints:
-        while step < total_steps and not log.stop.agreed():
+        while step < data.total_steps and not log.stop.agreed():
             step += 1
             ranks.seed_step(cfg.seed, step)
-            batches = data.train.of_step(step, cfg.grad_accumulation, device)
+            batches = data.train.of_step(step, cfg.grad_accumulation, run.device)
             started = time.perf_counter()
             try:
                 result = train_step(
@@ -71,11 +69,15 @@ def train(
                 )
             except TrainingError as error:
                 _save_before(step, run, model, checkpoints)
-                raise _with_advice(error, run, step) from error
+                last = ranks.on_main(lambda: last_checkpoint(run.folder))
+                raise TrainingError(
+                    f"step {step}: {error} of {run.cfg.data.train}. {last}; "
+                    "lower optimizer.lr or look at these rows"
+                ) from error
             lr = float(schedule.get_last_lr()[0])
             schedule.step()
-            if step % cfg.log_every == 0 or step == total_steps:
-                seconds, memory = time.perf_counter() - started, peak_memory_mib(device)
+            if step % cfg.log_every == 0 or step == data.total_steps:
+                seconds, memory = time.perf_counter() - started, peak_memory_mib(run.device)
                 row = step_row(step, result, lr=lr, seconds=seconds, memory=memory)
                 log.metrics.write(**row)
                 log.progress.step(row)
@@ -100,14 +102,6 @@ def _save_before(step: int, run: Run, model: CausalLM, checkpoints: Checkpoints)
         checkpoints.finish()
 
 
-def _with_advice(error: TrainingError, run: Run, step: int) -> TrainingError:
-    last = run.ranks.on_main(lambda: last_checkpoint(run.folder))
-    return TrainingError(
-        f"step {step}: {error} of {run.cfg.data.train}. {last}; "
-        "lower optimizer.lr or look at these rows"
-    )
-
-
 def _leave(run: Run, log: Log, step: int) -> NoReturn:
     assert log.stop.signal_number is not None
     name = signal.Signals(log.stop.signal_number).name
@@ -120,20 +114,20 @@ def _evaluate(
     run: Run, data: Data, model: CausalLM, log: Log, objective: Objective, step: int
 ) -> None:
     """Where it is due and has not been done; nothing is said of one that a signal ends."""
-    cfg, gather = run.cfg.training, run.ranks.gather
-    due = step in (0, data.total_steps) or _is_due(step, cfg.eval_every)
+    cfg, ends = run.cfg.training, (0, data.total_steps)
+    due = step in ends or _is_due(step, cfg.eval_every)
     if data.eval is None or not due or log.metrics.has_eval(step):
         return
     batches = until_stopped(data.eval.of_epoch(0, run.device), log.stop)
-    result = evaluate_objective(model, batches, objective, gather=gather)
+    result = evaluate_objective(model, batches, objective, gather=run.ranks.gather)
     if log.stop.agreed():
         return
     figures = {f"eval_{key}": value for key, value in result.figures.items()}
     log.metrics.write(step=step, eval_loss=result.loss, eval_tokens=result.target_tokens, **figures)
     log.progress.say(f"step {step}: eval loss {result.loss:.4f}{pair_figures(figures, 'eval_')}")
-    if cfg.samples and step in (0, data.total_steps):
+    if cfg.samples and step in ends:
         answers = answer_rows(model, data.eval.dataset, cfg.samples, max_new_tokens=_SAMPLE_TOKENS)
-        rows = [{"step": step, **answer} for answer in answers]  # on every rank, for the forward
+        rows = [{"step": step, **answer} for answer in answers]  # a forward pass of all ranks
         if run.ranks.is_main:
             append_rows(run.folder / SAMPLES_FILE, rows)
 

@@ -1,19 +1,78 @@
-"""The step checkpoints of a run, written at once or while it trains on."""
+"""What a run writes into its folder: a log, step checkpoints, and the result."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from types import TracebackType
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from qlora_builders.checkpoint import save_adapter, save_checkpoint
+from qlora_builders.config.compose import save_config
+from qlora_builders.config.schema import FinetuneConfig
+from qlora_builders.console import StopRequest, stop_on_signal
 from qlora_builders.distributed import whole_parameters
+from qlora_builders.errors import CheckpointError, QLoRAError
+from qlora_builders.files.outputs import CONFIG_FILE, how_to_go_on
 from qlora_builders.modules import CausalLM
-from qlora_builders.runs.folder import add_step, remove_old_steps
-from qlora_builders.runs.log import Log
-from qlora_builders.runs.setup import Data, Run
-from qlora_builders.runs.state import StepState, capture_step, has_adapters
+from qlora_builders.report import read_run, write_report
+from qlora_builders.runs.folder import remove_old_steps, run_directory, step_folder
+from qlora_builders.runs.setup import Data, Run, about_run
+from qlora_builders.runs.state import StepState, capture_step, has_adapters, write_step
+from qlora_builders.training.device import (
+    add_environment,
+    describe_environment,
+    resolve_dtype,
+)
+from qlora_builders.training.loggers import MetricsLog, ProgressReport
+from qlora_builders.training.optimizers import check_adapters_learned
+
+
+@dataclass(frozen=True)
+class Log:
+    """Where a run reports, and how it hears that it is to stop."""
+
+    metrics: MetricsLog
+    progress: ProgressReport
+    stop: StopRequest
+
+
+@contextmanager
+def open_log(run: Run, data: Data, lines: Sequence[str]) -> Iterator[Log]:
+    """Take the run's folder, say `lines`, listen to signals."""
+    ranks, steps_done = run.ranks, run.start.step
+    reports = [batches.dataset.report for batches in (data.train, data.eval) if batches]
+    skipped = [f"{r.source}: {r.skipped_summary()}" for r in reports if r.skipped_rows]
+    environment = describe_environment(run.device, run.compute_dtype)
+    environment |= {"total_steps": data.total_steps, "skipped_rows": skipped}
+    quiet = not ranks.is_main
+    with (
+        _open_folder(run, environment) as metrics,
+        stop_on_signal(ranks.gather) as stop,
+        ProgressReport(data.total_steps, steps_done=steps_done, quiet=quiet) as progress,
+    ):
+        for line in lines:
+            progress.say(line)
+        yield Log(metrics, progress, stop)
+
+
+@contextmanager
+def _open_folder(run: Run, environment: dict[str, Any]) -> Iterator[MetricsLog]:
+    """The run directory and what goes there all the time, from the main rank alone."""
+    cfg, folder, start, loggers = run.cfg, run.folder, run.start, run.loggers
+    if not run.ranks.is_main:
+        yield MetricsLog(folder, step=start.step, source=start.run_dir, writes=False)
+        return
+    overwrite = start.step == 0 and (cfg.overwrite or run.ranks.restarts > 0)
+    keep_last = cfg.training.keep_last
+    with run_directory(folder, start, overwrite=overwrite, keep_last=keep_last), closing(loggers):
+        save_config(cfg, folder / CONFIG_FILE)
+        add_environment(folder, environment, first_step=start.step)
+        yield MetricsLog(folder, step=start.step, source=start.run_dir, loggers=loggers)
 
 
 class Checkpoints:
@@ -26,8 +85,9 @@ class Checkpoints:
     def __init__(
         self, run: Run, data: Data, model: CausalLM, optimizer: torch.optim.Optimizer, log: Log
     ) -> None:
-        self._run, self._data, self._log = run, data, log
+        self._run, self._log = run, log
         self._model, self._optimizer = model, optimizer
+        self._about = about_run(data, model)
         self._apart = run.cfg.training.async_save
         self._ranks = run.ranks.apart() if self._apart else run.ranks
         self._thread = ThreadPoolExecutor(1, "checkpoints")
@@ -40,19 +100,15 @@ class Checkpoints:
                 written.
         """
         self.finish()
-        run = self._run
+        run, model = self._run, self._model
         run.ranks.on_main(self._log.metrics.sync)
-        gathered = (
-            whole_parameters(self._model, run.ranks, only_trained=True)
-            if has_adapters(self._model)
-            else nullcontext()
-        )
-        with gathered:
+        adapters = has_adapters(model)
+        with whole_parameters(model, run.ranks, only_trained=True) if adapters else nullcontext():
             state = capture_step(
-                self._model,
+                model,
                 self._optimizer,
                 step=step,
-                about=self._data.about,
+                about=self._about,
                 base_model=run.cfg.checkpoint.dir,
                 is_main=run.ranks.is_main,
                 copied=self._apart,
@@ -75,17 +131,49 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self._thread.shutdown()
         if error is None:
             self.finish()
 
     def _write(self, state: StepState) -> None:
-        run, ranks = self._run, self._ranks
-        add_step(run.folder, state, on_main=ranks.on_main, group=ranks.group)
-        ranks.on_main(lambda: remove_old_steps(run.folder, run.cfg.training.keep_last))
+        folder = self._run.folder
+        try:
+            write_step(step_folder(folder, state.step), state, self._ranks)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. {how_to_go_on(folder)}") from error
+        keep_last = self._run.cfg.training.keep_last
+        self._ranks.on_main(lambda: remove_old_steps(folder, keep_last))
+
+
+def save_result(run: Run, model: CausalLM, log: Log) -> None:
+    """adapter/ (PEFT layout) or model/ (Hugging Face layout).
+
+    Raises:
+        TrainingError: if the adapters have learned nothing.
+    """
+    check_adapters_learned(model, gather=run.ranks.gather)
+    with whole_parameters(model, run.ranks, only_trained=has_adapters(model)):
+        written = run.ranks.on_main(lambda: _save_trained(model, run.folder, run.cfg))
+    log.progress.say(f"wrote {written}")
+
+
+def _save_trained(model: CausalLM, folder: Path, cfg: FinetuneConfig) -> Path:
+    base = cfg.checkpoint.dir
+    if has_adapters(model):
+        save_adapter(model, folder / "adapter", base_model=base)
+        return folder / "adapter"
+    dtype = resolve_dtype(cfg.training.dtype)
+    save_checkpoint(model, folder / "model", dtype=dtype, companions=base)
+    return folder / "model"
+
+
+def show_result(run: Run, log: Log) -> None:
+    """report.html; where it cannot be written, a line that says so: the result is there."""
+    if not run.ranks.is_main:
+        return
+    try:
+        written = write_report([read_run(run.folder)], run.folder / "report.html")
+        log.progress.say(f"wrote {written}")
+    except QLoRAError as error:
+        log.progress.say(f"no report: {error}")

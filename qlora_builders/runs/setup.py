@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from inspect import Parameter, signature
@@ -13,8 +15,10 @@ import torch
 
 from qlora_builders.analysis.preflight import check_run
 from qlora_builders.checkpoint import load_checkpoint
+from qlora_builders.checkpoint.base_record import base_record, differing_keys
 from qlora_builders.config.instantiate import instantiate
 from qlora_builders.config.plan import plan_rules, train_patterns
+from qlora_builders.config.resume import check_same_curve, curve_config, refuse_to_resume
 from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.config.sections import DataConfig
 from qlora_builders.data import Batches, TokenizedDataset, Tokenizer, build_dataset
@@ -23,25 +27,28 @@ from qlora_builders.errors import ConfigError, counted
 from qlora_builders.files.outputs import step_folders
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
-from qlora_builders.runs.about import (
-    check_about,
-    check_resume,
-    check_resumed_base,
-    describe,
-    describe_base,
-)
 from qlora_builders.runs.folder import AUTO, Start, find_start
 from qlora_builders.runs.state import load_step
 from qlora_builders.training.device import (
     bound_heap,
     compile_layers,
+    is_compiled,
     resolve_compute_dtype,
     resolve_device,
     resolve_dtype,
     set_seed,
 )
 from qlora_builders.training.loggers import Loggers
-from qlora_builders.training.optimizers import lora_plus_groups, lr_factor, trainable_parameters
+from qlora_builders.training.optimizers import (
+    check_same_past,
+    lora_plus_groups,
+    lr_factor,
+    trainable_parameters,
+)
+
+# keys -> what they lead to: the base, which is compared by itself
+_LEAD_TO_BASE = ("checkpoint.dir", "checkpoint.format", "model.arch")
+_ABOUT: dict[str, type] = {"total_steps": int, "config": dict, "compile": str}
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Data:
     """This rank's part of the batches, and how many steps they make.
 
     Attributes:
-        about: what a checkpoint says about its run: all that its loss curve depends on.
+        about: what the loss curve depends on and is known before the base is loaded, as JSON.
     """
 
     train: Batches
@@ -102,14 +109,18 @@ def load_data(run: Run) -> Data:
     evaluated = None
     if cfg.data.eval is not None:
         evaluated = _load_batches(cfg.data.eval, run, tokenizer, shuffle=False)
-    total_steps = _count_steps(cfg, train)
-    resolved = {
+    total_steps = cfg.training.max_steps
+    if total_steps is None:
+        total_steps = ceil(train.per_epoch * cfg.training.epochs / cfg.training.grad_accumulation)
+    config = curve_config(cfg) | {
         "data.train": train.dataset.fingerprint(),
         "device": run.device.type,
         "training.compute_dtype": str(run.compute_dtype).removeprefix("torch."),
     }
-    about = describe(cfg, resolved, total_steps) | {"date": date}
-    check_resume(run.start, about, cfg)
+    # infinity, which an optimizer may take, is no JSON
+    config = json.loads(json.dumps(config), parse_constant=str)
+    _check_resumed(run, config, total_steps)
+    about = {"total_steps": total_steps, "config": config, "date": date}
     return Data(train, evaluated, total_steps, about)
 
 
@@ -131,8 +142,7 @@ def read_dataset(source: str, tokenizer: Tokenizer, data: DataConfig) -> Tokeniz
 
 
 def load_model(run: Run, data: Data) -> CausalLM:
-    """The base under the plan, over the ranks; which it is, and whether it is compiled, goes to
-    `data.about`.
+    """The base under the plan, over the ranks, its layers compiled or not.
 
     Raises:
         CheckpointError: for a base that cannot be loaded.
@@ -150,9 +160,15 @@ def load_model(run: Run, data: Data) -> CausalLM:
         compute_dtype=run.compute_dtype,
         shard=sharding(ranks, device.type, **asdict(cfg.distributed)),
     )
-    data.about["base"] = describe_base(model)
-    check_resumed_base(run.start, data.about["base"], cfg)
-    data.about["compile"] = _prepare_layers(model, run, data.total_steps)
+    _check_resumed_base(run, _base(model))
+    model.model.activation_checkpointing = cfg.training.activation_checkpointing
+    bound_heap(model)
+    mode = cfg.training.compile
+    if mode == "auto":  # a resumed run has what it had before: the same losses to the last bit
+        mode = run.start.about.get("compile", mode)
+    rows = data.total_steps * cfg.training.batch_size * cfg.training.grad_accumulation
+    num_tokens = rows * cfg.data.max_seq_len // ranks.size  # at most
+    compile_layers(model, mode, num_tokens=num_tokens, gather=ranks.gather)
     return model
 
 
@@ -162,7 +178,11 @@ def make_optimizer(
     """The optimizer and the schedule of its learning rate; with the model as the checkpoint left
     them, where the run goes on from one."""
     cfg, start = run.cfg, run.start
-    optimizer = build_optimizer(cfg, _optimizer_groups(model, cfg))
+    parameters: list[Any] = trainable_parameters(model)
+    ratio = cfg.training.lora_plus_ratio
+    if ratio is not None:
+        parameters = lora_plus_groups(model, lr=cfg.optimizer["lr"], ratio=ratio)
+    optimizer = build_optimizer(cfg, parameters)
     if start.folder is not None:
         rates = [group["lr"] for group in optimizer.param_groups]
         load_step(start.folder, model, optimizer)
@@ -179,7 +199,20 @@ def build_optimizer(cfg: FinetuneConfig, parameters: list[Any]) -> torch.optim.O
         ConfigError: for arguments that it refuses, and for one that a run cannot step.
     """
     optimizer = instantiate(cfg.optimizer, "optimizer", [parameters], key="optimizer")
-    _check_steps(optimizer, cfg.optimizer["component"])
+    problem = None
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        problem = f"gives a {type(optimizer).__name__}; name an optimizer"
+    elif isinstance(optimizer, torch.optim.SparseAdam):
+        problem = "takes sparse gradients, and these are dense; name another"
+    else:
+        closure = signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is Parameter.empty:
+            problem = (
+                "computes the loss several times per step, which a run does once; name another"
+            )
+    if problem:
+        name = cfg.optimizer["component"]
+        raise ConfigError(f"optimizer.component={name} {problem}, such as torch.optim.AdamW")
     return cast(torch.optim.Optimizer, optimizer)
 
 
@@ -191,9 +224,8 @@ def look_ahead(
     Raises:
         DataError: for rows with ids or positions that the model does not have.
     """
-    compiled = data.about["compile"]
+    compiled = "on" if is_compiled(model) else "off"
     checked = check_run(run.cfg, model, data.train, data.eval, optimizer, compiled)
-    left = data.total_steps - run.start.step
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     about = (
@@ -203,20 +235,16 @@ def look_ahead(
     ends = "; a dry run ends here, with nothing written" if run.cfg.dry_run else ""
     steps = counted(data.total_steps, "step")
     if run.start.step:
-        steps = f"{left} of {steps}"
+        steps = f"{data.total_steps - run.start.step} of {steps}"
     return [*run.start.messages, *checked, about, f"{steps} to do{ends}"]
 
 
 def _first_step(cfg: FinetuneConfig, folder: Path, ranks: Ranks) -> Start:
     """As the config says; a run that was restarted after a failure goes on where it was."""
+    resume, overwrite = cfg.training.resume, cfg.overwrite or ranks.restarts > 0
     if ranks.restarts and step_folders(folder):
-        return find_start(folder, resume=AUTO, overwrite=False, check_about=check_about)
-    return find_start(
-        folder,
-        resume=cfg.training.resume,
-        overwrite=cfg.overwrite or ranks.restarts > 0,
-        check_about=check_about,
-    )
+        resume, overwrite = AUTO, False
+    return find_start(folder, resume=resume, overwrite=overwrite, check_about=_check_about)
 
 
 def _make_loggers(cfg: FinetuneConfig, ranks: Ranks, folder: Path, start: Start) -> Loggers:
@@ -248,52 +276,86 @@ def _load_batches(source: str, run: Run, tokenizer: Tokenizer, *, shuffle: bool)
     )
 
 
-def _count_steps(cfg: FinetuneConfig, data: Batches) -> int:
-    if cfg.training.max_steps is not None:
-        return cfg.training.max_steps
-    return ceil(data.per_epoch * cfg.training.epochs / cfg.training.grad_accumulation)
+# ---- what a step checkpoint says about its run, and whether this one may go on from there --------
 
 
-def _prepare_layers(model: CausalLM, run: Run, total_steps: int) -> str:
-    """What the layers keep for backward, and whether they are compiled: "on" or "off".
+def about_run(data: Data, model: CausalLM) -> dict[str, Any]:
+    """All that the loss curve depends on, as JSON."""
+    return data.about | {"base": _base(model), "compile": "on" if is_compiled(model) else "off"}
 
-    A resumed run has what it had before, for the same losses to the last bit.
+
+def _base(model: CausalLM) -> dict[str, Any]:
+    record = base_record(model)
+    return {"content": record["checkpoint"]["content_hash"], "config": record["config"]}
+
+
+def _check_about(about: Mapping[str, Any]) -> None:
     """
-    cfg = run.cfg
-    model.model.activation_checkpointing = cfg.training.activation_checkpointing
-    bound_heap(model)
-    mode, before = cfg.training.compile, run.start.about.get("compile")
-    if mode == "auto" and before is not None:
-        mode = before
-    rows = total_steps * cfg.training.batch_size * cfg.training.grad_accumulation
-    num_tokens = rows * cfg.data.max_seq_len // run.ranks.size  # at most
-    compiled = compile_layers(model, mode, num_tokens=num_tokens, gather=run.ranks.gather)
-    return "on" if compiled else "off"
+    Raises:
+        ValueError: if it is not what a run says about itself.
+    """
+    for key, kind in _ABOUT.items():
+        if type(about.get(key)) is not kind:
+            raise ValueError(f"{key} is {about.get(key)!r:.80}; expected {kind.__name__}")
+    if about["step"] > about["total_steps"]:
+        raise ValueError(f"step is {about['step']} of a run of {about['total_steps']}")
+    if about["compile"] not in ("on", "off"):
+        raise ValueError(f"compile is {about['compile']!r:.80}; expected on or off")
+    date = about.get("date")  # which, as the base, checkpoints did not have from the first
+    try:
+        datetime.fromisoformat(date or "2000-01-01")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"date is {date!r:.80}; expected one such as 2026-12-01T12:00") from error
+    base = about.get("base")
+    if base is not None and not (
+        isinstance(base, dict)
+        and isinstance(base.get("content"), str)
+        and isinstance(base.get("config"), dict)
+    ):
+        raise ValueError(f"base is {base!r:.80}; expected content and config")
 
 
-def _check_steps(optimizer: Any, component: str) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        kind = type(optimizer).__name__
-        raise ConfigError(
-            f"optimizer.component={component} gives a {kind}; name an optimizer, such as "
-            "torch.optim.AdamW"
+def _check_resumed(run: Run, config: Mapping[str, Any], total_steps: int) -> None:
+    """The run that goes on has to be the run that was stopped; its base is looked at later.
+
+    Raises:
+        ConfigError: if its config is another.
+    """
+    start = run.start
+    if start.folder is None:
+        return
+    free = _LEAD_TO_BASE if "base" in start.about else ()
+    before, now = (
+        {key: value for key, value in one.items() if key not in free}
+        for one in (start.about["config"], config)
+    )
+    check_same_curve(before, now, str(start.folder))
+    check_same_past(
+        asdict(run.cfg.lr_schedule),
+        total_steps=total_steps,
+        before=start.about["total_steps"],
+        steps_done=start.step,
+    )
+
+
+def _check_resumed_base(run: Run, base: Mapping[str, Any]) -> None:
+    """Content decides, wherever the base lies.
+
+    Raises:
+        ConfigError: if its weights, or what decides their function, are others.
+    """
+    before, cfg = run.start.about.get("base"), run.cfg
+    if before is None:
+        return
+    problems = differing_keys(before["config"], base["config"])
+    if before["content"] != base["content"]:
+        problems.append(
+            f"content of its weights: trained with {before['content'][:12]}, here "
+            f"{base['content'][:12]}"
         )
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise ConfigError(
-            f"optimizer.component={component} takes sparse gradients, and these are dense; name "
-            "another, such as torch.optim.AdamW"
-        )
-    closure = signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is Parameter.empty:
-        raise ConfigError(
-            f"optimizer.component={component} computes the loss several times per step, which a "
-            "run does once; name another, such as torch.optim.AdamW"
-        )
-
-
-def _optimizer_groups(model: CausalLM, cfg: FinetuneConfig) -> list[Any]:
-    parameters = trainable_parameters(model)
-    ratio = cfg.training.lora_plus_ratio
-    if ratio is None:
-        return parameters
-    return lora_plus_groups(model, lr=cfg.optimizer["lr"], ratio=ratio)
+    name = f"checkpoint.dir={cfg.checkpoint.dir}"
+    if cfg.model.arch is not None:
+        name += f" model.arch={cfg.model.arch}"
+    if problems:
+        lines = [f"{name}: {problem}" for problem in problems]
+        raise refuse_to_resume(str(run.start.folder), "with another base", lines)

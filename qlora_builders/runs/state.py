@@ -10,14 +10,17 @@
         manifest.json                  size and checksum of each file
 
 There is no data position and no learning rate schedule to save: both are functions of the step.
+A manifest proves that a file is the one it describes, not that a run wrote it: what is in
+train_state.pt is checked before a run goes on from there.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import pickle
 import random
-import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,40 +30,40 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_map_only
 
-from qlora_builders.checkpoint.hf_llama import (
-    hf_parameters,
-    lazy_parameter,
-    write_hf_files,
-)
-from qlora_builders.checkpoint.peft_adapter import load_adapter
-from qlora_builders.checkpoint.peft_export import (
+from qlora_builders.checkpoint.peft.read import load_adapter
+from qlora_builders.checkpoint.peft.write import (
     AdapterFiles,
     collect_adapter,
     write_adapter_files,
 )
+from qlora_builders.checkpoint.save import (
+    hf_parameters,
+    lazy_parameter,
+    write_hf_files,
+)
 from qlora_builders.checkpoint.tensor_files import MAX_SHARD_BYTES, open_tensors
-from qlora_builders.distributed.gathering import shard_optimizer_state_
-from qlora_builders.distributed.sharded_state import (
+from qlora_builders.distributed import Ranks
+from qlora_builders.distributed.sharding import (
     has_parts,
     read_parts,
+    shard_optimizer_state_,
     stored_parts,
     write_parts,
 )
 from qlora_builders.errors import CheckpointError
 from qlora_builders.files.folders import atomic_directory
-from qlora_builders.files.manifest import MANIFEST_FILE, check_manifest, write_manifest
-from qlora_builders.files.reading import read_json_object
+from qlora_builders.files.manifest import MANIFEST_FILE, write_manifest
 from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM, LoRALinear
-from qlora_builders.runs.stored_state import read_state, restore_optimizer
 from qlora_builders.tensor.sharded import compute_device, copy_whole_, is_sharded
 
 STATE_FILE = "train_state.pt"
 INFO_FILE = "train_state.json"
 _OPTIMIZER = "optimizer."  # before the names of its tensors among a model's
+_SIDES = (3, 5, 7, 11)  # of a parameter to try an optimizer on: each stands for an axis
+_POSITIONS = 624  # of numpy's generator in its block of random numbers, which numpy does not check
 
 T = TypeVar("T")
 
@@ -130,63 +133,26 @@ def capture_step(
     return StepState(step, dict(about), base_model, model.spec.arch, trained, whole, parts)
 
 
-def write_step(
-    folder: Path,
-    state: StepState,
-    *,
-    on_main: Callable[[Callable[[], Any]], Any] = lambda function: function(),
-    group: ProcessGroup | None = None,
-) -> None:
+def write_step(folder: Path, state: StepState, ranks: Ranks | None = None) -> None:
     """Write a step checkpoint, atomically. All ranks must call it.
-
-    Args:
-        on_main: runs a function on the main rank; all ranks get what it returns or raises.
-        group: of the ranks; by default the one of the run.
 
     Raises:
         CheckpointError: if it cannot be written, or the optimizer's state could not be read back.
     """
-    folder = folder.absolute()
+    folder, ranks = folder.absolute(), ranks or Ranks()
     try:
         with ExitStack() as opened:
-            directory = on_main(
+            directory = ranks.on_main(
                 lambda: opened.enter_context(atomic_directory(folder, marker=MANIFEST_FILE))
             )
-            on_main(lambda: _write_whole(state, directory))
+            ranks.on_main(lambda: _write_whole(state, directory))
             if state.parts:
-                write_parts(directory, state.parts, group)
-            on_main(lambda: write_manifest(directory))
-            on_main(opened.close)
+                write_parts(directory, state.parts, ranks.group)
+            ranks.on_main(lambda: write_manifest(directory))
+            ranks.on_main(opened.close)
     except OSError as error:
         reason = error.strerror or error  # as the main rank, on which atomic_directory says it
         raise CheckpointError(f"{folder}: cannot be written: {reason}") from error
-
-
-def read_step(folder: Path) -> tuple[int, dict[str, Any]]:
-    """The step of a checkpoint whose files are those that were written, and what it says.
-
-    Raises:
-        CheckpointError: if it is no step checkpoint, or a damaged one.
-    """
-    if folder.is_symlink():
-        raise CheckpointError(f"{folder}: is a symbolic link; name the folder it leads to")
-    if folder.is_file():
-        raise CheckpointError(f"{folder}: is a file; give a folder named .../checkpoints/step_N")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such directory; give one named .../checkpoints/step_N")
-    file = folder / INFO_FILE
-    try:
-        check_manifest(folder)
-        about = read_json_object(file, expected="a step checkpoint")
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from error
-    step, named = about.get("step"), re.fullmatch(r"step_([0-9]+)", folder.name)
-    if type(step) is not int or step < 1:
-        raise CheckpointError(f"{file}: step is {step!r:.80}; expected a whole number >= 1")
-    if named and int(named[1]) != step:
-        raise CheckpointError(f"{file}: step is {step}, but the folder is {folder.name}")
-    read_state(folder / STATE_FILE, mapped=True)
-    return step, about
 
 
 def load_step(folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer) -> None:
@@ -321,3 +287,161 @@ def _load_parts(folder: Path, state: dict[str, Any], optimizer: torch.optim.Opti
         part = torch.empty_like(own, dtype=stored.properties.dtype)
         state["state"][int(index)][key] = parts[name] = part.detach()
     read_parts(folder, parts)
+
+
+# ---- train_state.pt: what has to be in it -------------------------------------------------------
+
+
+def read_state(file: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """
+    Args:
+        mapped: read the structure alone, and tensors where they are used.
+
+    Raises:
+        CheckpointError: with the key, if it is not what a run writes.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # of zip, pickle and torch, whatever damage leads them to
+        raise CheckpointError(
+            f"{file}: cannot be read ({type(error).__name__}): not what a run writes"
+        ) from error
+    try:
+        _check_optimizer(_item(state, "optimizer", dict))
+        _check_random(_item(state, "random", dict))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}; not what a run writes") from error
+    assert isinstance(state, dict)
+    return state
+
+
+def restore_optimizer(file: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.load_state_dict(state)`, where the state is one of such an optimizer.
+
+    Raises:
+        CheckpointError: with the key that does not fit.
+    """
+    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+        for number, (own, group) in enumerate(zip(options, optimizer.param_groups, strict=True)):
+            for key, value in own.items():
+                _check_option(f"param_groups[{number}].{key}", value, group[key])
+        _check_shapes(optimizer)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise CheckpointError(f"{file}: does not fit the optimizer: {reason}") from error
+
+
+def _item(mapping: Any, key: Any, kind: type, within: str = "") -> Any:
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{within or 'it'} is {type(mapping).__name__}, not dict")
+    name = f"{within}[{key!r}]" if within else str(key)
+    if key not in mapping:
+        raise ValueError(f"{name} is missing")
+    if not isinstance(mapping[key], kind):
+        raise ValueError(f"{name} is {type(mapping[key]).__name__}, not {kind.__name__}")
+    return mapping[key]
+
+
+def _check_optimizer(state: dict[str, Any]) -> None:
+    known: list[int] = []
+    groups = _item(state, "param_groups", list, "optimizer")
+    for group in groups:
+        numbers = _item(group, "params", list, "optimizer['param_groups']")
+        if not all(type(number) is int for number in numbers):
+            raise ValueError("optimizer['param_groups']['params'] holds what is no int")
+        known += numbers
+    if known != list(range(len(known))):
+        raise ValueError("optimizer['param_groups'] does not number its parameters from 0 on")
+    values = _item(state, "state", dict, "optimizer")
+    for number in values:
+        name = f"optimizer['state'][{number!r}]"
+        if isinstance(number, int) and not 0 <= number < len(known):
+            raise ValueError(f"{name} is of no parameter; there are {len(known)}")
+        own = _item(values, number, dict, "optimizer['state']")
+        if "step" in own and not _is_count(own["step"]):
+            raise ValueError(f"{name}['step'] is no number of steps")
+
+
+def _is_count(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            return False
+        value = value.item()
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def _check_random(state: dict[str, Any]) -> None:
+    """By generators that nobody draws from."""
+
+    def set_numpy(values: tuple[Any, ...]) -> None:
+        name, keys, position, has_gauss, gauss = values
+        inside = type(position) is int and 0 <= position <= _POSITIONS
+        if not (inside and keys.dtype == torch.uint32 and keys.shape == (_POSITIONS,)):
+            raise ValueError
+        np.random.RandomState().set_state((name, keys.numpy(), position, has_gauss, gauss))
+
+    tried: dict[str, tuple[type, Callable[[Any], Any]]] = {
+        "python": (tuple, random.Random().setstate),
+        "numpy": (tuple, set_numpy),
+        "cpu": (Tensor, torch.Generator().set_state),
+    }
+    for key, (kind, set_state) in tried.items():
+        value = _item(state, key, kind, "random")
+        try:
+            set_state(value)
+        except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"random[{key!r}] is no state of a generator") from error
+    cuda = state.get("cuda")
+    if cuda is not None and not (isinstance(cuda, Tensor) and cuda.dtype == torch.uint8):
+        raise ValueError("random['cuda'] is no tensor of bytes")
+
+
+def _check_option(name: str, own: Any, stored: Any) -> None:
+    """Options may be tensors and change from step to step, but a number stays one."""
+    if type(own) not in (int, float):
+        if type(own) is not type(stored) and None not in (own, stored):
+            raise ValueError(f"{name} is {type(stored).__name__}, not {type(own).__name__}")
+        return
+    if isinstance(stored, Tensor) and stored.numel() == 1:
+        stored = stored.item()
+    if type(stored) not in (int, float) or not math.isfinite(stored):
+        raise ValueError(f"{name} is {stored!r:.80}, not a finite number")
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
+    """Of PyTorch's own optimizers, whose state is there in full after one step."""
+    if not f"{type(optimizer).__module__}.".startswith("torch.optim."):
+        return
+    number = -1
+    for group in optimizer.param_groups:
+        wanted: dict[int, dict[str, Any]] = {}  # by the number of axes
+        for parameter in group["params"]:
+            number += 1
+            if parameter.ndim not in wanted:
+                wanted[parameter.ndim] = _state_after_a_step(optimizer, group, parameter.ndim)
+            sides = {1: 1, **dict(zip(_SIDES, parameter.shape, strict=False))}
+            for key, trial in wanted[parameter.ndim].items():
+                if not isinstance(trial, Tensor):
+                    continue
+                name = f"optimizer['state'][{number}]"
+                own = _item(optimizer.state.get(parameter, {}), key, Tensor, name)
+                shape = [sides[size] for size in trial.shape]
+                if list(own.shape) != shape:
+                    raise ValueError(
+                        f"{name}[{key!r}] has shape {list(own.shape)}; its parameter needs {shape}"
+                    )
+
+
+def _state_after_a_step(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], ndim: int
+) -> dict[str, Any]:
+    trial = torch.nn.Parameter(torch.zeros(_SIDES[:ndim]))
+    trial.grad = torch.ones_like(trial)
+    options = {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
+    for_gpus = dict.fromkeys(options.keys() & {"fused", "foreach", "capturable"}, False)
+    kind: Any = type(optimizer)
+    other = kind([{**options, **for_gpus, "params": [trial]}])
+    other.step()
+    return dict(other.state[trial])

@@ -149,6 +149,10 @@ def compile_layers(model: CausalLM, mode: str, *, num_tokens: int, gather: Gathe
     return True
 
 
+def is_compiled(model: CausalLM) -> bool:
+    return model.model.layers[0]._compiled_call_impl is not None
+
+
 def _pays(model: CausalLM, num_tokens: int) -> bool:
     enough = _PAYS_AFTER_SECONDS.get(compute_device(model).type)
     return enough is not None and matmul_seconds(model, num_tokens) > enough

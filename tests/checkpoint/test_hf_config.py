@@ -19,7 +19,7 @@ from qlora_builders.checkpoint import (
     read_arch,
     save_checkpoint,
 )
-from qlora_builders.checkpoint.hf_config import KEYS
+from qlora_builders.checkpoint.formats.hf import KEYS
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import LLAMA_ARCHS, LlamaArch, RopeScaling
 

@@ -14,7 +14,7 @@ from shared import Checkpoints, Logits, assert_same_bits, assert_same_files, edi
 from torch import Tensor
 
 from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint
-from qlora_builders.checkpoint.meta_llama import _with_positions
+from qlora_builders.checkpoint.formats.meta import _with_positions
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import LLAMA_ARCHS, RopeScaling
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from qlora_builders.checkpoint import peft_config
-from qlora_builders.checkpoint.peft_config import read_peft_config
+from qlora_builders.checkpoint.peft import config as peft_config
+from qlora_builders.checkpoint.peft.config import read_peft_config
 from qlora_builders.config import yaml_file
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.config.yaml_file import load_yaml

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_builders.distributed import Ranks
-from qlora_builders.distributed.sharded_state import read_parts, stored_parts, write_parts
+from qlora_builders.distributed.sharding import read_parts, stored_parts, write_parts
 from qlora_builders.errors import CheckpointError
 
 ROWS = (1, 2, 5, 7)  # fewer than ranks, and not a multiple of them

@@ -19,12 +19,12 @@ from qlora_builders.errors import CheckpointError
 from qlora_builders.files.manifest import check_manifest, crc32
 from qlora_builders.modules import CausalLM
 from qlora_builders.runs import state
+from qlora_builders.runs.folder import read_step
 from qlora_builders.runs.state import (
     StepState,
     capture_step,
     load_step,
     random_state,
-    read_step,
     write_step,
 )
 from qlora_builders.runs.state import set_random_state as set_state

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from qlora_builders.checkpoint.config_keys import Key, read_keys
-from qlora_builders.checkpoint.native import collect_weights, lazy_parts
+from qlora_builders.checkpoint.formats.base import CheckpointFormat, collect_weights, lazy_parts
+from qlora_builders.checkpoint.formats.config_keys import Key, read_keys
+from qlora_builders.checkpoint.formats.hf import config_arch
 from qlora_builders.checkpoint.tensor_files import LazyTensor, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.tensor import NF4Tensor
@@ -26,7 +27,7 @@ from qlora_builders.tensor.layouts import (
     unpack_bnb,
 )
 
-QUANT_METHOD = "bitsandbytes"
+_QUANT_METHOD = "bitsandbytes"
 _FLAGS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
 _KEYS = {flag: Key(field=flag, kind=bool, default=False, null=True) for flag in _FLAGS}
 _KEYS["bnb_4bit_quant_type"] = Key(field="bnb_4bit_quant_type", kind=str, default="fp4")
@@ -35,7 +36,7 @@ _ONLY_NF4 = (
 )
 
 
-def read_bnb(directory: Path) -> dict[str, LazyTensor]:
+def _read(directory: Path) -> dict[str, LazyTensor]:
     """
     Raises:
         CheckpointError: for a file that cannot be read, an FP4 weight, or one that is not as
@@ -49,7 +50,7 @@ def read_bnb(directory: Path) -> dict[str, LazyTensor]:
     return collect_weights(tensors, {BNB_JSON: "nf4"}, bnb_metadata, unpack_bnb)
 
 
-def check_quantization_config(config: dict[str, Any], source: Path) -> None:
+def _check(config: dict[str, Any], source: Path) -> None:
     """
     Raises:
         CheckpointError: for 8-bit weights or FP4, or a key that holds something else.
@@ -65,7 +66,7 @@ def check_quantization_config(config: dict[str, Any], source: Path) -> None:
         raise CheckpointError(f"{source}: bnb_4bit_quant_type is {quant_type!r}; {_ONLY_NF4}")
 
 
-def quantization_config(
+def _quantization_config(
     weights: Sequence[NF4Tensor], plain_modules: Sequence[str], dtype: torch.dtype
 ) -> dict[str, Any]:
     """What makes transformers read the directory.
@@ -75,7 +76,7 @@ def quantization_config(
         dtype: that the layers compute in there.
     """
     return {
-        "quant_method": QUANT_METHOD,
+        "quant_method": _QUANT_METHOD,
         "load_in_4bit": True,
         "load_in_8bit": False,
         "_load_in_4bit": True,
@@ -91,5 +92,17 @@ def quantization_config(
     }
 
 
-def bnb_parts(name: str, weight: NF4Tensor) -> Iterator[LazyTensor]:
+def _parts(name: str, weight: NF4Tensor) -> Iterator[LazyTensor]:
     return lazy_parts(name, weight, pack_bnb)
+
+
+BNB_4BIT = CheckpointFormat(
+    name="bnb-4bit",
+    arch=config_arch,
+    tensors=_read,
+    quant_method=_QUANT_METHOD,
+    check=_check,
+    parts=_parts,
+    types=("nf4",),
+    quantization=_quantization_config,
+)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from qlora_builders.checkpoint.config_keys import Key, in_words_of, read_keys, size
+from qlora_builders.checkpoint.formats.base import CONFIG_FILE, CheckpointFormat
+from qlora_builders.checkpoint.formats.config_keys import Key, in_words_of, read_keys, size
+from qlora_builders.checkpoint.tensor_files import open_tensors
 from qlora_builders.errors import CheckpointError, QLoRAError
 from qlora_builders.files.reading import read_json_object
 from qlora_builders.models import FAMILIES, LlamaArch, RopeScaling, family_config
@@ -53,9 +55,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if config.json is missing or not JSON.
     """
-    return read_json_object(
-        directory / "config.json", expected="a Hugging Face checkpoint directory"
-    )
+    return read_json_object(directory / CONFIG_FILE, expected="a Hugging Face checkpoint directory")
 
 
 def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> LlamaArch:
@@ -178,3 +178,10 @@ def config_from_arch(arch: LlamaArch, dtype: torch.dtype) -> dict[str, Any]:
         config["rope_scaling"] = {"rope_type": scaling.rope_type}
         config["rope_scaling"] |= {key: getattr(scaling, key) for key in keys}
     return config
+
+
+def config_arch(directory: Path) -> LlamaArch:
+    return arch_from_config(read_config(directory), source=str(directory / CONFIG_FILE))
+
+
+HF = CheckpointFormat(name="hf", arch=config_arch, tensors=open_tensors)

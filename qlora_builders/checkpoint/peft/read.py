@@ -1,7 +1,7 @@
 """PEFT adapter directories, read strictly.
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`; the layout is described in
-`peft_export`. Config, file and model must agree in every module: PEFT loads what happens to fit and
+`write.py`. Config, file and model must agree in every module: PEFT loads what happens to fit and
 leaves the rest of the model as it was.
 """
 
@@ -23,24 +23,23 @@ from qlora_builders.checkpoint.base_record import (
     read_base_record,
 )
 from qlora_builders.checkpoint.finite import is_finite
-from qlora_builders.checkpoint.peft_config import (
+from qlora_builders.checkpoint.peft.config import (
     CONFIG_FILE,
     AdapterModule,
     PeftConfig,
     read_peft_config,
 )
-from qlora_builders.checkpoint.peft_export import (
+from qlora_builders.checkpoint.peft.write import (
     MAGNITUDE,
     PREFIX,
     TOKEN_ROWS,
     WEIGHTS_FILE,
     adapters_of,
-    hf_name,
     trained_parameters,
 )
 from qlora_builders.checkpoint.tensor_files import LazyTensor, open_tensors, read_header
 from qlora_builders.errors import CheckpointError, listed
-from qlora_builders.models import linear_slots
+from qlora_builders.models import hf_name, linear_slots
 from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.tensor.sharded import copy_whole_
 

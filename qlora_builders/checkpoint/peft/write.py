@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.checkpoint.base_record import BASE_FILE, base_record
-from qlora_builders.checkpoint.peft_config import CONFIG_FILE
+from qlora_builders.checkpoint.peft.config import CONFIG_FILE
 from qlora_builders.checkpoint.tensor_files import write_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.files.folders import atomic_directory
@@ -165,8 +165,3 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.requires_grad and not is_adapter(name)
     }
-
-
-def hf_name(slot: str) -> str:
-    """The Hugging Face module name of a linear slot, which plans name without `model.`."""
-    return slot if slot == "lm_head" else f"model.{slot}"

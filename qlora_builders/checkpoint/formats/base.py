@@ -1,60 +1,55 @@
-"""Our own directories of quantized weights: codes and scales as they are in memory.
-
-    config.json        as of a Hugging Face checkpoint, and
-                       "quantization_config": {"quant_method": ..., "version": 1}
-    STEM.safetensors   or STEM-00001-of-0000N.safetensors with STEM.safetensors.index.json
-
-Where all quantized weights are in NF4 the method is `qlora_builders_nf4` and the stem `nf4`;
-`qlora_builders_native` and `native` serve every type and any mix of them. The name of the weight
-files keeps other tools from loading what they would not understand. For every quantized weight the
-file holds the parts of the native layout in `tensor/layouts.py`; all other tensors lie beside them
-as usual.
-"""
+"""What a checkpoint format is, one row of the table; and what those of quantized weights share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qlora_builders.checkpoint.tensor_files import LazyTensor, open_tensors
+from qlora_builders.checkpoint.tensor_files import STEM, LazyTensor
 from qlora_builders.errors import CheckpointError
+from qlora_builders.models import LlamaArch
 from qlora_builders.tensor import QuantizedTensor
-from qlora_builders.tensor.layouts import (
-    Stored,
-    native_metadata,
-    native_suffixes,
-    pack_native,
-    unpack_native,
-)
+from qlora_builders.tensor.layouts import Stored
 
+CONFIG_FILE = "config.json"
 _SMALL_BYTES = 2**16
-# format -> its files' stem
-STEMS = {"nf4": "nf4", "native": "native"}
-QUANTIZATION_CONFIGS = {
-    name: {"quant_method": f"qlora_builders_{name}", "version": 1} for name in STEMS
-}
-QUANT_METHODS = {str(config["quant_method"]): n for n, config in QUANTIZATION_CONFIGS.items()}
+_Quantization = Callable[[Sequence[Any], Sequence[str], torch.dtype], dict[str, Any]]
 
 
-def read_native(directory: Path, *, format: str) -> dict[str, LazyTensor]:
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFormat:
+    """A row of `formats.FORMATS`.
+
+    Attributes:
+        arch, tensors: of a directory; tensors have Hugging Face names, and are read when loaded.
+        marker: a file that tells such a directory.
+        quant_method: config.json's, where several formats have that file; None: not quantized.
+        check: raises CheckpointError for a quantization_config of that method which cannot be read.
+        is_written: `save_checkpoint` writes it.
+        parts: (name, weight) -> what the files hold of a quantized weight; without it such weights
+            are written plain.
+        types: of quantized weights that it can hold; None: all.
+        quantization: (weights, names of plain linears, their dtype) -> quantization_config.
+        stem: of the weight files' names.
     """
-    Raises:
-        CheckpointError: for a file that cannot be read, or a weight that is not as documented.
-    """
-    stored = open_tensors(directory, stem=STEMS[format], mappable=True)
-    types = {suffix: cls.kernels.format_type.name for suffix, cls in native_suffixes().items()}
-    return collect_weights(stored, types, native_metadata, unpack_native)
 
-
-def native_parts(name: str, weight: QuantizedTensor) -> Iterator[LazyTensor]:
-    return lazy_parts(name, weight, pack_native)
-
-
-# ---- for every layout of quantized weights -----------------------------------------------------
+    name: str
+    arch: Callable[[Path], LlamaArch]
+    tensors: Callable[[Path], dict[str, LazyTensor]]
+    marker: str = CONFIG_FILE
+    quant_method: str | None = None
+    check: Callable[[dict[str, Any], Path], None] = lambda config, source: None
+    is_written: bool = True
+    parts: Callable[[str, Any], Iterator[LazyTensor]] | None = None
+    types: tuple[str, ...] | None = None
+    quantization: _Quantization | None = None
+    stem: str = STEM
 
 
 def collect_weights(

@@ -22,15 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_builders.checkpoint.config_keys import REQUIRED, Key, in_words_of, read_keys
-from qlora_builders.checkpoint.hf_config import KEYS as HF_KEYS
-from qlora_builders.checkpoint.hf_config import head_dim_of
+from qlora_builders.checkpoint.formats.base import CheckpointFormat
+from qlora_builders.checkpoint.formats.config_keys import REQUIRED, Key, in_words_of, read_keys
+from qlora_builders.checkpoint.formats.hf import KEYS as HF_KEYS
+from qlora_builders.checkpoint.formats.hf import head_dim_of
 from qlora_builders.checkpoint.tensor_files import LazyTensor
 from qlora_builders.errors import CheckpointError, QLoRAError, listed
 from qlora_builders.files.reading import open_plain, read_json_object
 from qlora_builders.models import LLAMA_ARCHS, LlamaArch, RopeScaling
 
-PARAMS_FILE = "params.json"
+_PARAMS_FILE = "params.json"
 _TOP_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -62,24 +63,24 @@ _COLUMN_SPLIT = ("wo", "w2")
 _MATRICES = (*_ROW_SPLIT, *_COLUMN_SPLIT, "tok_embeddings")
 
 
-def read_meta_arch(directory: Path) -> LlamaArch:
+def _read_arch(directory: Path) -> LlamaArch:
     """
     Raises:
         CheckpointError: if a file is missing or unreadable, or says something unsupported.
     """
-    return _arch(_params(directory), _shapes(directory), directory / PARAMS_FILE)
+    return _arch(_params(directory), _shapes(directory), directory / _PARAMS_FILE)
 
 
-def read_meta(directory: Path) -> dict[str, LazyTensor]:
+def _read(directory: Path) -> dict[str, LazyTensor]:
     """Hugging Face name -> lazy tensor.
 
     Raises:
-        CheckpointError: as `read_meta_arch`, or for tensors that the files do not all hold, or
+        CheckpointError: as `_read_arch`, or for tensors that the files do not all hold, or
             whose slices do not make up a whole.
     """
     params = _params(directory)
     shapes = _shapes(directory)
-    arch = _arch(params, shapes, directory / PARAMS_FILE)
+    arch = _arch(params, shapes, directory / _PARAMS_FILE)
     heads = {"wq": arch.num_heads, "wk": arch.num_kv_heads}
     files = list(shapes)
     found = {}
@@ -145,7 +146,7 @@ def _half_split(weight: Tensor, heads: int) -> Tensor:
 
 
 def _params(directory: Path) -> dict[str, Any]:
-    file = directory / PARAMS_FILE
+    file = directory / _PARAMS_FILE
     params = read_json_object(file, expected="a directory in Meta's layout")
     params = params.get("model", params)
     if not isinstance(params, dict):
@@ -236,3 +237,8 @@ def _with_positions(arch: LlamaArch, *, scaled: bool) -> LlamaArch:
         scaling = RopeScaling(rope_type="llama3", factor=8.0)
         return replace(arch, max_position_embeddings=131_072, rope_scaling=scaling)
     return replace(arch, max_position_embeddings=8192 if arch.rope_theta >= 5e5 else 4096)
+
+
+META = CheckpointFormat(
+    name="meta", arch=_read_arch, tensors=_read, marker=_PARAMS_FILE, is_written=False
+)

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_builders.checkpoint.bnb_4bit import bnb_parts, quantization_config
-from qlora_builders.checkpoint.hf_config import config_from_arch, read_config
-from qlora_builders.checkpoint.native import QUANTIZATION_CONFIGS, STEMS, native_parts
+from qlora_builders.checkpoint.formats import FORMATS
+from qlora_builders.checkpoint.formats.base import CheckpointFormat
+from qlora_builders.checkpoint.formats.hf import config_from_arch, read_config
 from qlora_builders.checkpoint.tensor_files import MAX_SHARD_BYTES, STEM, LazyTensor, write_shards
 from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.files.folders import atomic_directory
-from qlora_builders.models import LlamaArch, linear_slots
+from qlora_builders.models import LlamaArch, hf_name, linear_slots
 from qlora_builders.modules import CausalLM, LoRALinear, is_adapter
-from qlora_builders.names import WRITTEN_FORMATS
-from qlora_builders.tensor import Format, QuantizedTensor, plain
+from qlora_builders.tensor import Format, format_of, plain
 
 # what a checkpoint directory holds beside config.json and the weights
 _COMPANIONS = (
@@ -66,7 +65,7 @@ def save_checkpoint(
 
     Args:
         model: built by `llama` or `load_checkpoint`.
-        format: "hf" upcasts quantized weights. "nf4" and "native" (our own layout, see `native.py`)
+        format: "hf" upcasts quantized weights. "nf4" and "native" (`formats/native.py`)
             and "bnb-4bit" (which transformers and bitsandbytes load) keep their codes; all but
             "native" write NF4 only.
         dtype: of the plain tensors written; by default each parameter's own.
@@ -77,8 +76,7 @@ def save_checkpoint(
         CheckpointError: for an unknown format, a model that still has adapters, or a quantized
             format and a model without such weights.
     """
-    if format not in WRITTEN_FORMATS:
-        raise CheckpointError(f"format is {format!r}{did_you_mean(format, WRITTEN_FORMATS)}")
+    row = written_format(format)
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise CheckpointError(
             "the model has LoRA adapters; write them with save_adapter(model, path), or merge them "
@@ -87,8 +85,8 @@ def save_checkpoint(
     parameters = hf_parameters(model)
     tensors = [lazy_parameter(name, parameter, dtype) for name, parameter in parameters.items()]
     quantization, main_dtype = None, _main_dtype(tensors, dtype)
-    if format != "hf":
-        tensors, quantization = _keep_codes(model, parameters, tensors, format, main_dtype)
+    if row.parts is not None:
+        tensors, quantization = _keep_codes(model, parameters, tensors, row, main_dtype)
     with atomic_directory(path, marker="config.json") as directory:
         write_hf_files(
             tensors,
@@ -98,52 +96,59 @@ def save_checkpoint(
             max_shard_bytes=max_shard_bytes,
             companions=companions,
             quantization=quantization,
-            stem=STEMS.get(format, STEM),
+            stem=row.stem,
         )
 
 
 def _keep_codes(
     model: CausalLM,
-    parameters: Mapping[str, Tensor],
+    parameters: Mapping[str, Any],
     tensors: Sequence[LazyTensor],
-    format: str,
+    row: CheckpointFormat,
     dtype: torch.dtype,
 ) -> tuple[list[LazyTensor], dict[str, Any]]:
     """The tensors with quantized weights in their parts, and config.json's quantization_config."""
-    weights: dict[str, Any] = {
-        name: p for name, p in parameters.items() if isinstance(p, QuantizedTensor)
-    }
-    check_types([weight.format for weight in weights.values()], format)
-    parts = native_parts if format in STEMS else bnb_parts
+    assert row.parts is not None
+    assert row.quantization is not None
+    weights = {name: p for name, p in parameters.items() if format_of(p) is not None}
+    check_types([weight.format for weight in weights.values()], row)
     written: list[LazyTensor] = []
     for tensor in tensors:
         weight = weights.get(tensor.name)
-        written += [tensor] if weight is None else parts(tensor.name, weight)
-    if format in STEMS:
-        return written, QUANTIZATION_CONFIGS[format]
-    slots = linear_slots(model.spec.arch)
-    modules = [slot if slot == "lm_head" else f"model.{slot}" for slot in slots]
-    left = [name for name in modules if f"{name}.weight" not in weights]
-    return written, quantization_config(list(weights.values()), left, dtype)
+        written += [tensor] if weight is None else row.parts(tensor.name, weight)
+    linears = [hf_name(slot) for slot in linear_slots(model.spec.arch)]
+    left = [name for name in linears if f"{name}.weight" not in weights]
+    return written, row.quantization(list(weights.values()), left, dtype)
 
 
-def check_types(formats: Collection[Format], format: str) -> None:
+def written_format(format: str) -> CheckpointFormat:
+    """
+    Raises:
+        CheckpointError: for a format that is not written.
+    """
+    written = [name for name, row in FORMATS.items() if row.is_written]
+    if format not in written:
+        raise CheckpointError(f"format is {format!r}{did_you_mean(format, written)}")
+    return FORMATS[format]
+
+
+def check_types(formats: Collection[Format], row: CheckpointFormat) -> None:
     """
     Args:
         formats: of the quantized weights of a model.
-        format: of a checkpoint, other than "hf".
+        row: a format of checkpoints that keeps such weights.
 
     Raises:
         CheckpointError: if there are none, or some that such a checkpoint cannot hold.
     """
     if not formats:
-        kind = "quantized" if format == "native" else "in NF4"
-        raise CheckpointError(f"format is {format!r}, but no weight is {kind}; write it as 'hf'")
-    others = sorted({one.name for one in formats} - {"nf4"})
-    if others and format != "native":
+        kind = "quantized" if row.types is None else f"in {', '.join(row.types).upper()}"
+        raise CheckpointError(f"format is {row.name!r}, but no weight is {kind}; write it as 'hf'")
+    others = sorted({one.name for one in formats} - {*(row.types or [])})
+    if others and row.types is not None:
         raise CheckpointError(
-            f"format is {format!r}, but the model has weights in {', '.join(others)}; write it as "
-            "'native', or as 'hf'"
+            f"format is {row.name!r}, but the model has weights in {', '.join(others)}; write it "
+            "as 'native', or as 'hf'"
         )
 
 
