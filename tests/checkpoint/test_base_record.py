@@ -210,7 +210,7 @@ def test_a_plan_that_is_not_that_of_the_weights(
 ) -> None:
     """Found out before the base is loaded, or a rank from a damaged file allocated."""
     edit_json(adapter / "qlora_base.json", {"components": [PLAN[0], PLAN[1] | {"rank": 10**12}]})
-    monkeypatch.setattr("qlora_builders.checkpoint.with_adapter.load_checkpoint", None)
+    monkeypatch.setattr("qlora_builders.checkpoint.load.load_checkpoint", None)
     message = (
         r"plans other adapters, ranks or use_dora than .* holds: model\.layers\.0\.mlp\.up_proj$"
     )

@@ -12,7 +12,7 @@ from shared import Checkpoints
 from torch import Tensor
 
 from qlora_builders.checkpoint import load_checkpoint
-from qlora_builders.checkpoint.streaming import READERS, stream
+from qlora_builders.checkpoint.placing import READERS, stream
 from qlora_builders.checkpoint.tensor_files import LazyTensor, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.tensor import NF4Tensor
