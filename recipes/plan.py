@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from textwrap import wrap
@@ -40,8 +40,8 @@ from qlora_builders.checkpoint import load_checkpoint, read_arch, stored_plan
 from qlora_builders.config.checks import memory_in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import PlanConfig
-from qlora_builders.console import plain_table, table_console
-from qlora_builders.data import Batch, Batches, TokenizedDataset, Tokenizer, check_token_range
+from qlora_builders.console import PlainConsole, plain_table, table_console
+from qlora_builders.data import Batch, Batches, Tokenizer, check_token_range
 from qlora_builders.errors import ConfigError
 from qlora_builders.files.outputs import check_new, write_whole
 from qlora_builders.models import LlamaArch, hf_name, linear_slots, llama, summarize
@@ -85,17 +85,15 @@ def main(cfg: PlanConfig) -> None:
     )
 
     model = load()
-    slots = quantizable(model)
-    found = measure_sensitivity(model, slots, calibration_batches(calibration, cfg), seed=cfg.seed)
-    tried = measure_options(
-        {slot: module.get_parameter("weight") for slot, module in slots.items()},
-        lambda slot, *pair: found[slot].predicted_kl(*pair),
-    )
-    options: Options = dict(console.track(tried, "quantizing", len(slots)))
+    rows = partial(Batches, packing=cfg.data.packing, max_seq_len=cfg.data.max_seq_len)
+    seeded = rows(calibration, batch_size=cfg.batch_size, seed=cfg.seed).of_epoch(0, device)
+    options = measure(model, first_tokens(seeded, cfg.calibration_tokens), cfg.seed, console)
     plain = {slot: next(o for o in some if o.setting == PLAIN) for slot, some in options.items()}
-    reference = HeldOut(model, held_out_batches(held_out, cfg), seed=cfg.seed)
+    size = max(1, min(cfg.batch_size, len(held_out) // EVAL_BATCHES))
+    compared = rows(held_out, batch_size=size, shuffle=False).of_epoch(0, device)
+    reference = HeldOut(model, compared, seed=cfg.seed)
     unquantized = Measured("not quantized", plain, reference.figures(model))
-    del model, slots, tried
+    del model
 
     plans = {name: p for name, p in uniform_plans(options).items() if total_bytes(p) <= budget}
     plans["the plan"] = choose(options, budget)
@@ -109,8 +107,8 @@ def main(cfg: PlanConfig) -> None:
 
     rules = to_rules(best.choice, rank=cfg.rank, alpha=cfg.alpha or 2 * (cfg.rank or 1))
     console.print(plan_table(llama(arch, rules, device="meta", dtype=dtype), best.choice))
-    rows = [figures_of(one, fixed, weights) for one in (unquantized, *measured)]
-    console.print(comparison_table(rows))
+    comparison = [figures_of(one, fixed, weights) for one in (unquantized, *measured)]
+    console.print(comparison_table(comparison))
     console.print(verdict)
     figures = {
         "checkpoint": base,
@@ -119,7 +117,7 @@ def main(cfg: PlanConfig) -> None:
         "budget_bytes": fixed + budget,
         "written": best.name,
         "verdict": verdict,
-        "comparison": rows,
+        "comparison": comparison,
         "components": rules,
         "slots": {
             slot: {
@@ -175,27 +173,22 @@ def check_budget(cfg: PlanConfig, arch: LlamaArch) -> tuple[int, int, int]:
     return fixed, weights, budget
 
 
-def calibration_batches(data: TokenizedDataset, cfg: PlanConfig) -> Iterator[Batch]:
-    """Seeded rows of data.train until calibration_tokens are reached."""
-    packing, max_seq_len = cfg.data.packing, cfg.data.max_seq_len
-    batches = Batches(
-        data, batch_size=cfg.batch_size, packing=packing, max_seq_len=max_seq_len, seed=cfg.seed
-    )
-    tokens = 0
-    for batch in batches.of_epoch(0, resolve_device(cfg.device)):
+def measure(model: CausalLM, batches: Iterable[Batch], seed: int, console: PlainConsole) -> Options:
+    """What every slot can be, with its bytes and the predicted KL divergence."""
+    slots = quantizable(model)
+    found = measure_sensitivity(model, slots, batches, seed=seed)
+    weights = {slot: module.get_parameter("weight") for slot, module in slots.items()}
+    options = measure_options(weights, lambda slot, *pair: found[slot].predicted_kl(*pair))
+    return dict(console.track(options, "quantizing", len(weights)))
+
+
+def first_tokens(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+    """Until there are so many tokens."""
+    for batch in batches:
         yield batch
-        tokens += batch.input_ids.numel()
-        if tokens >= cfg.calibration_tokens:
+        count -= batch.input_ids.numel()
+        if count <= 0:
             return
-
-
-def held_out_batches(data: TokenizedDataset, cfg: PlanConfig) -> Iterator[Batch]:
-    size = max(1, min(cfg.batch_size, len(data) // EVAL_BATCHES))
-    packing, max_seq_len = cfg.data.packing, cfg.data.max_seq_len
-    batches = Batches(
-        data, batch_size=size, packing=packing, max_seq_len=max_seq_len, shuffle=False
-    )
-    return batches.of_epoch(0, resolve_device(cfg.device))
 
 
 def plan_table(model: CausalLM, choice: Choice) -> Table:

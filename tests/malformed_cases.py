@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from malformed_configs import CONFIGS, PLANS, TRAIN, Case
+from malformed_configs import PLANS, TRAIN, Case
 
 DATA: dict[str, Case] = {
     "no.jsonl": ("no such file: no.jsonl",),
@@ -384,7 +384,7 @@ OUTPUTS: dict[str, Case] = {
 def table() -> dict[str, Case]:
     """Every case by a name that says where it comes from."""
     found: dict[str, Case] = {}
-    groups = {"config": CONFIGS, "plan": PLANS, "command": COMMANDS, "output": OUTPUTS}
+    groups = {"plan": PLANS, "command": COMMANDS, "output": OUTPUTS}
     for group, cases in groups.items():
         found |= {f"{group}: {name}": case for name, case in cases.items()}
     for words, pieces in DATA.items():

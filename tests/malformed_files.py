@@ -311,31 +311,6 @@ def write_adapters(folder: Path) -> None:
 
 # ---- configs ------------------------------------------------------------------------------------
 
-GLOBAL = "# @package _global_\n"
-EXPERIMENTS: dict[str, str | bytes] = {
-    "brackets": GLOBAL + "training: [a: }\n",
-    "tab": GLOBAL + "training:\n\tseed: 1\n",
-    "twice": GLOBAL + "training:\n  seed: 1\n  seed: 2\n",
-    "latin": GLOBAL.encode() + b"output_dir: caf\xe9\n",
-    "control": GLOBAL + "output_dir: a\x00b\n",
-    "listed": GLOBAL + "- training\n",
-    "text": GLOBAL + "training\n",
-    "deep": GLOBAL + "loggers: " + "[" * 20_000,
-    "unknown_key": GLOBAL + "training: {max_stps: 3}\n",
-    "unknown_group": GLOBAL + "defaults:\n  - override /metod: qlora\n",
-    "bad_defaults": GLOBAL + "defaults: 3\n",
-    "wrong_type": GLOBAL + "training: {max_steps: many}\n",
-    "section": GLOBAL + "training: 3\n",
-    "section_and_defaults": GLOBAL + "defaults: [{override /data: chat}]\ntraining: 3\n",
-    "unpackaged": "training: {max_steps: 3}\n",
-    "circle": GLOBAL + "output_dir: ${checkpoint.dir}\ncheckpoint: {dir: '${output_dir}'}\n",
-    "choices": GLOBAL + "data: chat\nmethod: lora\ntraining: {max_steps: 3}\n",
-    "choices_and_more": GLOBAL + "method: lroa\ntraining: {max_stps: 3}\n",
-    "no_such_group": GLOBAL + "defaults: [{override /optimizer: adamv}]\n",
-    "number_of_a_group": GLOBAL + "defaults: [{override /optimizer: 3.5}]\n",
-    "long_name_of_a_group": GLOBAL + f"defaults: [{{override /optimizer: {'x' * 999}}}]\n",
-    "rules": GLOBAL + "components: {match: lm_head, kind: lora}\n",
-}
 OPTIMIZERS = {
     "sparse": "component: torch.optim.SparseAdam\n",
     "lbfgs": "component: torch.optim.LBFGS\n",
@@ -343,27 +318,18 @@ OPTIMIZERS = {
     "no_optimizer": "component: torch.nn.ParameterList\n",
 }
 RULE_FILES = {
-    "no_rules.yaml": "rules: []\n",
-    "odd_rules.yaml": "components: [{'a b': 1}]\n",
-    "foreign_rules.yaml": "components: [{'é': 1}]\n",
-    "listed_rules.yaml": "components: [{match: lm_head, kind: linear}, [1]]\n",
-    "dated_rules.yaml": "components: [{match: lm_head, kind: !!binary aGk=}]\n",
-    "tagged_rules.yaml": "components: [{match: lm_head, rank: !!int x}]\n",
     "bare_rules.yaml": "- {match: layers.9.mlp.up_proj, kind: linear}\n",
     "qlora_rules.yaml": "components: [{match: lm_head, kind: qlora, rank: 2, alpha: 4}]\n",
 }
 
 
 def write_configs(folder: Path) -> None:
-    (folder / "configs" / "experiment").mkdir(parents=True)
-    for name, content in EXPERIMENTS.items():
-        data = content.encode() if isinstance(content, str) else content
-        (folder / "configs" / "experiment" / f"{name}.yaml").write_bytes(data)
-    (folder / "configs" / "optimizer").mkdir()
+    (folder / "configs" / "optimizer").mkdir(parents=True)
+    (folder / "configs" / "experiment").mkdir()
+    twice = "# @package _global_\ntraining:\n  seed: 1\n  seed: 2\n"
+    (folder / "configs" / "experiment" / "twice.yaml").write_text(twice)
     for name, text in OPTIMIZERS.items():
         (folder / "configs" / "optimizer" / f"{name}.yaml").write_text(text)
-    (folder / "replaced" / "method").mkdir(parents=True)
-    (folder / "replaced" / "method" / "qlora.yaml").write_text("name: mine\n")
     for name, text in RULE_FILES.items():
         (folder / name).write_text(text)
 

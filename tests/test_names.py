@@ -22,6 +22,33 @@ from qlora_builders.training.device import compile_layers, resolve_dtype
 from qlora_builders.training.objectives import LOSSES
 from qlora_builders.training.optimizers import SHAPES
 
+# what configs in use may say: a name that is taken away breaks them
+IN_USE = {
+    "DTYPES": "float32 bfloat16 float16",
+    "CHECKPOINT_FORMATS": "hf meta bnb-4bit nf4 native",
+    "WRITTEN_FORMATS": "hf nf4 native bnb-4bit",
+    "QUANTIZED_FORMATS": "nf4 native bnb-4bit",
+    "SCALE_FORMATS": "geometric none bnb",
+    "ATTENTION_PROJECTIONS": "q_proj k_proj v_proj o_proj",
+    "MLP_PROJECTIONS": "gate_proj up_proj down_proj",
+    "PROJECTIONS": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+    "DATA_FORMATS": "chat instruct text preference",
+    "TRAIN_ON": "assistant completion all",
+    "ON_ERROR": "raise skip",
+    "PACKINGS": "none best_fit",
+    "LR_SHAPES": "cosine linear constant",
+    "CHECKPOINTING_MODES": "none selective full offload",
+    "COMPILE_MODES": "auto on off",
+    "DPO_LOSSES": "sigmoid hinge",
+}
+
+
+def test_no_name_is_lost() -> None:
+    sets = {key: value for key, value in vars(names).items() if isinstance(value, tuple)}
+    assert sets.keys() == IN_USE.keys()
+    for key, words in IN_USE.items():
+        assert {*words.split()} <= {*sets[key]}, key
+
 
 def listed_in(docstring: str | None) -> tuple[str, ...]:
     """The first words of the lines of a table."""

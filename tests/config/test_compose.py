@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from own_configs import write_own
 
 from qlora_builders.config.browse import find_configs, validate
 from qlora_builders.config.compose import compose, config_folders, save_config
-from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.schema import (
     EvaluateConfig,
     FinetuneConfig,
@@ -22,7 +22,6 @@ from qlora_builders.config.schema import (
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError
-from qlora_builders.names import PROJECTIONS
 
 SHIPPED = find_configs(config_folders())
 EXPERIMENTS = [name for name in SHIPPED if name.startswith("experiment/")]
@@ -63,9 +62,11 @@ def test_switches_may_be_booleans(
     tmp_path: Path, given: str, checkpointing: str, compile: str
 ) -> None:
     keys = ("activation_checkpointing", "compile")
-    (tmp_path / "experiment").mkdir()
-    lines = ["# @package _global_", "training:", *(f"  {key}: {given}" for key in keys)]
-    (tmp_path / "experiment" / "mine.yaml").write_text("\n".join(lines))
+    lines = ["training:", *(f"  {key}: {given}" for key in keys)]
+    write_own(tmp_path, {"experiment/mine": "\n".join(lines)})
+    write_own(tmp_path, {"experiment/off": "training: {compile: off}\n"})
+    cfg = compose("finetune", ["experiment=off"], config_dir=tmp_path)
+    assert cfg.training.compile == "off"  # which YAML takes for a boolean
     overrides = [f"training.{key}={given}" for key in keys]
     for cfg in (
         compose("finetune", overrides),
@@ -73,14 +74,6 @@ def test_switches_may_be_booleans(
     ):
         assert cfg.training.activation_checkpointing == checkpointing
         assert cfg.training.compile == compile
-
-
-def test_compile_is_on_or_off_in_yaml_too(tmp_path: Path) -> None:
-    (tmp_path / "experiment").mkdir()
-    file = tmp_path / "experiment" / "mine.yaml"
-    file.write_text("# @package _global_\ntraining: {compile: off}\n")
-    assert compose("finetune", ["experiment=mine"], config_dir=tmp_path).training.compile == "off"
-    assert compose("finetune", ["training.compile=on"]).training.compile == "on"
 
 
 def test_defaults() -> None:
@@ -97,60 +90,6 @@ def test_own_training_data_is_not_judged_on_the_demo() -> None:
     assert compose("finetune", ["data.train=x.jsonl"]).data.eval is None
     assert compose("finetune", ["data.train=x.jsonl", "data.eval=y"]).data.eval == "y"
     assert compose("evaluate").data.eval == str(demo_path("eval.jsonl"))
-
-
-def test_method_qlora() -> None:
-    rules = plan_rules(compose("finetune", ["method.rank=4", "method.targets=[q_proj,v_proj]"]))
-    assert rules == [
-        {"match": "layers.**", "kind": "frozen_nf4", "block_size": 64},
-        {
-            "match": "layers.*.*.{q_proj,v_proj}",
-            "kind": "qlora",
-            "rank": 4,
-            "alpha": 32.0,
-            "dropout": 0.0,
-            "use_rslora": False,
-            "use_dora": False,
-            "init_lora_weights": "default",
-            "block_size": 64,
-        },
-    ]
-
-
-def test_method_lora() -> None:
-    cfg = compose("finetune", ["method=lora", "method.targets=[q_proj]", "method.dropout=0.1"])
-    assert plan_rules(cfg) == [
-        {
-            "match": "layers.*.*.q_proj",
-            "kind": "lora",
-            "rank": 16,
-            "alpha": 32.0,
-            "dropout": 0.1,
-            "use_rslora": False,
-            "use_dora": False,
-            "init_lora_weights": "default",
-        }
-    ]
-    assert train_patterns(cfg) == []
-
-
-def test_method_full() -> None:
-    cfg = compose("finetune", ["method=full", "train=[norm]"])
-    assert plan_rules(cfg) == [{"match": "**", "kind": "linear", "trainable": True}]
-    assert train_patterns(cfg) == ["**", "norm"]
-
-
-def test_users_rules_come_last() -> None:
-    rule = 'components=[{match: "layers.[0-1].**", kind: linear}]'
-    assert plan_rules(compose("finetune", [rule]))[-1] == {
-        "match": "layers.[0-1].**",
-        "kind": "linear",
-    }
-
-
-def test_default_targets_are_all_projections() -> None:
-    match = plan_rules(compose("finetune"))[1]["match"]
-    assert match == "layers.*.*.{" + ",".join(PROJECTIONS) + "}"
 
 
 def test_groups_replace_each_other() -> None:
@@ -210,19 +149,9 @@ def test_the_last_of_two_values_counts() -> None:
     assert compose("finetune", overrides).training.seed == 1
 
 
-def test_target_of_the_wrong_type() -> None:
-    with pytest.raises(ConfigError, match=r"method\.targets: takes a list, such as \[a,b\]"):
-        compose("finetune", ["method.targets=q_proj"])
-
-
 def test_unknown_verb() -> None:
     with pytest.raises(ConfigError, match="no config for 'fintune'; did you mean 'finetune'"):
         compose("fintune")
-
-
-def test_key_of_another_verb() -> None:
-    with pytest.raises(ConfigError, match="unknown key 'method'"):
-        compose("generate", ["method=qlora"])
 
 
 def test_inspect_needs_no_files() -> None:

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import pytest
+from archs import tiny_arch
 
 from qlora_builders.config.compose import compose
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.sections import PRESETS
-from qlora_builders.models import LlamaArch, llama
+from qlora_builders.models import llama
 from qlora_builders.models.components import KINDS, takes
 
-TINY = LlamaArch(
-    vocab_size=32,
-    hidden_size=64,
-    intermediate_size=64,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=32,
-    max_position_embeddings=32,
-)
+PRESET = {
+    "rank": 16,
+    "alpha": 32.0,
+    "dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    "init_lora_weights": "default",
+}
 
 
 def test_rules_of_the_user_come_after_those_of_the_method() -> None:
     mine = "components=[{match: lm_head, kind: lora, rank: 4, alpha: 8}]"
-    cfg = compose("finetune", ["method.rank=3", mine, "train=[norm]"])
-    rules = plan_rules(cfg)
-    assert [(rule["match"], rule["kind"]) for rule in rules] == [
-        ("layers.**", "frozen_nf4"),
-        ("layers.*.*.{q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj}", "qlora"),
-        ("lm_head", "lora"),
+    cfg = compose("finetune", ["method.rank=3", mine, "train=[norm]", "train_tokens=[5,7]"])
+    match = "layers.*.*.{q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj}"
+    assert plan_rules(cfg) == [
+        {"match": "layers.**", "kind": "frozen_nf4", "block_size": 64},
+        {"match": match, "kind": "qlora", **PRESET, "rank": 3, "block_size": 64},
+        {"match": "lm_head", "kind": "lora", "rank": 4, "alpha": 8},
     ]
-    assert rules[1]["rank"] == 3
-    assert train_patterns(cfg) == ["norm"]
+    assert train_patterns(cfg) == ["norm", "embed_tokens[5,7]"]
+
+
+def test_lora_leaves_the_base_alone() -> None:
+    cfg = compose("finetune", ["method=lora", "method.targets=[q_proj]", "method.dropout=0.1"])
+    rule = {"match": "layers.*.*.q_proj", "kind": "lora", **PRESET, "dropout": 0.1}
+    assert plan_rules(cfg) == [rule]
+    assert train_patterns(cfg) == []
 
 
 def test_full_training_names_everything() -> None:
@@ -58,4 +63,4 @@ def test_a_method_takes_every_option_of_its_rules(method: str) -> None:
     }
     for other in others:
         assert {name: other[name] for name in base} == {name: rule[name] for name in base}
-    assert llama(TINY, [*others, rule], device="meta")
+    assert llama(tiny_arch(), [*others, rule], device="meta")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from own_configs import write_own
 
 from qlora_builders.config.compose import compose, compose_tree
 from qlora_builders.config.references import check_references, texts
@@ -84,19 +85,14 @@ def test_what_is_needed_fits() -> None:
 
 def test_over_files_and_overrides(tmp_path: Path) -> None:
     """A chain in several files, one of which is merged over another, or with overrides."""
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "optimizer").mkdir()
     rows = [f"a{i}: ${{optimizer.a{i + 1}}}${{optimizer.a{i + 1}}}" for i in range(19)]
     first, second = rows[:9], rows[9:]
-    (tmp_path / "optimizer" / "mine.yaml").write_text(
-        "\n".join([*first, "component: torch.optim.SGD"])
-    )
-    mine = tmp_path / "experiment" / "mine.yaml"
-    lines = ["# @package _global_", "optimizer:", *(f"  {row}" for row in second), "  a0: {x: 1}"]
-    mine.write_text("\n".join(lines))
+    lines = ["optimizer:", *(f"  {row}" for row in second), "  a0: {x: 1}"]
+    optimizer = "\n".join([*first, "component: torch.optim.SGD"])
+    write_own(tmp_path, {"optimizer/mine": optimizer, "experiment/mine": "\n".join(lines)})
     with pytest.raises(ConfigError, match=r"mine\.yaml: what its .* more than 1,000,000 char"):
         compose_tree("finetune", ["optimizer=mine", "experiment=mine"], config_dir=tmp_path)
-    mine.unlink()
+    (tmp_path / "experiment" / "mine.yaml").unlink()
     overrides = ["+optimizer." + row.replace(": ", "=", 1) for row in second]
     compose("finetune", ["optimizer=mine", "optimizer.a9=1"], config_dir=tmp_path)
     with pytest.raises(ConfigError, match="more than 1,000,000 characters"):
@@ -110,12 +106,10 @@ def test_text_with_such_signs_is_taken_literally() -> None:
 
 
 def test_a_file_that_nobody_chose_is_in_nobodys_way(tmp_path: Path) -> None:
-    (tmp_path / "experiment").mkdir()
-    for name, line in (("bad", "output_dir: ${oc.env:HOME}"), ("good", "training: {seed: 3}")):
-        (tmp_path / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{line}\n")
+    files = {"bad": "output_dir: ${oc.env:HOME}", "good": "training: {seed: 3}"}
+    write_own(tmp_path, {f"experiment/{name}": line for name, line in files.items()})
     assert compose("finetune", ["experiment=good"], config_dir=tmp_path).training.seed == 3
-    via = tmp_path / "experiment" / "via.yaml"
     for default in ("bad", "/experiment/bad", "{/experiment: bad}", "{override /data: chat}, bad"):
-        via.write_text(f"# @package _global_\ndefaults: [{default}]\n")
+        write_own(tmp_path, {"experiment/via": f"defaults: [{default}]"})
         with pytest.raises(ConfigError, match=r"experiment/bad\.yaml: output_dir has a "):
             compose("finetune", ["experiment=via"], config_dir=tmp_path)

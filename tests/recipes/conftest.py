@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from archs import tiny_arch
 from recipe_runs import train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from qlora_builders import LlamaArch, cli, llama, save_checkpoint
+from qlora_builders import cli, llama, save_checkpoint
 
 SPECIAL = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
 TEMPLATE = (
@@ -35,16 +36,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.train_from_iterator(["what comes after one two three four five six"], trainer)
 
     torch.manual_seed(0)
-    arch = LlamaArch(
-        vocab_size=backend.get_vocab_size(),
-        hidden_size=64,
-        intermediate_size=96,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    arch = tiny_arch(vocab_size=backend.get_vocab_size(), max_position_embeddings=128, **sizes)
     save_checkpoint(llama(arch), path)
     backend.save(str(path / "tokenizer.json"))
     config = {

@@ -57,11 +57,7 @@ def test_sampling_depends_on_the_seed_alone(ask: Ask) -> None:
 
 
 def test_without_a_template_prompts_are_those_of_training(
-    ask: Ask,
-    checkpoint: Path,
-    rows: Path,
-    train_adapter: Callable[..., Path],
-    tmp_path: Path,
+    ask: Ask, checkpoint: Path, rows: Path, train_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = shutil.copytree(checkpoint, tmp_path / "plain")
     config = json.loads((base / "tokenizer_config.json").read_text())

@@ -149,11 +149,7 @@ def test_mistakes(
     ],
 )
 def test_a_file_that_holds_no_rules(
-    refused: Callable[..., str],
-    checkpoint: Path,
-    tmp_path: Path,
-    content: str | None,
-    message: str,
+    refused: Callable[..., str], checkpoint: Path, tmp_path: Path, content: str | None, message: str
 ) -> None:
     file = tmp_path / "plan.yaml"
     if content is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import F32
+from recipe_runs import F32, train
 from transformers import AutoModelForCausalLM
 
 from qlora_builders import cli
@@ -83,13 +83,7 @@ def test_other_verbs_keep_what_is_stored(
         lines.append([x for x in capsys.readouterr().out.splitlines() if x.startswith("loss ")])
     assert lines[0] == lines[1]
     run = tmp_path / "run"
-    argv = [
-        "finetune",
-        f"checkpoint.dir={tmp_path / 'nf4'}",
-        f"data.train={rows}",
-        "data.eval=null",
-    ]
-    assert cli.main([*argv, f"output_dir={run}", "training.max_steps=2"]) == 0
+    assert train("finetune", tmp_path / "nf4", rows, run, "training.max_steps=2") == 0
     tuned = load_with_adapter(tmp_path / "nf4", run / "adapter")
     assert torch.equal(tuned.get_parameter(UP).codes, model.get_parameter(UP).codes)
 

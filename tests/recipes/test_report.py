@@ -7,19 +7,18 @@ import re
 from pathlib import Path
 
 import pytest
+from recipe_runs import metrics, train
 
 from qlora_builders import cli
 from qlora_builders.report import find_runs
 
-TINY = ["training.max_steps=6", "training.batch_size=4", "training.compute_dtype=float32"]
+TINY = ("training.max_steps=6", "training.batch_size=4", "training.eval_every=3")
 
 
 @pytest.fixture(scope="module")
 def run(checkpoint: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "lr=1e-2"
-    argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}", f"output_dir={path}"]
-    options = [f"data.eval={rows}", "optimizer.lr=1e-2", "training.samples=2"]
-    assert cli.main([*argv, *TINY, *options, "training.eval_every=3"]) == 0
+    assert train("finetune", checkpoint, rows, path, *TINY, "training.samples=2") == 0
     return path
 
 
@@ -41,26 +40,15 @@ def test_a_run_says_where_it_ran(run: Path) -> None:
 
 def test_samples_are_answered_before_and_after(run: Path) -> None:
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert [(sample["step"], sample["row"]) for sample in samples] == [
-        (0, 0),
-        (0, 1),
-        (6, 0),
-        (6, 1),
-    ]
+    order = [(sample["step"], sample["row"]) for sample in samples]
+    assert order == [(0, 0), (0, 1), (6, 0), (6, 1)]
     assert samples[0]["prompt"] == "what comes after one"
     assert samples[0]["reference"] == "two"
 
 
 def test_samples_change_no_loss(checkpoint: Path, rows: Path, run: Path, tmp_path: Path) -> None:
-    argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}"]
-    options = [f"data.eval={rows}", "optimizer.lr=1e-2", "training.eval_every=3"]
-    assert cli.main([*argv, *TINY, *options, f"output_dir={tmp_path / 'run'}"]) == 0
-
-    def losses(path: Path) -> list[float | None]:
-        lines = (path / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line).get("loss") for line in lines]
-
-    assert losses(tmp_path / "run") == losses(run)
+    assert train("finetune", checkpoint, rows, tmp_path / "run", *TINY) == 0
+    assert metrics(tmp_path / "run", "loss") == metrics(run, "loss")
     assert not (tmp_path / "run" / "samples.jsonl").exists()
 
 
@@ -78,10 +66,7 @@ def test_a_folder_of_runs_stands_for_them(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_takes_folders_and_keys(
-    run: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run / "report.html").unlink()
     assert cli.main(["report", str(run)]) == 0  # a folder with a = in its name

@@ -20,6 +20,7 @@ from qlora_builders.runs.folder import find_start
 SAVE_EVERY = 3
 STEPS = 11
 Run = Callable[..., dict[str, Any]]
+Whole = tuple[Path, list[str]]  # a run, and its events
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,7 @@ def finetune(runner: Any, checkpoint: Path, rows: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(
-    finetune: Run, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[str]]:
+def uninterrupted(finetune: Run, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     folder = tmp_path_factory.mktemp("whole") / "run"
     answer = finetune(folder)
     assert answer["code"] == 0
@@ -112,11 +111,7 @@ def kill_points(events: list[str], count: int) -> list[int]:
 @pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_killed_run_resumes_bit_for_bit(
-    finetune: Run,
-    uninterrupted: tuple[Path, list[str]],
-    tmp_path: Path,
-    count: int,
-    in_background: bool,
+    finetune: Run, uninterrupted: Whole, tmp_path: Path, count: int, in_background: bool
 ) -> None:
     whole, events = uninterrupted
     option = f"training.async_save={str(in_background).lower()}"
@@ -137,7 +132,7 @@ def test_a_killed_run_resumes_bit_for_bit(
 
 
 def test_a_resumed_run_can_be_killed_again(
-    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path
+    finetune: Run, uninterrupted: Whole, tmp_path: Path
 ) -> None:
     """Each process does four steps, loses one of them, and ends while it does the fifth."""
     run, kill = tmp_path / "run", {"optimizer 4": int(signal.SIGKILL)}
@@ -163,7 +158,7 @@ def first_event(events: list[str], name: str, start: int) -> int:
 )
 def test_a_stopped_run_resumes_bit_for_bit(
     finetune: Run,
-    uninterrupted: tuple[Path, list[str]],
+    uninterrupted: Whole,
     tmp_path: Path,
     number: signal.Signals,
     where: str,
@@ -188,7 +183,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
 
 def test_a_second_signal_leaves_a_save_at_once_and_nothing_half_written(
-    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path
+    finetune: Run, uninterrupted: Whole, tmp_path: Path
 ) -> None:
     whole, events = uninterrupted
     updates = [n for n, event in enumerate(events) if event == "optimizer"]
@@ -217,7 +212,7 @@ def test_a_signal_before_the_first_step_just_ends_the_run(finetune: Run, tmp_pat
 
 
 def test_a_run_that_was_stopped_after_its_last_step_only_has_to_be_finished(
-    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path
+    finetune: Run, uninterrupted: Whole, tmp_path: Path
 ) -> None:
     run, expected = tmp_path / "run", tmp_path / "expected"
     assert finetune(run, signals={f"optimizer {STEPS - 1}": signal.SIGTERM})["code"] == 0
@@ -233,9 +228,7 @@ def test_a_run_that_was_stopped_after_its_last_step_only_has_to_be_finished(
 
 
 def test_a_damaged_checkpoint_is_skipped(
-    finetune: Run,
-    uninterrupted: tuple[Path, list[str]],
-    tmp_path: Path,
+    finetune: Run, uninterrupted: Whole, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted[0], run)
@@ -251,7 +244,7 @@ def test_a_damaged_checkpoint_is_skipped(
 
 
 def test_a_run_may_go_on_in_another_directory_with_its_data_moved(
-    finetune: Run, uninterrupted: tuple[Path, list[str]], tmp_path: Path, rows: Path
+    finetune: Run, uninterrupted: Whole, tmp_path: Path, rows: Path
 ) -> None:
     """The tokens have to be the same, the file need not."""
     source, run = uninterrupted[0] / "checkpoints" / "step_6", tmp_path / "run"
@@ -263,9 +256,7 @@ def test_a_run_may_go_on_in_another_directory_with_its_data_moved(
 
 
 def test_another_config_is_refused_before_anything_is_touched(
-    finetune: Run,
-    uninterrupted: tuple[Path, list[str]],
-    tmp_path: Path,
+    finetune: Run, uninterrupted: Whole, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted[0], run)
@@ -299,10 +290,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("async_save", ["false", "true"])
 def test_a_full_disk_leaves_the_last_good_checkpoint(
-    finetune: Run,
-    uninterrupted: tuple[Path, list[str]],
-    small_disk: Path,
-    async_save: str,
+    finetune: Run, uninterrupted: Whole, small_disk: Path, async_save: str
 ) -> None:
     run = small_disk / "run"
     answer = finetune(run, f"training.async_save={async_save}")

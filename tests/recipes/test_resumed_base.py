@@ -7,20 +7,20 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recipe_runs import train
 from safetensors.torch import load_file, save_file
 
-from qlora_builders import cli
 from qlora_builders.files.manifest import write_manifest
 from qlora_builders.runs import loop, setup
 
 Finetune = Callable[..., int]
-SHORT = ("training.save_every=1", "training.keep_last=9", "training.compute_dtype=float32")
+SHORT = ("training.save_every=1", "training.keep_last=9")
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,8 @@ def trained(
     @cache
     def run(method: str, steps: int) -> Path:
         folder = tmp_path_factory.mktemp("trained") / "run"
-        words = [f"checkpoint.dir={checkpoint}", f"data.train={rows}", f"output_dir={folder}"]
-        words += [f"method={method}", f"training.max_steps={steps}", *SHORT]
-        assert cli.main(["finetune", *words]) == 0
+        options = (f"method={method}", f"training.max_steps={steps}", *SHORT)
+        assert train("finetune", checkpoint, rows, folder, *options) == 0
         return folder
 
     return run
@@ -48,11 +47,7 @@ def base(checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def finetune(base: Path, rows: Path, tmp_path: Path) -> Finetune:
-    def run(*overrides: str) -> int:
-        words = [f"checkpoint.dir={base}", f"data.train={rows}", f"output_dir={tmp_path / 'run'}"]
-        return cli.main(["finetune", *words, "training.max_steps=3", *SHORT, *overrides])
-
-    return run
+    return partial(train, "finetune", base, rows, tmp_path / "run", "training.max_steps=3", *SHORT)
 
 
 @pytest.fixture
@@ -212,7 +207,7 @@ def test_a_run_without_a_checkpoint_is_not_told_to_resume(
     with monkeypatch.context() as patched:
         patched.setattr(loop, "evaluate_objective", stopped)
         with pytest.raises(SystemExit):
-            finetune("data.eval=${data.train}")
+            finetune()
     said = capsys.readouterr()
     nothing = "no checkpoint was written, so there is nothing to go on from; start again with"
     assert nothing in said.out
