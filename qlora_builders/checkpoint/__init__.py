@@ -2,13 +2,12 @@
 
 from qlora_builders.checkpoint.formats import read_arch, read_tensors, stored_dtype, stored_plan
 from qlora_builders.checkpoint.formats.hf import arch_from_config, config_from_arch
-from qlora_builders.checkpoint.load import load_checkpoint
+from qlora_builders.checkpoint.load import load_checkpoint, load_with_adapter
 from qlora_builders.checkpoint.merge import merge_adapter, save_merged
 from qlora_builders.checkpoint.merge_report import MergeError, MergeReport, delta_survival
-from qlora_builders.checkpoint.peft.read import load_adapter, read_adapter
+from qlora_builders.checkpoint.peft.read import adapter_plan, load_adapter, read_adapter
 from qlora_builders.checkpoint.peft.write import save_adapter
 from qlora_builders.checkpoint.save import save_checkpoint
-from qlora_builders.checkpoint.with_adapter import adapter_plan, load_with_adapter
 
 __all__ = [
     "MergeError",

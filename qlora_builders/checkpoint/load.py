@@ -10,17 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_builders.checkpoint.base_record import ContentHash
+from qlora_builders.checkpoint.base_record import ASPECTS, ContentHash
 from qlora_builders.checkpoint.formats import (
     AUTO,
     FORMATS,
     detect_format,
     read_arch,
     read_tensors,
+    stored_dtype,
+    stored_plan,
 )
-from qlora_builders.checkpoint.placing import place
+from qlora_builders.checkpoint.peft.read import (
+    NF4_BASE,
+    adapter_plan,
+    check_plan,
+    check_quantize,
+    load_adapter_info,
+    read_adapter,
+)
+from qlora_builders.checkpoint.placing import place, stream
 from qlora_builders.checkpoint.save import base_parameters
-from qlora_builders.checkpoint.streaming import stream
 from qlora_builders.checkpoint.tensor_files import LazyTensor
 from qlora_builders.errors import CheckpointError, PlanError, listed
 from qlora_builders.models import (
@@ -250,3 +259,66 @@ def _check_tied(head: LazyTensor, embedding: Tensor) -> None:
         raise CheckpointError(
             f"{head.source}: {HEAD} differs from {EMBEDDING}, but config.json ties them"
         )
+
+
+# ---- with an adapter -----------------------------------------------------------------------------
+
+
+def load_with_adapter(
+    path: str | Path,
+    adapter: str | Path | None,
+    *,
+    quantize: str = "auto",
+    format: str = AUTO,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+    allow_base_mismatch: bool = False,
+) -> CausalLM:
+    """A checkpoint with its adapter, or the checkpoint alone, in eval mode.
+
+    Args:
+        path: the base checkpoint.
+        adapter: an adapter directory, or None.
+        quantize: as for `adapter_plan`; "auto" without an adapter is as the checkpoint is stored.
+        format: of the checkpoint, as for `load_checkpoint`.
+        dtype: of the base; None is the one the adapter was trained on, or that of the files.
+        device, compute_dtype: as for `load_checkpoint`.
+        allow_base_mismatch: as for `load_adapter`. What `quantize` or `dtype` names is the caller's
+            choice and not compared anyway.
+
+    Raises:
+        CheckpointError: if either cannot be read or they do not fit each other.
+    """
+    check_quantize(quantize)
+    info = None if adapter is None else read_adapter(adapter)
+    components: Sequence[ComponentRule | dict[str, Any]]
+    if info is not None:
+        components, train = adapter_plan(info, quantize=quantize)
+    else:
+        stored = stored_plan(path, format=format) if quantize == "auto" else []
+        components, train = [NF4_BASE] if quantize == "nf4" else stored, []
+    recorded = None if info is None or info.base is None else info.base.dtype
+    try:
+        if info is not None:
+            arch = read_arch(path, format=format)
+            check_plan(info, resolve(components, linear_slots(arch)))
+        model = load_checkpoint(
+            path,
+            components,
+            format=format,
+            train=train,
+            device=device,
+            dtype=dtype or recorded or stored_dtype(path, format=format),
+            compute_dtype=compute_dtype,
+        )
+    except PlanError as error:  # the caller wrote no plan; the adapter did
+        raise CheckpointError(f"{adapter}: the adapter does not fit {path}: {error}") from error
+    if info is not None:
+        # a LoftQ adapter is half a correction of one quantization, whatever the caller names
+        rules = () if info.base is None else info.base.components
+        bound = any(rule.init_lora_weights == LOFTQ for rule in rules)
+        chosen = {"quantization": quantize != "auto" and not bound, "dtype": dtype is not None}
+        aspects = [a for a in ASPECTS if not (allow_base_mismatch or chosen.get(a))]
+        load_adapter_info(model, info, aspects)
+    return model.eval()

@@ -18,7 +18,7 @@ from qlora_builders.checkpoint import (
     stored_dtype,
     stored_plan,
 )
-from qlora_builders.checkpoint.with_adapter import NF4_BASE
+from qlora_builders.checkpoint.peft.read import NF4_BASE
 from qlora_builders.errors import ConfigError
 from qlora_builders.models import ComponentRule
 from qlora_builders.modules import CausalLM

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from merge_plan import QLORA
+from shared import QLORA, Build, Checkpoints, Logits, Randomize, Reference
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -73,7 +72,7 @@ def build_reference(variant: str) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """(variant, dtype, sharded) -> a directory that tests must not change."""
     written: dict[tuple, Path] = {}
 
@@ -94,7 +93,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 
 @pytest.fixture
-def own_copy(checkpoints: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+def own_copy(checkpoints: Checkpoints, tmp_path: Path) -> Checkpoints:
     """As `checkpoints`, a copy that the test may damage."""
 
     def copy(*args: Any, **kwargs: Any) -> Path:
@@ -104,7 +103,7 @@ def own_copy(checkpoints: Callable[..., Path], tmp_path: Path) -> Callable[..., 
 
 
 @pytest.fixture(scope="session")
-def reference() -> Callable[[Path], LlamaForCausalLM]:
+def reference() -> Reference:
     """A checkpoint directory as transformers loads it, in float32."""
 
     def load(path: Path) -> LlamaForCausalLM:
@@ -118,7 +117,7 @@ def reference() -> Callable[[Path], LlamaForCausalLM]:
 
 
 @pytest.fixture(scope="session")
-def logits() -> Callable[[nn.Module], Tensor]:
+def logits() -> Logits:
     """The logits of any Llama here for the same 2 x 24 tokens, in float32."""
     ids = torch.randint(53, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -131,7 +130,7 @@ def logits() -> Callable[[nn.Module], Tensor]:
 
 
 @pytest.fixture(scope="session")
-def randomize_adapters() -> Callable[[nn.Module], None]:
+def randomize_adapters() -> Randomize:
     """B starts at zero, which would hide an adapter from every comparison."""
 
     def randomize(model: nn.Module) -> None:
@@ -148,9 +147,7 @@ def randomize_adapters() -> Callable[[nn.Module], None]:
 
 
 @pytest.fixture
-def adapted(
-    checkpoints: Callable[..., Path], randomize_adapters: Callable[[nn.Module], None]
-) -> Callable[..., CausalLM]:
+def adapted(checkpoints: Checkpoints, randomize_adapters: Randomize) -> Build:
     def build(variant: str = "gqa", plan: list = QLORA, **options: object) -> CausalLM:
         model = load_checkpoint(checkpoints(variant), plan, **{"dtype": torch.float32} | options)
         randomize_adapters(model)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from shared import Checkpoints, Logits
 
 from qlora_builders.checkpoint import (
     load_adapter,
@@ -25,8 +24,6 @@ ALL = {"match": "layers.**", "kind": "qlora", "rank": 4, "alpha": 8}
 PISSA, LOFTQ = ALL | {"init_lora_weights": "pissa"}, ALL | {"init_lora_weights": "loftq"}
 HEAD = {"match": "lm_head", "kind": "lora", "rank": 4, "alpha": 8, "init_lora_weights": "pissa"}
 FROZEN = {"match": "layers.**", "kind": "frozen_nf4"}
-Checkpoints = Callable[..., Path]
-Logits = Callable[[nn.Module], Tensor]
 
 
 def load(path: Path, *rules: dict) -> CausalLM:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shared import Build, Checkpoints, Logits, Randomize, edit_json
 from torch import Tensor, nn
 
 from qlora_builders.checkpoint import (
@@ -35,7 +36,7 @@ WAIVER = r"adapter\.allow_base_mismatch=true \(allow_base_mismatch=True in Pytho
 
 
 @pytest.fixture
-def build(checkpoints: Callable[..., Path]) -> Callable[..., CausalLM]:
+def build(checkpoints: Checkpoints) -> Callable[..., CausalLM]:
     def model(plan: list = PLAN, dtype: torch.dtype = torch.float32) -> CausalLM:
         return load_checkpoint(checkpoints(), plan, dtype=dtype)
 
@@ -43,11 +44,7 @@ def build(checkpoints: Callable[..., Path]) -> Callable[..., CausalLM]:
 
 
 @pytest.fixture
-def adapter(
-    build: Callable[..., CausalLM],
-    randomize_adapters: Callable[[nn.Module], None],
-    tmp_path: Path,
-) -> Path:
+def adapter(build: Build, randomize_adapters: Randomize, tmp_path: Path) -> Path:
     model = build()
     randomize_adapters(model)
     save_adapter(model, tmp_path / "adapter")
@@ -114,9 +111,7 @@ def test_a_change_between_the_sampled_bytes_goes_unseen() -> None:
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied"])
-def test_single_and_sharded_files_are_the_same_base(
-    checkpoints: Callable[..., Path], variant: str
-) -> None:
+def test_single_and_sharded_files_are_the_same_base(checkpoints: Checkpoints, variant: str) -> None:
     tied = variant == "tied"
     single, sharded = checkpoints(variant), checkpoints(variant, sharded=True)
     assert stored_hash(single, tied=tied) == stored_hash(sharded, tied=tied)
@@ -124,7 +119,7 @@ def test_single_and_sharded_files_are_the_same_base(
     assert stored_hash(single, tied=tied) != stored_hash(half, tied=tied)
 
 
-def test_a_stored_copy_of_a_tied_head_does_not_count(own_copy: Callable[..., Path]) -> None:
+def test_a_stored_copy_of_a_tied_head_does_not_count(own_copy: Checkpoints) -> None:
     path = own_copy("tied")
     file = path / "model.safetensors"
     before = stored_hash(path, tied=True)
@@ -134,9 +129,7 @@ def test_a_stored_copy_of_a_tied_head_does_not_count(own_copy: Callable[..., Pat
     assert load_checkpoint(path).spec.base.content_hash == before
 
 
-def test_a_quantized_copy_is_another_content(
-    checkpoints: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_quantized_copy_is_another_content(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """But the same NF4 weights in our layout and in bitsandbytes' are the same."""
     rule = {"match": "layers.**", "kind": "frozen_nf4", "scale_format": "bnb"}
     hashes = [stored_hash(checkpoints())]
@@ -153,7 +146,7 @@ def test_a_quantized_copy_is_another_content(
 # ---- the record ---------------------------------------------------------------------------------
 
 
-def test_record(adapter: Path, checkpoints: Callable[..., Path]) -> None:
+def test_record(adapter: Path, checkpoints: Checkpoints) -> None:
     record = json.loads((adapter / "qlora_base.json").read_text())
     assert record["checkpoint"] == {
         "format": "hf",
@@ -172,7 +165,7 @@ def test_record(adapter: Path, checkpoints: Callable[..., Path]) -> None:
 
 
 def test_saving_reads_no_weight(
-    build: Callable[..., CausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build()
     monkeypatch.setattr("qlora_builders.checkpoint.base_record.ContentHash", None)
@@ -206,22 +199,18 @@ def test_a_record_that_cannot_be_understood(
     adapter: Path, changes: dict[str, Any], message: str
 ) -> None:
     file = adapter / "qlora_base.json"
-    content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    edit_json(file, changes)
     with pytest.raises(CheckpointError, match=message) as caught:
         read_adapter(adapter)
     assert str(file) in str(caught.value)
 
 
 def test_a_plan_that_is_not_that_of_the_weights(
-    checkpoints: Callable[..., Path], adapter: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoints: Checkpoints, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found out before the base is loaded, or a rank from a damaged file allocated."""
-    file = adapter / "qlora_base.json"
-    content = json.loads(file.read_text())
-    content["components"][1]["rank"] = 10**12
-    file.write_text(json.dumps(content))
-    monkeypatch.setattr("qlora_builders.checkpoint.with_adapter.load_checkpoint", None)
+    edit_json(adapter / "qlora_base.json", {"components": [PLAN[0], PLAN[1] | {"rank": 10**12}]})
+    monkeypatch.setattr("qlora_builders.checkpoint.load.load_checkpoint", None)
     message = (
         r"plans other adapters, ranks or use_dora than .* holds: model\.layers\.0\.mlp\.up_proj$"
     )
@@ -232,9 +221,7 @@ def test_a_plan_that_is_not_that_of_the_weights(
 # ---- another base -------------------------------------------------------------------------------
 
 
-def test_other_weights(
-    adapter: Path, own_copy: Callable[..., Path], logits: Callable[[nn.Module], Tensor]
-) -> None:
+def test_other_weights(adapter: Path, own_copy: Checkpoints, logits: Logits) -> None:
     """A fine-tuned sibling: every name and shape fits."""
     path = own_copy()
     file = path / "model.safetensors"
@@ -245,7 +232,7 @@ def test_other_weights(
     assert torch.isfinite(logits(waived)).all()
 
 
-def test_other_quantization(build: Callable[..., CausalLM], adapter: Path) -> None:
+def test_other_quantization(build: Build, adapter: Path) -> None:
     plan = [PLAN[0], {**PLAN[1], "block_size": 64}]
     message = rf"{OTHER} \(quantization: .*differs: model\.layers\.0\.mlp\.up_proj\)"
     with pytest.raises(CheckpointError, match=message):
@@ -256,7 +243,7 @@ def test_other_quantization(build: Callable[..., CausalLM], adapter: Path) -> No
         load_adapter(build(plain), adapter)
 
 
-def test_other_dtype(build: Callable[..., CausalLM], adapter: Path) -> None:
+def test_other_dtype(build: Build, adapter: Path) -> None:
     message = rf"{OTHER} \(dtype: trained on torch\.float32, here torch\.bfloat16\)"
     with pytest.raises(CheckpointError, match=message):
         load_adapter(build(dtype=torch.bfloat16), adapter)
@@ -286,18 +273,12 @@ SAME = [
 ]
 
 
-def with_config(path: Path, changes: dict[str, Any]) -> Path:
-    file = path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    return path
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_another_config_is_another_function(
-    adapter: Path, own_copy: Callable[..., Path], name: str
+    adapter: Path, own_copy: Checkpoints, name: str
 ) -> None:
     changes, message = CONFIGS[name]
-    path = with_config(own_copy(), changes)
+    path = edit_json(own_copy() / "config.json", changes)
     with pytest.raises(CheckpointError, match=OTHER) as caught:
         load_with_adapter(path, adapter)
     assert message in str(caught.value)
@@ -306,32 +287,24 @@ def test_another_config_is_another_function(
 
 @pytest.mark.parametrize("changes", SAME)
 def test_another_spelling_is_the_same_function(
-    adapter: Path, own_copy: Callable[..., Path], changes: dict[str, Any]
+    adapter: Path, own_copy: Checkpoints, changes: dict[str, Any]
 ) -> None:
-    load_with_adapter(with_config(own_copy(), changes), adapter)
+    load_with_adapter(edit_json(own_copy() / "config.json", changes), adapter)
 
 
-def test_a_record_without_the_config_is_readable(
-    adapter: Path, own_copy: Callable[..., Path]
-) -> None:
-    file = adapter / "qlora_base.json"
-    record = json.loads(file.read_text())
-    del record["config"]
-    file.write_text(json.dumps(record))
-    load_with_adapter(with_config(own_copy(), {"rope_theta": 5e5, **OLD}), adapter)
+def test_a_record_without_the_config_is_readable(adapter: Path, own_copy: Checkpoints) -> None:
+    edit_json(adapter / "qlora_base.json", {"config": None})
+    path = edit_json(own_copy() / "config.json", {"rope_theta": 5e5, **OLD})
+    load_with_adapter(path, adapter)
 
 
-def test_what_the_caller_names_is_not_compared(
-    checkpoints: Callable[..., Path], adapter: Path
-) -> None:
+def test_what_the_caller_names_is_not_compared(checkpoints: Checkpoints, adapter: Path) -> None:
     load_with_adapter(checkpoints(), adapter, quantize="none", dtype=torch.bfloat16)
     with pytest.raises(CheckpointError, match=OTHER):
         load_with_adapter(checkpoints(dtype=torch.bfloat16), adapter, quantize="none")
 
 
-def test_weights_from_no_checkpoint_are_not_compared(
-    build: Callable[..., CausalLM], adapter: Path
-) -> None:
+def test_weights_from_no_checkpoint_are_not_compared(build: Build, adapter: Path) -> None:
     """Built from an arch and filled by hand: only the caller knows what they are."""
     model = build()
     bare = llama(model.spec.arch, PLAN, dtype=torch.float32)

@@ -12,7 +12,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from shared import Logits, assert_same_files
+from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint, stored_plan
@@ -241,7 +242,7 @@ PLANS = {
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_loads_ours_and_gives_our_logits(
     plain: Callable[[bool], Path],
-    logits: Callable[[nn.Module], Tensor],
+    logits: Logits,
     tmp_path: Path,
     plan: str,
     dtype: torch.dtype,
@@ -277,11 +278,7 @@ def test_theirs_through_ours_is_the_same_file(stored: Path, tmp_path: Path) -> N
     """Of one shard, tensor by tensor."""
     model = load_checkpoint(stored, stored_plan(stored))
     save_checkpoint(model, tmp_path / "ours", format="bnb-4bit", companions=stored)
-    before, after = (load_file(p / "model.safetensors") for p in (stored, tmp_path / "ours"))
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype
-        assert torch.equal(tensor, after[name]), name
+    assert_same_files(stored / "model.safetensors", tmp_path / "ours/model.safetensors")
     config = json.loads((tmp_path / "ours/config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_use_double_quant"] is True
     assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]

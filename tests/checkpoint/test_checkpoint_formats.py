@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from shared import Checkpoints
 
 from qlora_builders.checkpoint import (
     load_checkpoint,
@@ -22,7 +22,7 @@ NF4 = [{"match": "layers.**", "kind": "frozen_nf4"}]
 
 @pytest.fixture(scope="module")
 def directories(
-    checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """The same model in each format that we write."""
     path = tmp_path_factory.mktemp("formats")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora_builders.checkpoint.finite import is_finite
+from qlora_builders.checkpoint.placing import is_finite
 
 EDGES = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), -float("nan"))
 

@@ -1,15 +1,15 @@
-"""config.json in both spellings, in and out."""
+"""config.json in both spellings, in and out; what cannot be is refused by the name of its key."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from shared import Checkpoints
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from qlora_builders.checkpoint import (
@@ -19,32 +19,38 @@ from qlora_builders.checkpoint import (
     read_arch,
     save_checkpoint,
 )
+from qlora_builders.checkpoint.formats.hf import KEYS
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import LLAMA_ARCHS, LlamaArch, RopeScaling
 
-# as transformers 4 writes it
-OLD_STYLE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+SIZES: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+}
+SOUND = SIZES | {"model_type": "llama", "head_dim": 16, "max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+# as transformers 4 writes it
+OLD_STYLE: dict[str, Any] = SIZES | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-05,
     "hidden_act": "silu",
     "attention_bias": True,
     "tie_word_embeddings": True,
     "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-        "rope_type": "llama3",
-    },
+    "rope_scaling": LLAMA3,
     "torch_dtype": "bfloat16",
     "transformers_version": "4.43.0",
 }
@@ -65,18 +71,12 @@ ARCH = LlamaArch(
 )
 
 
-def test_old_spelling() -> None:
+def test_both_spellings() -> None:
     assert arch_from_config(OLD_STYLE) == ARCH
-
-
-def test_new_spelling() -> None:
     old = {k: v for k, v in OLD_STYLE.items() if k not in ("rope_theta", "rope_scaling")}
     rope = OLD_STYLE["rope_scaling"] | {"rope_theta": OLD_STYLE["rope_theta"]}
     assert arch_from_config(old | {"rope_parameters": rope}) == ARCH
-
-
-def test_transformers_reads_the_old_spelling_alike() -> None:
-    """So the two tests above agree with transformers about what the spellings mean."""
+    # and transformers means the same by them
     new = LlamaConfig(**copy.deepcopy(OLD_STYLE)).to_dict()  # it writes into its arguments
     assert "rope_parameters" in new
     assert arch_from_config(new) == ARCH
@@ -102,46 +102,120 @@ def test_rope_types(rope: dict | None, expected: RopeScaling | None) -> None:
     assert arch_from_config(OLD_STYLE | {"rope_scaling": rope}).rope_scaling == expected
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "gemma"}, "model_type is 'gemma'; allowed: llama, mistral"),
-        (
-            {"model_type": "mistral"},
-            "sliding_window is 4096; of mistral models only those with sliding_window null can be",
-        ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn' is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "'dynamic' .*; allowed: default, lin"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs factor"),
-        (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
-            "needs low_freq_factor, high_freq_factor, original_max_position_embeddings",
-        ),
-        ({"rope_scaling": [2.0]}, "config.json: "),
-        ({"rope_theta": "much"}, "rope_theta is 'much'; expected a number > 0 and <= 1e\\+30"),
-        ({"rope_theta": None}, "config.json: "),
-        ({"hidden_act": "swish2"}, "hidden_act is 'swish2'"),
-        ({"num_key_value_heads": 3}, "must be a multiple"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; expected an integer >= 1 and <= 1,024"),
-        ({"num_attention_heads": 0}, "config.json: "),
-        ({"hidden_size": "64"}, "config.json: "),
-        ({"vocab_size": None}, "vocab_size is None"),
-        ({"rope_theta": -1.0}, "rope_theta is -1.0; expected a number > 0"),
-        ({"rope_theta": "nan"}, "rope_theta is 'nan'; expected a number > 0"),
-        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05; expected a number > 0"),
-        ({"rms_norm_eps": None}, "rms_norm_eps is None; expected a number > 0"),
-        ({"attention_bias": "false"}, "attention_bias is 'false'; expected true or false"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0; expected a number > 0"),
-        (
-            {"rope_scaling": OLD_STYLE["rope_scaling"] | {"high_freq_factor": 1.0}},
-            "low_freq_factor and high_freq_factor must differ",
-        ),
-    ],
-)
-def test_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message) as caught:
-        arch_from_config(OLD_STYLE | change, source="somewhere/config.json")
-    assert str(caught.value).startswith("somewhere/config.json: ")
+VALUES: dict[type, tuple[str, list[Any]]] = {
+    int: (
+        "an integer >= 1 and <= ",
+        [True, False, 0, -1, 64.0, 0.5, "64", [64], {"a": 64}, 10**12, 10**400, float("inf")],
+    ),
+    float: (
+        "a number >",
+        [True, -1, -1e-9, "1", [1], {}, 1e31, 10**400, float("nan"), float("inf")],
+    ),
+    bool: ("true or false", [None, 0, 1, "false", "", [], {}]),
+}
+
+
+@pytest.mark.parametrize("key", [key for key, rule in KEYS.items() if rule.kind in VALUES])
+def test_a_value_of_another_kind_or_out_of_range(key: str) -> None:
+    expected, values = VALUES[KEYS[key].kind]
+    for value in values:
+        with pytest.raises(CheckpointError) as caught:
+            arch_from_config(SOUND | {key: value}, source="x/config.json")
+        said = f"x/config.json: {key} is {value!r}; expected {expected}"
+        assert str(caught.value).startswith(said)
+
+
+# change of the sound config -> what is said of it
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"attention_dropout": 2}, "attention_dropout is 2; expected a number >= 0 and <= 1, or null"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps is 0; expected a number > 0 and <= 1"),
+    ({"rope_theta": 0}, "rope_theta is 0; expected a number > 0 and <= 1e+30"),
+    ({"rope_theta": None}, "rope_theta is None; expected a number > 0"),
+    ({"vocab_size": None}, "vocab_size is None; expected an integer"),
+    ({"max_position_embeddings": None}, "max_position_embeddings is None; expected an integer"),
+    ({"head_dim": 15}, "head_dim is 15; rotary embedding needs an even one"),
+    ({"head_dim": None, "num_attention_heads": 6}, "hidden_size is 64 and num_attention_heads 6"),
+    ({"head_dim": None, "hidden_size": 60}, "head_dim is 15; rotary embedding needs an even one"),
+    ({"num_key_value_heads": 3}, "num_attention_heads is 4 and num_key_value_heads 3; the first"),
+    ({"num_key_value_heads": 8}, "num_attention_heads is 4 and num_key_value_heads 8; the first"),
+    ({"hidden_act": "silo"}, "hidden_act is 'silo'; did you mean 'silu'?"),
+    ({"hidden_act": None}, "hidden_act is None; expected a string"),
+    ({"hidden_act": ["silu"]}, "hidden_act is ['silu']; expected a string"),
+    ({"model_type": None}, "model_type is None; allowed: llama, mistral"),
+    ({"model_type": ["llama"]}, "model_type is ['llama']; did you mean 'llama'?"),
+    ({"rope_scaling": [2.0]}, "rope_scaling is [2.0]; expected an object, or null"),
+    ({"rope_scaling": 0}, "rope_scaling is 0; expected an object, or null"),
+    ({"rope_parameters": "llama3"}, "rope_parameters is 'llama3'; expected an object, or null"),
+    ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_scaling: rope type ['linear'] is not"),
+    ({"rope_scaling": {"rope_type": None}}, "rope_scaling: rope type None is not supported"),
+    ({"rope_scaling": LINEAR | {"factor": None}}, "rope_scaling: factor is None; expected a num"),
+    ({"rope_scaling": LINEAR | {"factor": True}}, "rope_scaling: factor is True; expected a num"),
+    ({"rope_scaling": LINEAR | {"factor": {}}}, "rope_scaling: factor is an object; one set of"),
+    ({"rope_scaling": LINEAR | {"type": "llama3"}}, "rope_type is 'linear' and type 'llama3'; kee"),
+    (
+        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64.5}},
+        "rope_scaling: original_max_position_embeddings is 64.5; expected an integer",
+    ),
+    (
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}},
+        "rope_parameters: full_attention is an object; one set of numbers for all layers",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "5e5"}},
+        "rope_parameters.rope_theta is '5e5'; expected a number > 0",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 1e4},
+        "rope_theta and rope_parameters.rope_theta contradict each other",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": LINEAR},
+        "rope_parameters and rope_scaling contradict each other",
+    ),
+    (
+        {"rope_parameters": LINEAR, "rope_scaling": LINEAR | {"factor": 4.0}},
+        "rope_parameters and rope_scaling contradict each other",
+    ),
+    ({"model_type": "gemma"}, "model_type is 'gemma'; allowed: llama, mistral"),
+    ({"model_type": "mistral"}, "sliding_window is 4096; of mistral models only those with slid"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn' is not supported"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "supported; allowed: default, linear, l"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs factor"),
+    (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
+        "needs low_freq_factor, high_freq_factor, original_max_position_embeddings",
+    ),
+    ({"rope_theta": "nan"}, "rope_theta is 'nan'; expected a number > 0 and <= 1e+30"),
+    ({"rms_norm_eps": None}, "rms_norm_eps is None; expected a number > 0"),
+    ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0; expected a number > 0"),
+    (
+        {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+        "low_freq_factor and high_freq_factor must differ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES, ids=[str(c) for c, _ in CHANGES])
+def test_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        arch_from_config(SOUND | change)
+    assert str(caught.value).startswith("config.json: ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_null_is_the_default_where_it_is_so_for_transformers(key: str) -> None:
+    """transformers checks no number inside, so that rope_theta is left out."""
+    rule = KEYS[key]
+    sound = {k: v for k, v in SOUND.items() if k not in ("head_dim", key)}
+    if rule.null:
+        theirs = LlamaConfig(**sound, **{key: None}).to_dict()
+        absent = LlamaConfig(**sound).to_dict()
+        assert arch_from_config(sound | {key: None}) == arch_from_config(sound)
+        assert theirs[key] == absent[key] or (key, theirs[key]) == ("attention_dropout", None)
+    elif key != "rope_theta":
+        with pytest.raises(Exception, match=key):
+            LlamaConfig(**sound, **{key: None})
 
 
 def test_missing_keys_are_named() -> None:
@@ -149,6 +223,28 @@ def test_missing_keys_are_named() -> None:
         arch_from_config(
             {k: v for k, v in OLD_STYLE.items() if k not in ("vocab_size", "hidden_size")}
         )
+
+
+def test_no_scaling() -> None:
+    for key in ("rope_scaling", "rope_parameters"):
+        for value in (None, {}):
+            assert arch_from_config(SOUND | {key: value}) == arch_from_config(SOUND)
+
+
+def test_both_spellings_may_stand_beside_each_other_when_they_agree() -> None:
+    both = {
+        "rope_theta": 500_000,
+        "rope_scaling": LLAMA3,
+        "rope_parameters": LLAMA3 | {"rope_theta": 5e5, "type": "llama3"},
+    }
+    arch = arch_from_config(SOUND | both)
+    assert arch == arch_from_config(SOUND | {"rope_theta": 5e5, "rope_scaling": LLAMA3})
+    assert arch.rope_theta == 5e5
+
+
+def test_every_published_size_is_in_range() -> None:
+    for arch in LLAMA_ARCHS.values():
+        assert all(rule.holds(getattr(arch, rule.field)) for rule in KEYS.values())
 
 
 @pytest.mark.parametrize(
@@ -172,7 +268,7 @@ def test_unreadable_file(tmp_path: Path, text: str | None, message: str) -> None
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied", "biased", "linear_rope"])
-def test_written_by_transformers(checkpoints: Callable[..., Path], variant: str) -> None:
+def test_written_by_transformers(checkpoints: Checkpoints, variant: str) -> None:
     path = checkpoints(variant)
     assert arch_from_config(LlamaConfig.from_pretrained(path).to_dict()) == read_arch(path)
 
@@ -187,16 +283,7 @@ def test_ours_is_read_back_by_us_and_by_transformers(arch: LlamaArch) -> None:
 
 
 def test_a_mistral_stays_one(tmp_path: Path) -> None:
-    config = MistralConfig(
-        vocab_size=61,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=20,
-        sliding_window=None,
-    )
+    config = MistralConfig(**SIZES, head_dim=20, sliding_window=None)
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(config).eval()
     theirs.save_pretrained(tmp_path / "theirs")

@@ -6,15 +6,15 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from shared import Checkpoints, Logits, Reference, edit_json, edit_tensors
+from torch import Tensor
 
 from qlora_builders.checkpoint import load_checkpoint, read_arch
 from qlora_builders.errors import CheckpointError, PlanError
@@ -29,28 +29,13 @@ def stored_tensors(path: Path) -> dict[str, Tensor]:
     return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
-def edit(path: Path, **changes: Tensor | None) -> None:
-    """Rewrite the single file with tensors replaced, added, or (None) removed."""
-    tensors = load_file(path / "model.safetensors")
-    for name, tensor in changes.items():
-        key = name.replace("__", ".")
-        tensors.pop(key, None)
-        if tensor is not None:
-            tensors[key] = tensor
-    save_file(tensors, path / "model.safetensors")
-
-
 # ---- what is loaded -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied", "biased", "linear_rope"])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_plain_logits_equal_transformers(
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], nn.Module],
-    logits: Callable[[nn.Module], Tensor],
-    variant: str,
-    sharded: bool,
+    checkpoints: Checkpoints, reference: Reference, logits: Logits, variant: str, sharded: bool
 ) -> None:
     path = checkpoints(variant, sharded=sharded)
     assert (len(list(path.glob("*.safetensors"))) > 2) == sharded
@@ -60,7 +45,7 @@ def test_plain_logits_equal_transformers(
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes(checkpoints: Callable[..., Path], stored: torch.dtype, dtype: torch.dtype) -> None:
+def test_dtypes(checkpoints: Checkpoints, stored: torch.dtype, dtype: torch.dtype) -> None:
     """Each tensor is the stored one, cast once or quantized from that."""
     path = checkpoints("biased", stored, sharded=True)
     model = load_checkpoint(path, [QLORA], train=["norm"], dtype=dtype)
@@ -86,7 +71,7 @@ def test_dtypes(checkpoints: Callable[..., Path], stored: torch.dtype, dtype: to
     assert checked == len(expected)
 
 
-def test_plan_and_adapters(checkpoints: Callable[..., Path]) -> None:
+def test_plan_and_adapters(checkpoints: Checkpoints) -> None:
     model = load_checkpoint(checkpoints(), [QLORA])
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     assert len(layers) == 14
@@ -98,7 +83,7 @@ def test_plan_and_adapters(checkpoints: Callable[..., Path]) -> None:
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_adapter_init_is_seeded(checkpoints: Callable[..., Path]) -> None:
+def test_adapter_init_is_seeded(checkpoints: Checkpoints) -> None:
     path = checkpoints()  # writing it draws random numbers too
     weights = []
     for seed in (1, 1, 2):
@@ -109,7 +94,7 @@ def test_adapter_init_is_seeded(checkpoints: Callable[..., Path]) -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_frozen_nf4_and_options(checkpoints: Callable[..., Path]) -> None:
+def test_frozen_nf4_and_options(checkpoints: Checkpoints) -> None:
     rule = {"match": "layers.*.mlp.*", "kind": "frozen_nf4", "block_size": 32}
     model = load_checkpoint(checkpoints("biased"), [rule | {"scale_format": "none"}])
     layer = model.model.layers[0].mlp.down_proj
@@ -119,7 +104,7 @@ def test_frozen_nf4_and_options(checkpoints: Callable[..., Path]) -> None:
     assert layer.bias is not None
 
 
-def test_weights_do_not_depend_on_the_file(own_copy: Callable[..., Path]) -> None:
+def test_weights_do_not_depend_on_the_file(own_copy: Checkpoints) -> None:
     path = own_copy()
     model = load_checkpoint(path, dtype=torch.float32)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -131,7 +116,7 @@ def test_weights_do_not_depend_on_the_file(own_copy: Callable[..., Path]) -> Non
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_loading_does_not_import_the_compiler(checkpoints: Callable[..., Path]) -> None:
+def test_loading_does_not_import_the_compiler(checkpoints: Checkpoints) -> None:
     """It would take longer, and more memory, than a small model."""
     code = """
         import sys
@@ -146,26 +131,25 @@ def test_loading_does_not_import_the_compiler(checkpoints: Callable[..., Path]) 
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_arch_overrides_the_config(checkpoints: Callable[..., Path]) -> None:
+def test_arch_overrides_the_config(checkpoints: Checkpoints) -> None:
     path = checkpoints()
     arch = replace(read_arch(path), rope_theta=1e6)
     assert load_checkpoint(path, arch=arch).spec.arch == arch
 
 
-def test_tied_head(checkpoints: Callable[..., Path], own_copy: Callable[..., Path]) -> None:
-    path = own_copy("tied")
-    embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
-    edit(path, lm_head__weight=embedding.clone())  # some writers store it twice
+def test_tied_head(checkpoints: Checkpoints, own_copy: Checkpoints) -> None:
+    file = own_copy("tied") / "model.safetensors"
+    embedding = load_file(file)["model.embed_tokens.weight"]
+    path = edit_tensors(file, {"lm_head.weight": embedding.clone()})  # some writers store it twice
     for directory in (checkpoints("tied"), path):
         model = load_checkpoint(directory)
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert not model.lm_head.weight.is_meta
 
 
-def test_rotary_buffers_of_old_files_are_ignored(own_copy: Callable[..., Path]) -> None:
-    path = own_copy()
-    edit(path, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8))
-    load_checkpoint(path)
+def test_rotary_buffers_of_old_files_are_ignored(own_copy: Checkpoints) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    load_checkpoint(edit_tensors(own_copy() / "model.safetensors", {name: torch.ones(8)}))
 
 
 # ---- what is refused ----------------------------------------------------------------------------
@@ -184,107 +168,89 @@ def test_rotary_buffers_of_old_files_are_ignored(own_copy: Callable[..., Path]) 
     ],
 )
 def test_damaged_tensors(
-    own_copy: Callable[..., Path], changes: dict[str, Tensor | None], message: str
+    own_copy: Checkpoints, changes: dict[str, Tensor | None], message: str
 ) -> None:
-    path = own_copy()
-    edit(path, **{name.replace(".", "__"): tensor for name, tensor in changes.items()})
+    path = edit_tensors(own_copy() / "model.safetensors", changes)
     with pytest.raises(CheckpointError, match=message) as caught:
         load_checkpoint(path, [QLORA])
     assert str(path) in str(caught.value)
 
 
-def test_value_too_large_for_the_dtype(own_copy: Callable[..., Path]) -> None:
+def test_value_too_large_for_the_dtype(own_copy: Checkpoints) -> None:
     """70000 is infinity in float16."""
-    path = own_copy()
-    weight = load_file(path / "model.safetensors")[UP]
+    file = own_copy() / "model.safetensors"
+    weight = load_file(file)[UP]
     weight[3, 4] = 70_000
-    edit(path, **{UP.replace(".", "__"): weight})
+    path = edit_tensors(file, {UP: weight})
     with pytest.raises(CheckpointError, match=f"{UP}: "):
         load_checkpoint(path, [QLORA], dtype=torch.float16)
 
 
-def test_untied_head_under_a_tying_config(own_copy: Callable[..., Path]) -> None:
-    path = own_copy("tied")
-    edit(path, lm_head__weight=torch.zeros(53, 64))
+def test_untied_head_under_a_tying_config(own_copy: Checkpoints) -> None:
+    path = edit_tensors(
+        own_copy("tied") / "model.safetensors", {"lm_head.weight": torch.zeros(53, 64)}
+    )
     message = "lm_head.weight differs from model.embed_tokens.weight, but config.json ties them"
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path)
 
 
-def test_many_missing_tensors_are_counted(own_copy: Callable[..., Path]) -> None:
-    path = own_copy()
-    names = [n for n in load_file(path / "model.safetensors") if "layers.1" in n]
-    edit(path, **{name.replace(".", "__"): None for name in names})
+def test_many_missing_tensors_are_counted(own_copy: Checkpoints) -> None:
+    file = own_copy() / "model.safetensors"
+    path = edit_tensors(file, {name: None for name in load_file(file) if "layers.1" in name})
     with pytest.raises(CheckpointError, match=r"missing: (model[^,]*, ){7}\S+ and 1 more"):
         load_checkpoint(path)
 
 
-def test_not_a_checkpoint(tmp_path: Path, own_copy: Callable[..., Path]) -> None:
+def test_not_a_checkpoint(tmp_path: Path, own_copy: Checkpoints) -> None:
     with pytest.raises(CheckpointError, match="no such directory; give a local checkpoint dir"):
         load_checkpoint("meta-llama/Llama-3.1-8B")
     with pytest.raises(CheckpointError, match=r"config\.json: missing"):
         load_checkpoint(tmp_path)
     path = own_copy()
+    intact = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors"):
         load_checkpoint(path)
-    (path / "model.safetensors").write_bytes(b"<html>not found</html>")
-    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
-        load_checkpoint(path)
-
-
-def test_truncated_file(own_copy: Callable[..., Path]) -> None:
-    file = own_copy() / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
-        load_checkpoint(file.parent)
+    for content in (b"<html>not found</html>", intact[:-100]):
+        (path / "model.safetensors").write_bytes(content)
+        with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+            load_checkpoint(path)
 
 
 @pytest.mark.parametrize(
-    ("edit_index", "message"),
+    ("changes", "message"),
     [
-        (lambda index: index["weight_map"].update({UP: "../x.safetensors"}), "points to '../x"),
-        (lambda index: index["weight_map"].update({UP: "/etc/passwd"}), "points to '/etc/passwd'"),
-        (lambda index: index["weight_map"].update({UP: ".."}), "shards missing"),
-        (lambda index: index["weight_map"].update({UP: "x" * 999}), "shards missing: xxx"),
-        (lambda index: index["weight_map"].update({UP: 3}), "points to 3"),
-        (
-            lambda index: index["weight_map"].update({UP: "gone.safetensors"}),
-            "shards missing: gone.safetensors; download again",
-        ),
-        (lambda index: index.pop("weight_map"), "not a safetensors index: it has no weight_map"),
-        (lambda index: index.update(weight_map=[1]), "not a safetensors index"),
+        ({UP: "../x.safetensors"}, "points to '../x"),
+        ({UP: "/etc/passwd"}, "points to '/etc/passwd'"),
+        ({UP: ".."}, "shards missing"),
+        ({UP: "x" * 999}, "shards missing: xxx"),
+        ({UP: 3}, "points to 3"),
+        ({UP: "gone.safetensors"}, "shards missing: gone.safetensors; download again"),
+        ({UP: "model-00001-of-NN.safetensors"}, f"no tensor '{UP}', though .* names it here"),
+        (None, "not a safetensors index: it has no weight_map"),
+        ([1], "not a safetensors index"),
     ],
 )
-def test_bad_index(
-    own_copy: Callable[..., Path], edit_index: Callable[[Any], Any], message: str
-) -> None:
+def test_bad_index(own_copy: Checkpoints, changes: Any, message: str) -> None:
     path = own_copy(sharded=True)
     file = path / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    edit_index(index)
-    file.write_text(json.dumps(index))
+    weight_map = json.loads(file.read_text())["weight_map"]
+    first = weight_map["model.embed_tokens.weight"]
+    if isinstance(changes, dict):
+        changes = weight_map | {k: first if "NN" in str(v) else v for k, v in changes.items()}
+    edit_json(file, {"weight_map": changes})
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(path)
 
 
-def test_index_that_names_the_wrong_shard(own_copy: Callable[..., Path]) -> None:
-    path = own_copy(sharded=True)
-    file = path / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    index["weight_map"][UP] = index["weight_map"]["model.embed_tokens.weight"]
-    file.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=f"no tensor '{UP}', though .* names it here"):
-        load_checkpoint(path)
-
-
-def test_missing_shard(own_copy: Callable[..., Path]) -> None:
+def test_missing_shard(own_copy: Checkpoints) -> None:
     path = own_copy(sharded=True)
     next(path.glob("model-00002-*")).unlink()
     with pytest.raises(CheckpointError, match=r"shards missing: model-00002-of-\d+\.safetensors"):
         load_checkpoint(path)
 
 
-def test_plan_that_does_not_fit(checkpoints: Callable[..., Path]) -> None:
+def test_plan_that_does_not_fit(checkpoints: Checkpoints) -> None:
     with pytest.raises(PlanError, match="the layers are 0 to 1"):
         load_checkpoint(checkpoints(), [QLORA | {"match": "layers.2.**"}])

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from merge_plan import QLORA
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from shared import QLORA, Build, Checkpoints, Logits, Reference
 
 from qlora_builders.checkpoint import (
     load_checkpoint,
@@ -24,14 +22,12 @@ from qlora_builders.checkpoint import (
 )
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import llama
-from qlora_builders.modules import CausalLM, LoRALinear
+from qlora_builders.modules import LoRALinear
 from qlora_builders.tensor import NF4Tensor
 
 LORA_HEAD = [{"match": "lm_head", "kind": "lora", "rank": 4, "alpha": 8}]
 UP, DOWN = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "down"))
 CLOSE = {"rtol": 1e-5, "atol": 5e-5}
-
-Build = Callable[..., CausalLM]
 
 
 DORA = [rule | {"use_dora": True} if rule["kind"] != "frozen_nf4" else rule for rule in QLORA]
@@ -40,11 +36,7 @@ DORA = [rule | {"use_dora": True} if rule["kind"] != "frozen_nf4" else rule for 
 @pytest.mark.parametrize("plan", [QLORA, DORA])
 @pytest.mark.parametrize("variant", ["gqa", "biased", "tied"])
 def test_merged_model_computes_base_plus_adapter(
-    adapted: Build,
-    checkpoints: Callable[..., Path],
-    logits: Callable[[nn.Module], Tensor],
-    variant: str,
-    plan: list,
+    adapted: Build, checkpoints: Checkpoints, logits: Logits, variant: str, plan: list
 ) -> None:
     model = adapted(variant, plan)
     merged = merge_adapter(model)
@@ -55,7 +47,7 @@ def test_merged_model_computes_base_plus_adapter(
     assert (logits(merged) - unadapted).abs().max() > 0.1
 
 
-def test_the_model_is_left_as_it_is(adapted: Build, logits: Callable[[nn.Module], Tensor]) -> None:
+def test_the_model_is_left_as_it_is(adapted: Build, logits: Logits) -> None:
     model = adapted()
     before = logits(model)
     merge_adapter(model)
@@ -66,9 +58,9 @@ def test_the_model_is_left_as_it_is(adapted: Build, logits: Callable[[nn.Module]
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 30_000])
 def test_transformers_loads_the_merged_directory(
     adapted: Build,
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], nn.Module],
-    logits: Callable[[nn.Module], Tensor],
+    checkpoints: Checkpoints,
+    reference: Reference,
+    logits: Logits,
     tmp_path: Path,
     variant: str,
     max_shard_bytes: int,
@@ -89,9 +81,9 @@ def test_transformers_loads_the_merged_directory(
 @pytest.mark.parametrize("with_companions", [False, True])
 def test_tied_head_with_an_adapter_is_untied(
     adapted: Build,
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], nn.Module],
-    logits: Callable[[nn.Module], Tensor],
+    checkpoints: Checkpoints,
+    reference: Reference,
+    logits: Logits,
     tmp_path: Path,
     with_companions: bool,
 ) -> None:
@@ -111,9 +103,7 @@ def test_tied_head_with_an_adapter_is_untied(
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_original_weights_as_base(
-    adapted: Build, checkpoints: Callable[..., Path], sharded: bool
-) -> None:
+def test_original_weights_as_base(adapted: Build, checkpoints: Checkpoints, sharded: bool) -> None:
     source = checkpoints("gqa", sharded=sharded)
     model = adapted()
     originals = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
@@ -128,11 +118,7 @@ def test_original_weights_as_base(
 # PEFT asks transformers for an attribute that transformers renamed
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_dora_onto_the_originals_is_peft_on_them(
-    adapted: Build,
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], nn.Module],
-    logits: Callable[[nn.Module], Tensor],
-    tmp_path: Path,
+    adapted: Build, checkpoints: Checkpoints, reference: Reference, logits: Logits, tmp_path: Path
 ) -> None:
     """Lengths are those that were trained, directions those of the originals and the update."""
     plan = [rule for rule in DORA if rule["kind"] != "frozen_nf4"]
@@ -145,9 +131,7 @@ def test_dora_onto_the_originals_is_peft_on_them(
     assert report.logits.error > 0.01  # the originals are another base
 
 
-def test_merged_model_does_not_depend_on_the_file(
-    adapted: Build, own_copy: Callable[..., Path]
-) -> None:
+def test_merged_model_does_not_depend_on_the_file(adapted: Build, own_copy: Checkpoints) -> None:
     path = own_copy()
     merged = merge_adapter(adapted(), base=path)
     before = {name: p.clone() for name, p in merged.named_parameters()}
@@ -158,7 +142,7 @@ def test_merged_model_does_not_depend_on_the_file(
 
 
 def test_trained_parameters_are_not_replaced_by_the_originals(
-    adapted: Build, checkpoints: Callable[..., Path]
+    adapted: Build, checkpoints: Checkpoints
 ) -> None:
     rule = {"match": "layers.0.mlp.up_proj", "kind": "linear", "trainable": True}
     model = adapted("gqa", [*QLORA, rule], train=["norm"])
@@ -171,7 +155,7 @@ def test_trained_parameters_are_not_replaced_by_the_originals(
 
 
 def test_tied_head_with_an_adapter_onto_the_originals(
-    adapted: Build, checkpoints: Callable[..., Path], logits: Callable[[nn.Module], Tensor]
+    adapted: Build, checkpoints: Checkpoints, logits: Logits
 ) -> None:
     """Nothing is quantized here, so the originals are the base exactly."""
     model = adapted("tied", LORA_HEAD)
@@ -179,7 +163,7 @@ def test_tied_head_with_an_adapter_onto_the_originals(
     torch.testing.assert_close(logits(merged), logits(model), **CLOSE)
 
 
-def test_sum_is_rounded_once(adapted: Build, checkpoints: Callable[..., Path]) -> None:
+def test_sum_is_rounded_once(adapted: Build, checkpoints: Checkpoints) -> None:
     """Of a float32 original, into bfloat16: as exact as bfloat16 can be."""
     source = checkpoints("gqa")
     model = adapted("gqa", QLORA, dtype=torch.bfloat16)
@@ -214,9 +198,9 @@ def test_dtype(adapted: Build, tmp_path: Path) -> None:
 )
 def test_peft_merges_to_the_same_weights(
     adapted: Build,
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], nn.Module],
-    logits: Callable[[nn.Module], Tensor],
+    checkpoints: Checkpoints,
+    reference: Reference,
+    logits: Logits,
     tmp_path: Path,
     variant: str,
     plan: list,
@@ -246,11 +230,7 @@ def test_peft_merges_to_the_same_weights(
 
 @pytest.mark.parametrize("match", ["layers.*.self_attn.q_proj", "layers.1.mlp.down_proj"])
 def test_lora_bias_gives_a_llama_biases(
-    adapted: Build,
-    reference: Callable[[Path], nn.Module],
-    logits: Callable[[nn.Module], Tensor],
-    tmp_path: Path,
-    match: str,
+    adapted: Build, reference: Reference, logits: Logits, tmp_path: Path, match: str
 ) -> None:
     """PEFT cannot merge it into a layer without a bias; Hugging Face's Llama can have one."""
     rule = {"match": match, "kind": "qlora", "rank": 4, "alpha": 8, "lora_bias": True}
@@ -274,7 +254,7 @@ def test_a_head_cannot_have_a_bias(adapted: Build) -> None:
 # ---- errors -------------------------------------------------------------------------------------
 
 
-def test_no_adapter(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_no_adapter(checkpoints: Checkpoints, tmp_path: Path) -> None:
     model = load_checkpoint(checkpoints(), [{"match": "layers.**", "kind": "frozen_nf4"}])
     with pytest.raises(CheckpointError, match="no LoRA adapter to merge; load one first"):
         merge_adapter(model)
@@ -283,7 +263,7 @@ def test_no_adapter(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_base(adapted: Build, checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_wrong_base(adapted: Build, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """By its hash; where that is waived, by the first tensor that is missing or does not fit."""
     tied = checkpoints("tied")
     with pytest.raises(CheckpointError, match="not the checkpoint that the model was loaded from"):

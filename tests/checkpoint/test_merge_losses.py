@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from merge_plan import QLORA
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from shared import QLORA, Build, Checkpoints, Logits, Reference
+from torch import Tensor
 
 from qlora_builders.checkpoint import (
     MergeError,
@@ -27,8 +26,6 @@ from qlora_builders.tensor import NF4Tensor, to_nf4
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
-Build = Callable[..., CausalLM]
-
 
 def shrink(model: CausalLM, relative_delta: float) -> CausalLM:
     """Scale every update to this share of its weight's norm."""
@@ -40,7 +37,7 @@ def shrink(model: CausalLM, relative_delta: float) -> CausalLM:
     return model
 
 
-def test_report(adapted: Build, checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_report(adapted: Build, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Every figure by hand, for a layer rounded to bfloat16 on the originals."""
     model = shrink(adapted(), 0.02)
     report = save_merged(model, tmp_path / "out", base=checkpoints(), dtype=torch.bfloat16)
@@ -67,10 +64,7 @@ def test_report(adapted: Build, checkpoints: Callable[..., Path], tmp_path: Path
 
 
 def test_logits_of_the_report(
-    adapted: Build,
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], nn.Module],
-    tmp_path: Path,
+    adapted: Build, checkpoints: Checkpoints, reference: Reference, tmp_path: Path
 ) -> None:
     model = shrink(adapted(), 0.02)
     report = save_merged(model, tmp_path / "out", dtype=torch.bfloat16)
@@ -90,10 +84,7 @@ def test_logits_of_the_report(
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("variant", ["gqa", "tied", "biased"])
 def test_streamed_model_is_the_loaded_one(
-    checkpoints: Callable[..., Path],
-    logits: Callable[[nn.Module], Tensor],
-    variant: str,
-    sharded: bool,
+    checkpoints: Checkpoints, logits: Logits, variant: str, sharded: bool
 ) -> None:
     path = checkpoints(variant, sharded=sharded)
     streamed = streamed_model(path)
@@ -132,7 +123,7 @@ def test_an_untrained_adapter_loses_nothing() -> None:
 @pytest.mark.parametrize("format", ["nf4", "bnb-4bit"])
 @pytest.mark.parametrize("base", ["dequantized", "original"])
 def test_an_update_that_nf4_erases_is_refused(
-    adapted: Build, checkpoints: Callable[..., Path], tmp_path: Path, base: str, format: str
+    adapted: Build, checkpoints: Checkpoints, tmp_path: Path, base: str, format: str
 ) -> None:
     model = shrink(adapted(), 0.01)
     source = checkpoints() if base == "original" else base
@@ -150,11 +141,7 @@ def test_an_update_that_nf4_erases_is_refused(
 
 @pytest.mark.parametrize(("format", "scale_format"), [("nf4", "geometric"), ("bnb-4bit", "bnb")])
 def test_what_was_accepted_by_name_is_quantized_where_the_model_was(
-    adapted: Build,
-    logits: Callable[[nn.Module], Tensor],
-    tmp_path: Path,
-    format: str,
-    scale_format: str,
+    adapted: Build, logits: Logits, tmp_path: Path, format: str, scale_format: str
 ) -> None:
     model, out = shrink(adapted(), 0.3), tmp_path / "out"
     report = save_merged(model, out, format=format, max_error=3)

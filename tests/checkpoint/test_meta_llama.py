@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from shared import Checkpoints, Logits, assert_same_bits, assert_same_files, edit_json, edit_tensors
+from torch import Tensor
 
 from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint
 from qlora_builders.checkpoint.formats.meta import _with_positions
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import LLAMA_ARCHS, RopeScaling
-from qlora_builders.tensor import NF4Tensor
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 16, 2
 PARAMS: dict[str, Any] = {
@@ -31,42 +30,45 @@ PARAMS: dict[str, Any] = {
 }
 
 
+# Hugging Face's name -> Meta's
+TOP = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
+LAYER = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Row by row: element c of pair j is row j + c * d / 2 of a head in Hugging Face's order."""
-    rows = []
-    for head in range(heads):
-        for pair in range(HEAD_DIM // 2):
-            for component in range(2):
-                rows.append(weight[head * HEAD_DIM + component * HEAD_DIM // 2 + pair])
-    return torch.stack(rows)
+    """Element c of pair j is row j + c * d / 2 of a head in Hugging Face's order."""
+    return torch.stack(
+        [
+            weight[head * HEAD_DIM + component * HEAD_DIM // 2 + pair]
+            for head in range(heads)
+            for pair in range(HEAD_DIM // 2)
+            for component in range(2)
+        ]
+    )
 
 
 def to_meta(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    out = {
-        "tok_embeddings.weight": tensors["model.embed_tokens.weight"],
-        "norm.weight": tensors["model.norm.weight"],
-        "output.weight": tensors["lm_head.weight"],
-        "rope.freqs": torch.ones(HEAD_DIM // 2),
+    names = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in TOP.items()} | {
+        f"model.layers.{layer}.{theirs}.weight": f"layers.{layer}.{ours}.weight"
+        for layer in range(LAYERS)
+        for theirs, ours in LAYER.items()
     }
-    for layer in range(LAYERS):
-        theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
-        attention = f"{theirs}.self_attn"
-        out |= {
-            f"{ours}.attention.wq.weight": interleaved(
-                tensors[f"{attention}.q_proj.weight"], HEADS
-            ),
-            f"{ours}.attention.wk.weight": interleaved(
-                tensors[f"{attention}.k_proj.weight"], KV_HEADS
-            ),
-            f"{ours}.attention.wv.weight": tensors[f"{attention}.v_proj.weight"],
-            f"{ours}.attention.wo.weight": tensors[f"{attention}.o_proj.weight"],
-            f"{ours}.feed_forward.w1.weight": tensors[f"{theirs}.mlp.gate_proj.weight"],
-            f"{ours}.feed_forward.w2.weight": tensors[f"{theirs}.mlp.down_proj.weight"],
-            f"{ours}.feed_forward.w3.weight": tensors[f"{theirs}.mlp.up_proj.weight"],
-            f"{ours}.attention_norm.weight": tensors[f"{theirs}.input_layernorm.weight"],
-            f"{ours}.ffn_norm.weight": tensors[f"{theirs}.post_attention_layernorm.weight"],
-        }
-    return out
+    out = {ours: tensors[theirs] for theirs, ours in names.items()}
+    for name in out:
+        heads = {"wq": HEADS, "wk": KV_HEADS}.get(name.split(".")[-2])
+        if heads:
+            out[name] = interleaved(out[name], heads)
+    return out | {"rope.freqs": torch.ones(HEAD_DIM // 2)}
 
 
 def write_meta(path: Path, tensors: dict[str, Tensor], shards: int, embedding_axis: int) -> None:
@@ -84,18 +86,14 @@ def write_meta(path: Path, tensors: dict[str, Tensor], shards: int, embedding_ax
 
 
 @pytest.fixture
-def hf(own_copy: Callable[..., Path]) -> Path:
+def hf(own_copy: Checkpoints) -> Path:
     """With an even vocabulary, so that Llama 3's split by rows works."""
     path = own_copy("gqa", torch.bfloat16)
-    config = json.loads((path / "config.json").read_text())
-    config["vocab_size"] = 60
-    config["max_position_embeddings"] = 4096
-    (path / "config.json").write_text(json.dumps(config))
+    edit_json(path / "config.json", {"vocab_size": 60, "max_position_embeddings": 4096})
     model = load_file(path / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        model[name] = model[name][:60].contiguous()
-    save_file(model, path / "model.safetensors")
-    return path
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    rows = {name: model[name][:60].contiguous() for name in names}
+    return edit_tensors(path / "model.safetensors", rows)
 
 
 @pytest.fixture
@@ -107,36 +105,21 @@ def meta(hf: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("shards", "embedding_axis"), [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("kind", ["linear", "frozen_nf4"])
 def test_meta_equals_hugging_face(
-    hf: Path,
-    logits: Callable[[nn.Module], Tensor],
-    tmp_path: Path,
-    shards: int,
-    embedding_axis: int,
-    kind: str,
+    hf: Path, logits: Logits, tmp_path: Path, shards: int, embedding_axis: int, kind: str
 ) -> None:
     tensors = to_meta(load_file(hf / "model.safetensors"))
     write_meta(tmp_path / "meta", tensors, shards, embedding_axis)
     plan = [{"match": "layers.**", "kind": kind}]
     expected, ours = load_checkpoint(hf, plan), load_checkpoint(tmp_path / "meta", plan)
     assert ours.spec.arch == expected.spec.arch
-    parameters = dict(expected.named_parameters())
-    for name, parameter in ours.named_parameters():
-        other = parameters.pop(name)
-        if isinstance(parameter, NF4Tensor):
-            for field in NF4Tensor.tensor_fields:
-                assert torch.equal(getattr(parameter, field), getattr(other, field)), name
-        else:
-            assert torch.equal(parameter, other), name
-    assert not parameters
+    assert_same_bits(ours, expected, quantized=14 if kind == "frozen_nf4" else 0)
     assert torch.equal(logits(ours), logits(expected))
 
 
 def test_meta_to_hugging_face_directory(hf: Path, meta: Path, tmp_path: Path) -> None:
     (meta / "tokenizer.model").write_text("x")
     save_checkpoint(load_checkpoint(meta), tmp_path / "out", companions=meta)
-    before, after = (load_file(p / "model.safetensors") for p in (hf, tmp_path / "out"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_same_files(hf / "model.safetensors", tmp_path / "out/model.safetensors")
     assert (tmp_path / "out/tokenizer.model").exists()
 
 
@@ -161,8 +144,7 @@ def test_published_sizes_get_their_positions(name: str) -> None:
     ],
 )
 def test_other_sizes(meta: Path, change: dict[str, Any], expected: tuple) -> None:
-    (meta / "params.json").write_text(json.dumps(PARAMS | change))
-    arch = read_arch(meta)
+    arch = read_arch(edit_json(meta / "params.json", change))
     assert (arch.max_position_embeddings, arch.rope_scaling) == expected
     assert arch.rope_theta == change.get("rope_theta", 10_000.0)
     assert (arch.vocab_size, arch.intermediate_size, arch.head_dim) == (60, 96, 16)
@@ -193,8 +175,7 @@ def test_other_sizes(meta: Path, change: dict[str, Any], expected: tuple) -> Non
     ],
 )
 def test_bad_params(meta: Path, change: dict[str, Any], message: str) -> None:
-    params = {k: v for k, v in (PARAMS | change).items() if v is not None}
-    (meta / "params.json").write_text(json.dumps(params))
+    edit_json(meta / "params.json", change)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(meta)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from shared import Checkpoints, Logits, assert_same_bits, assert_same_files, edit_json, edit_tensors
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint, stored_plan
@@ -34,30 +34,12 @@ PLAN = [
 ]
 
 
-def assert_same_bits(a: nn.Module, b: nn.Module) -> None:
-    theirs = dict(b.named_parameters())
-    quantized = 0
-    for name, parameter in a.named_parameters():
-        other = theirs.pop(name)
-        assert type(parameter) is type(other), name
-        assert parameter.dtype == other.dtype
-        if isinstance(parameter, NF4Tensor):
-            quantized += 1
-            assert parameter.format == other.format, name
-            for field in NF4Tensor.tensor_fields:
-                assert torch.equal(getattr(parameter, field), getattr(other, field)), (name, field)
-        else:
-            assert torch.equal(parameter, other), name
-    assert not theirs
-    assert quantized == 13
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ["biased", "tied"])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 10_000])
 def test_reload_is_bit_identical(
-    checkpoints: Callable[..., Path],
-    logits: Callable[[nn.Module], Tensor],
+    checkpoints: Checkpoints,
+    logits: Logits,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     variant: str,
@@ -78,13 +60,13 @@ def test_reload_is_bit_identical(
     quantize = NF4.quantize
     monkeypatch.setattr(NF4, "quantize", only_shapes)
     reloaded = load_checkpoint(tmp_path / "nf4", stored_plan(tmp_path / "nf4"), dtype=dtype)
-    assert_same_bits(model, reloaded)
+    assert_same_bits(model, reloaded, quantized=13)
     assert torch.equal(logits(model), logits(reloaded))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hf_native_hf_native_is_bit_stable(
-    checkpoints: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
+    checkpoints: Checkpoints, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     """HF -> NF4 -> native -> HF (upcast) -> NF4 -> native: the files are equal byte for byte."""
     plan = [{"match": "layers.**", "kind": "frozen_nf4"}]
@@ -101,23 +83,21 @@ def test_hf_native_hf_native_is_bit_stable(
         source = tmp_path / f"hf-{i}"
         save_checkpoint(stored, source)
     assert files[0] == files[1] == files[2]
-    upcast = [load_file(tmp_path / f"hf-{i}/model.safetensors") for i in range(3)]
-    assert all(torch.equal(upcast[0][name], upcast[2][name]) for name in upcast[0])
+    assert_same_files(*(tmp_path / f"hf-{i}/model.safetensors" for i in (0, 2)))
 
 
 def test_bitsandbytes_scales_survive_the_native_layout(
-    checkpoints: Callable[..., Path], tmp_path: Path
+    checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     plan = [{"match": "layers.**", "kind": "frozen_nf4", "scale_format": "bnb"}]
     model = load_checkpoint(checkpoints(), plan)
     for i, format in enumerate(("bnb-4bit", "nf4", "bnb-4bit")):
         save_checkpoint(model, tmp_path / str(i), format=format)
         model = load_checkpoint(tmp_path / str(i), stored_plan(tmp_path / str(i)))
-    first, last = (load_file(tmp_path / i / "model.safetensors") for i in "02")
-    assert all(torch.equal(first[name], last[name]) for name in first)
+    assert_same_files(*(tmp_path / i / "model.safetensors" for i in "02"))
 
 
-def test_what_is_written(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_is_written(checkpoints: Checkpoints, tmp_path: Path) -> None:
     source = checkpoints("biased")
     model = load_checkpoint(source, PLAN)
     save_checkpoint(model, tmp_path / "nf4", format="nf4", companions=source, dtype=torch.float32)
@@ -142,14 +122,14 @@ def test_what_is_written(checkpoints: Callable[..., Path], tmp_path: Path) -> No
 
 
 def test_other_tools_do_not_take_it_for_a_checkpoint(
-    checkpoints: Callable[..., Path], tmp_path: Path
+    checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     save_checkpoint(load_checkpoint(checkpoints(), PLAN), tmp_path / "nf4", format="nf4")
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
 
 
-def test_plain_plan_dequantizes(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_plain_plan_dequantizes(checkpoints: Checkpoints, tmp_path: Path) -> None:
     model = load_checkpoint(checkpoints(), PLAN)
     save_checkpoint(model, tmp_path / "nf4", format="nf4")
     plain = load_checkpoint(tmp_path / "nf4")
@@ -158,23 +138,22 @@ def test_plain_plan_dequantizes(checkpoints: Callable[..., Path], tmp_path: Path
         assert torch.equal(plain.get_parameter(name), expected), name
 
 
-def test_refused(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
     plain = load_checkpoint(checkpoints())
     for format in ("nf4", "bnb-4bit"):
         with pytest.raises(CheckpointError, match=f"format is '{format}', but no weight is in NF4"):
             save_checkpoint(plain, tmp_path / "out", format=format)
     save_checkpoint(load_checkpoint(checkpoints(), PLAN), tmp_path / "nf4", format="nf4")
-    file = tmp_path / "nf4/config.json"
-    file.write_text(file.read_text().replace('"version": 1', '"version": 2'))
+    method = {"quant_method": "qlora_builders_nf4", "version": 2}
+    edit_json(tmp_path / "nf4/config.json", {"quantization_config": method})
     with pytest.raises(CheckpointError, match="version 2 of qlora_builders_nf4; this release"):
         load_checkpoint(tmp_path / "nf4")
 
 
-def test_damage_is_named(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_damage_is_named(checkpoints: Checkpoints, tmp_path: Path) -> None:
     save_checkpoint(load_checkpoint(checkpoints(), PLAN), tmp_path / "nf4", format="nf4")
     file = tmp_path / "nf4/nf4.safetensors"
-    stored = load_file(file)
-    stored["model.layers.1.mlp.down_proj.weight.codes"][0] ^= 16
-    save_file(stored, file)
+    name = "model.layers.1.mlp.down_proj.weight.codes"
+    edit_tensors(file, {name: load_file(file)[name] ^ 16})
     with pytest.raises(CheckpointError, match=r"nf4\.safetensors: model\.layers\.1\.mlp.*: the ch"):
         load_checkpoint(tmp_path / "nf4", stored_plan(tmp_path / "nf4"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from shared import Build, Checkpoints, Logits, edit_json, edit_tensors
+from torch import Tensor
 
 from qlora_builders.checkpoint import (
     load_adapter,
@@ -23,6 +23,7 @@ from qlora_builders.checkpoint import (
 from qlora_builders.errors import CheckpointError
 from qlora_builders.modules import CausalLM
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 UP, Q = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"
 UP_A, UP_B = f"{PREFIX}{UP}.lora_A.weight", f"{PREFIX}{UP}.lora_B.weight"
@@ -31,7 +32,7 @@ PLAN = [{"match": "layers.0.{mlp.up_proj,self_attn.q_proj}", "kind": "lora", "ra
 
 
 @pytest.fixture
-def build(checkpoints: Callable[..., Path]) -> Callable[..., CausalLM]:
+def build(checkpoints: Checkpoints) -> Callable[..., CausalLM]:
     def model(plan: list = PLAN, train: tuple = ("norm",)) -> CausalLM:
         return load_checkpoint(checkpoints(), plan, train=train, dtype=torch.float32)
 
@@ -39,30 +40,12 @@ def build(checkpoints: Callable[..., Path]) -> Callable[..., CausalLM]:
 
 
 @pytest.fixture
-def adapter(build: Callable[..., CausalLM], tmp_path: Path) -> Path:
+def adapter(build: Build, tmp_path: Path) -> Path:
     save_adapter(build(), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
-def set_config(path: Path, **changes: Any) -> None:
-    """None removes a key."""
-    file = path / "adapter_config.json"
-    config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-
-
-def set_tensors(path: Path, changes: dict[str, Tensor | None]) -> None:
-    """None removes a tensor."""
-    file = path / "adapter_model.safetensors"
-    tensors = load_file(file) | changes
-    save_file({k: v for k, v in tensors.items() if v is not None}, file)
-
-
 # ---- the directory by itself --------------------------------------------------------------------
-
-
-def test_intact(build: Callable[..., CausalLM], adapter: Path) -> None:
-    load_adapter(build(), adapter)  # what the tests below damage
 
 
 @pytest.mark.parametrize(
@@ -119,7 +102,7 @@ def test_intact(build: Callable[..., CausalLM], adapter: Path) -> None:
     ],
 )
 def test_config(adapter: Path, changes: dict[str, Any], message: str) -> None:
-    set_config(adapter, **changes)
+    edit_json(adapter / CONFIG, changes)
     with pytest.raises(CheckpointError, match=message) as caught:
         read_adapter(adapter)
     assert str(adapter) in str(caught.value)
@@ -127,7 +110,7 @@ def test_config(adapter: Path, changes: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
 def test_inits_that_leave_the_base_alone(adapter: Path, init: Any) -> None:
-    set_config(adapter, init_lora_weights=init)
+    edit_json(adapter / CONFIG, {"init_lora_weights": init})
     assert set(read_adapter(adapter).modules) == {UP, Q}
 
 
@@ -165,7 +148,7 @@ def test_inits_that_leave_the_base_alone(adapter: Path, init: Any) -> None:
     ],
 )
 def test_tensors(adapter: Path, changes: dict[str, Tensor | None], message: str) -> None:
-    set_tensors(adapter, changes)
+    edit_tensors(adapter / WEIGHTS, changes)
     with pytest.raises(CheckpointError, match=message):
         read_adapter(adapter)
 
@@ -179,13 +162,13 @@ def test_unreadable_json(adapter: Path, name: str, text: str, message: str) -> N
 
 
 def test_deeply_nested_json(adapter: Path) -> None:
-    (adapter / "adapter_config.json").write_text("[" * 100_000)
+    (adapter / CONFIG).write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: .*nested too deeply"):
         read_adapter(adapter)
 
 
 def test_unreadable_weights(adapter: Path) -> None:
-    file = adapter / "adapter_model.safetensors"
+    file = adapter / WEIGHTS
     intact = file.read_bytes()
     for content in (b"", intact[:4], intact[:100], intact[:-1], intact + b"x"):
         file.write_bytes(content)
@@ -210,7 +193,7 @@ def test_missing_files(adapter: Path, tmp_path: Path) -> None:
         shutil.copytree(adapter, stopped / f"step_{step}")
     with pytest.raises(CheckpointError, match=r"did you mean .*stopped/checkpoints/step_10\?"):
         read_adapter(tmp_path / "stopped" / "adapter")
-    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: cannot be read"):
         read_adapter(adapter)
 
@@ -222,7 +205,7 @@ def rule(match: str, **options: Any) -> dict[str, Any]:
     return {"match": match, "kind": "lora", "rank": 4, "alpha": 8} | options
 
 
-def test_dora_into_lora_and_back(build: Callable[..., CausalLM], tmp_path: Path) -> None:
+def test_dora_into_lora_and_back(build: Build, tmp_path: Path) -> None:
     dora = [PLAN[0] | {"use_dora": True}]
     save_adapter(build(dora), tmp_path / "dora")
     save_adapter(build(), tmp_path / "lora")
@@ -259,27 +242,25 @@ def test_dora_into_lora_and_back(build: Callable[..., CausalLM], tmp_path: Path)
         ),
     ],
 )
-def test_model_of_another_plan(
-    build: Callable[..., CausalLM], adapter: Path, plan: list, message: str
-) -> None:
+def test_model_of_another_plan(build: Build, adapter: Path, plan: list, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_adapter(build(plan), adapter)
 
 
-def test_same_scaling_spelled_otherwise_fits(build: Callable[..., CausalLM], adapter: Path) -> None:
+def test_same_scaling_spelled_otherwise_fits(build: Build, adapter: Path) -> None:
     """alpha 4 / sqrt(4) is alpha 8 / 4."""
     plan = [PLAN[0] | {"alpha": 4, "use_rslora": True}]
     load_adapter(build(plan), adapter)
 
 
-def test_lora_bias_must_agree(build: Callable[..., CausalLM], tmp_path: Path) -> None:
+def test_lora_bias_must_agree(build: Build, tmp_path: Path) -> None:
     """Zeros stand for the modules without one, because PEFT has one switch for all."""
     plan = [PLAN[0], rule("layers.0.mlp.up_proj", lora_bias=True)]
     save_adapter(build(plan), tmp_path / "adapter")
     load_adapter(build(plan), tmp_path / "adapter")
     bias = f"{PREFIX}{Q}.lora_B.bias"
-    assert not load_file(tmp_path / "adapter/adapter_model.safetensors")[bias].any()
-    set_tensors(tmp_path / "adapter", {bias: torch.ones(64)})
+    assert not load_file(tmp_path / "adapter" / WEIGHTS)[bias].any()
+    edit_tensors(tmp_path / "adapter" / WEIGHTS, {bias: torch.ones(64)})
     message = rf"{Q}\.lora_B\.bias is not zero, but the model has no lora_bias there"
     with pytest.raises(CheckpointError, match=message):
         load_adapter(build(plan), tmp_path / "adapter")
@@ -288,7 +269,7 @@ def test_lora_bias_must_agree(build: Callable[..., CausalLM], tmp_path: Path) ->
         load_adapter(build(plan), tmp_path / "none")
 
 
-def test_trained_parameters_must_agree(build: Callable[..., CausalLM], adapter: Path) -> None:
+def test_trained_parameters_must_agree(build: Build, adapter: Path) -> None:
     with pytest.raises(CheckpointError, match=r"in the file but not in the model: model\.norm\.w"):
         load_adapter(build(train=()), adapter)
     with pytest.raises(
@@ -308,12 +289,9 @@ def test_trained_parameters_must_agree(build: Callable[..., CausalLM], adapter: 
     ],
 )
 def test_what_cannot_be_loaded_leaves_the_model_untouched(
-    build: Callable[..., CausalLM],
-    adapter: Path,
-    changes: dict[str, Tensor],
-    message: str,
+    build: Build, adapter: Path, changes: dict[str, Tensor], message: str
 ) -> None:
-    set_tensors(adapter, changes)
+    edit_tensors(adapter / WEIGHTS, changes)
     model = build()
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(CheckpointError, match=message):
@@ -321,23 +299,19 @@ def test_what_cannot_be_loaded_leaves_the_model_untouched(
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_adapter_of_a_base_with_other_shapes(
-    checkpoints: Callable[..., Path], adapter: Path
-) -> None:
+def test_adapter_of_a_base_with_other_shapes(checkpoints: Checkpoints, adapter: Path) -> None:
     """The recorded plan fits by name; its tensors do not."""
     with pytest.raises(CheckpointError, match=r"q_proj\.lora_B\.weight has shape \[64, 4\]"):
         load_with_adapter(checkpoints("biased"), adapter, allow_base_mismatch=True)
 
 
-def test_unknown_quantize(checkpoints: Callable[..., Path], adapter: Path) -> None:
+def test_unknown_quantize(checkpoints: Checkpoints, adapter: Path) -> None:
     for given in (adapter, None):
         with pytest.raises(CheckpointError, match="quantize is 'nf3'; did you mean 'nf4'"):
             load_with_adapter(checkpoints(), given, quantize="nf3")
 
 
-def test_without_an_adapter(
-    checkpoints: Callable[..., Path], logits: Callable[[nn.Module], Tensor]
-) -> None:
+def test_without_an_adapter(checkpoints: Checkpoints, logits: Logits) -> None:
     path = checkpoints()
     plain = load_checkpoint(path, dtype=torch.float32)
     for quantize in ("auto", "none"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from shared import Checkpoints, Logits, Reference
 from transformers import LlamaForCausalLM
 
 from qlora_builders.checkpoint import (
@@ -96,9 +95,9 @@ def train(model: LlamaForCausalLM, **config: Any) -> PeftModel:
 @pytest.mark.parametrize("variant", ["gqa", "biased"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_plain_base(
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], LlamaForCausalLM],
-    logits: Callable[[nn.Module], Tensor],
+    checkpoints: Checkpoints,
+    reference: Reference,
+    logits: Logits,
     tmp_path: Path,
     name: str,
     variant: str,
@@ -115,11 +114,7 @@ def test_plain_base(
 @pytest.mark.filterwarnings(SAVES_THE_HEAD)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nf4_base(
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], LlamaForCausalLM],
-    logits: Callable[[nn.Module], Tensor],
-    tmp_path: Path,
-    name: str,
+    checkpoints: Checkpoints, reference: Reference, logits: Logits, tmp_path: Path, name: str
 ) -> None:
     path = checkpoints()
     quantized = load_with_adapter(path, None, quantize="nf4", dtype=torch.float32)
@@ -137,10 +132,7 @@ def test_nf4_base(
 
 
 def test_magnitudes_as_a_state_dict_names_them(
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], LlamaForCausalLM],
-    logits: Callable[[nn.Module], Tensor],
-    tmp_path: Path,
+    checkpoints: Checkpoints, reference: Reference, logits: Logits, tmp_path: Path
 ) -> None:
     """In memory PEFT keeps them in a module; save_pretrained drops its `.weight`, others do not."""
     theirs = train(reference(checkpoints()), target_modules=["q_proj"], use_dora=True)
@@ -158,11 +150,7 @@ def test_magnitudes_as_a_state_dict_names_them(
 @pytest.mark.filterwarnings("ignore:PiSSA changes the base weights of the model")
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_pissa_that_peft_converted(
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], LlamaForCausalLM],
-    logits: Callable[[nn.Module], Tensor],
-    tmp_path: Path,
-    use_rslora: bool,
+    checkpoints: Checkpoints, reference: Reference, logits: Logits, tmp_path: Path, use_rslora: bool
 ) -> None:
     """Its adapter belongs to a base that PEFT changed; what PEFT makes of it, to the original."""
     base = reference(checkpoints())
@@ -185,10 +173,7 @@ def test_pissa_that_peft_converted(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_adapter_is_widened(
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], LlamaForCausalLM],
-    tmp_path: Path,
-    dtype: torch.dtype,
+    checkpoints: Checkpoints, reference: Reference, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     theirs = train(reference(checkpoints()), target_modules=["q_proj"]).to(dtype)
     theirs.save_pretrained(tmp_path)
@@ -199,11 +184,7 @@ def test_half_precision_adapter_is_widened(
     assert torch.equal(own, peft.float())
 
 
-def test_adapter_plan(
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], LlamaForCausalLM],
-    tmp_path: Path,
-) -> None:
+def test_adapter_plan(checkpoints: Checkpoints, reference: Reference, tmp_path: Path) -> None:
     theirs = train(
         reference(checkpoints()),
         target_modules=r"model\.layers\.1\.self_attn\.q_proj|lm_head",
@@ -242,9 +223,7 @@ def test_adapter_plan(
 
 @pytest.mark.filterwarnings(SAVES_THE_HEAD)
 def test_head_of_another_base_is_found_out(
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], LlamaForCausalLM],
-    tmp_path: Path,
+    checkpoints: Checkpoints, reference: Reference, tmp_path: Path
 ) -> None:
     """PEFT stores the base weight of an adapted head; it must be ours."""
     base = reference(checkpoints())
@@ -258,9 +237,7 @@ def test_head_of_another_base_is_found_out(
 
 @pytest.mark.filterwarnings(SAVES_THE_HEAD)
 def test_head_in_lower_precision(
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], LlamaForCausalLM],
-    tmp_path: Path,
+    checkpoints: Checkpoints, reference: Reference, tmp_path: Path
 ) -> None:
     """The copy is compared in the model's dtype."""
     train(reference(checkpoints()), target_modules=["lm_head"]).save_pretrained(tmp_path)
@@ -273,9 +250,7 @@ PEFT_UNTIES = "ignore:Model has `tie_word_embeddings=True` and a tied layer is p
 
 @pytest.mark.filterwarnings(PEFT_UNTIES)
 def test_half_a_tied_pair_is_refused(
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], LlamaForCausalLM],
-    tmp_path: Path,
+    checkpoints: Checkpoints, reference: Reference, tmp_path: Path
 ) -> None:
     base = reference(checkpoints("tied"))
     train(base, target_modules=["q_proj"], modules_to_save=["embed_tokens"]).save_pretrained(
@@ -292,9 +267,7 @@ def test_half_a_tied_pair_is_refused(
 
 @pytest.mark.filterwarnings(PEFT_UNTIES)
 def test_tied_pair_that_came_apart_is_refused(
-    checkpoints: Callable[..., Path],
-    reference: Callable[[Path], LlamaForCausalLM],
-    tmp_path: Path,
+    checkpoints: Checkpoints, reference: Reference, tmp_path: Path
 ) -> None:
     both = train(
         reference(checkpoints("tied")),

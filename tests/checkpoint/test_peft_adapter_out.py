@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from shared import Build, Checkpoints, Logits, Randomize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_builders.checkpoint import (
@@ -94,9 +94,7 @@ PLANS: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
 
 
 @pytest.fixture
-def build(
-    checkpoints: Callable[..., Path], randomize_adapters: Callable[[nn.Module], None]
-) -> Callable[[str], CausalLM]:
+def build(checkpoints: Checkpoints, randomize_adapters: Randomize) -> Callable[[str], CausalLM]:
     """A model of the plan as training would leave it: all that trains is random."""
 
     def trained(name: str) -> CausalLM:
@@ -131,11 +129,7 @@ def base_in_transformers(path: Path, plan: tuple) -> LlamaForCausalLM:
 )
 @pytest.mark.parametrize("name", PLANS)
 def test_peft_gives_our_logits(
-    build: Callable[[str], CausalLM],
-    checkpoints: Callable[..., Path],
-    logits: Callable[[nn.Module], Tensor],
-    tmp_path: Path,
-    name: str,
+    build: Build, checkpoints: Checkpoints, logits: Logits, tmp_path: Path, name: str
 ) -> None:
     model = build(name)
     save_adapter(model, tmp_path / "adapter")
@@ -148,11 +142,7 @@ def test_peft_gives_our_logits(
 
 @pytest.mark.parametrize("name", PLANS)
 def test_read_back(
-    build: Callable[[str], CausalLM],
-    checkpoints: Callable[..., Path],
-    logits: Callable[[nn.Module], Tensor],
-    tmp_path: Path,
-    name: str,
+    build: Build, checkpoints: Checkpoints, logits: Logits, tmp_path: Path, name: str
 ) -> None:
     """With the plan on record, every bit; with the weights in the file alone, the same function."""
     model = build(name)
@@ -186,7 +176,7 @@ def _plain_slots(name: str) -> list[dict[str, Any]]:
     return [{"match": match, "kind": "linear"} for match in others.get(name, [])]
 
 
-def test_layout(build: Callable[[str], CausalLM], tmp_path: Path) -> None:
+def test_layout(build: Build, tmp_path: Path) -> None:
     model = build("rslora_in_some")
     save_adapter(model, tmp_path / "adapter", base_model="some/base")
     assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [
@@ -210,7 +200,7 @@ def test_layout(build: Callable[[str], CausalLM], tmp_path: Path) -> None:
     assert a.dtype == b.dtype == torch.float32
 
 
-def test_dora_layout(build: Callable[[str], CausalLM], tmp_path: Path) -> None:
+def test_dora_layout(build: Build, tmp_path: Path) -> None:
     save_adapter(build("dora"), tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["use_dora"] is True
     tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
@@ -219,9 +209,7 @@ def test_dora_layout(build: Callable[[str], CausalLM], tmp_path: Path) -> None:
     assert (magnitudes.dtype, list(magnitudes.shape)) == (torch.float32, [96])
 
 
-def test_pissa_is_written_as_a_lora_of_twice_the_rank(
-    build: Callable[[str], CausalLM], tmp_path: Path
-) -> None:
+def test_pissa_is_written_as_a_lora_of_twice_the_rank(build: Build, tmp_path: Path) -> None:
     model = build("pissa_in_some")
     save_adapter(model, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
@@ -240,7 +228,7 @@ def test_pissa_is_written_as_a_lora_of_twice_the_rank(
     assert torch.equal(b, torch.cat([q_proj.lora_B.weight, -q_proj.lora_B_init], dim=1))
 
 
-def test_alphas_are_written_as_given(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_alphas_are_written_as_given(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """alpha / rank * rank is not alpha for every float."""
     rules = [ALL | {"rank": 49, "alpha": 1.0}, ATTENTION | {"use_rslora": True}]
     save_adapter(load_checkpoint(checkpoints(), rules), tmp_path / "adapter")
@@ -259,7 +247,7 @@ def test_alphas_are_written_as_given(checkpoints: Callable[..., Path], tmp_path:
     ],
 )
 def test_target_modules(
-    build: Callable[[str], CausalLM], tmp_path: Path, name: str, target_modules: list | None
+    build: Build, tmp_path: Path, name: str, target_modules: list | None
 ) -> None:
     """Bare names where they say the same as full ones."""
     model = build(name)
@@ -269,7 +257,7 @@ def test_target_modules(
     assert config["target_modules"] == (target_modules or adapted)
 
 
-def test_nothing_to_save(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+def test_nothing_to_save(checkpoints: Checkpoints, tmp_path: Path) -> None:
     model = load_checkpoint(checkpoints(), train=["norm"])
     with pytest.raises(CheckpointError, match="no LoRALinear; write it with save_checkpoint"):
         save_adapter(model, tmp_path / "adapter")
@@ -277,7 +265,7 @@ def test_nothing_to_save(checkpoints: Callable[..., Path], tmp_path: Path) -> No
 
 
 def test_a_checkpoint_is_not_overwritten_by_an_adapter(
-    build: Callable[[str], CausalLM], checkpoints: Callable[..., Path], tmp_path: Path
+    build: Build, checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
     save_checkpoint(load_checkpoint(checkpoints()), tmp_path / "out")
     model = build("uniform")
@@ -289,7 +277,7 @@ def test_a_checkpoint_is_not_overwritten_by_an_adapter(
 
 
 def test_adapters_and_inspection_never_dequantize(
-    build: Callable[[str], CausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build("final_norm")
     calls = []

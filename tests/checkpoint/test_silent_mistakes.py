@@ -5,7 +5,6 @@ PEFT writes the adapter and loads it back, and its output shows that the mistake
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,20 +14,18 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from shared import Checkpoints, Logits, Randomize, Reference, edit_json
+from torch import Tensor
 
 from qlora_builders.checkpoint import load_checkpoint, load_with_adapter, save_adapter
 from qlora_builders.errors import CheckpointError
 
 DEPRECATED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 pytestmark = pytest.mark.filterwarnings(DEPRECATED)
-Reference = Callable[[Path], LlamaForCausalLM]
-Logits = Callable[[nn.Module], Tensor]
 
 
 @pytest.fixture
-def base(checkpoints: Callable[..., Path]) -> Path:
+def base(checkpoints: Checkpoints) -> Path:
     return checkpoints()
 
 
@@ -68,42 +65,28 @@ def peft_logits(reference: Reference, base: Path, logits: Logits) -> Callable[..
     return run
 
 
-def edit_config(adapter: Path, **changes: Any) -> None:
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def edit_tensors(adapter: Path, edit: Callable[[str], str | None]) -> None:
-    """Rename each tensor, or drop it where the new name is None."""
+def rename(adapter: Path, new_name: Callable[[str], str | None]) -> None:
+    """Each tensor; it is dropped where the new name is None."""
     file = adapter / "adapter_model.safetensors"
-    tensors = {edit(name): tensor for name, tensor in load_file(file).items()}
+    tensors = {new_name(name): tensor for name, tensor in load_file(file).items()}
     save_file({name: tensor for name, tensor in tensors.items() if name is not None}, file)
 
 
-def test_one_good_target_and_a_typo(trained: Callable, base: Path, peft_logits: Callable) -> None:
-    adapter = trained(target_modules=["q_proj", "up_porj"])
+@pytest.mark.parametrize(
+    ("key", "entries", "unused"),
+    [
+        ("target_modules", ["q_proj", "up_porj"], "up_porj"),
+        ("layers_to_transform", [1, 7], "7"),
+        ("modules_to_save", ["lm_haed"], "lm_haed"),
+    ],
+)
+def test_an_entry_that_selects_nothing(
+    trained: Callable, base: Path, peft_logits: Callable, key: str, entries: list, unused: str
+) -> None:
+    adapter = trained(**{key: entries})
     peft_logits(adapter)
-    with pytest.raises(
-        CheckpointError, match="target_modules entries without a module in the file: up_porj"
-    ):
-        load_with_adapter(base, adapter)
-
-
-def test_a_layer_out_of_range(trained: Callable, base: Path, peft_logits: Callable) -> None:
-    adapter = trained(layers_to_transform=[1, 7])
-    peft_logits(adapter)
-    with pytest.raises(
-        CheckpointError, match="layers_to_transform entries without a module in the file: 7"
-    ):
-        load_with_adapter(base, adapter)
-
-
-def test_a_typo_in_modules_to_save(trained: Callable, base: Path, peft_logits: Callable) -> None:
-    adapter = trained(modules_to_save=["lm_haed"])
-    peft_logits(adapter)
-    with pytest.raises(
-        CheckpointError, match="modules_to_save entries without a module in the file: lm_haed"
-    ):
+    message = f"{key} entries without a module in the file: {unused}"
+    with pytest.raises(CheckpointError, match=message):
         load_with_adapter(base, adapter)
 
 
@@ -128,10 +111,7 @@ def test_extra_keys(trained: Callable, base: Path, peft_logits: Callable) -> Non
 
 
 def test_a_wrong_alpha(
-    checkpoints: Callable[..., Path],
-    randomize_adapters: Callable[[nn.Module], None],
-    peft_logits: Callable,
-    tmp_path: Path,
+    checkpoints: Checkpoints, randomize_adapters: Randomize, peft_logits: Callable, tmp_path: Path
 ) -> None:
     """It cannot be seen in the weights; the record beside them knows it."""
     plan = [{"match": "layers.**", "kind": "lora", "rank": 4, "alpha": 8}]
@@ -139,7 +119,7 @@ def test_a_wrong_alpha(
     randomize_adapters(model)
     save_adapter(model, tmp_path / "adapter")
     before = peft_logits(tmp_path / "adapter")
-    edit_config(tmp_path / "adapter", lora_alpha=16)
+    edit_json(tmp_path / "adapter/adapter_config.json", {"lora_alpha": 16})
     assert (peft_logits(tmp_path / "adapter") - before).abs().max() > 0.1
     with pytest.raises(CheckpointError, match=r"rank or alpha differ: .*file: rank 4, scaling 4; "):
         load_with_adapter(checkpoints(), tmp_path / "adapter")
@@ -149,7 +129,7 @@ def test_keys_with_another_prefix(
     trained: Callable, reference: Reference, base: Path, logits: Logits, peft_logits: Callable
 ) -> None:
     adapter = trained()
-    edit_tensors(adapter, lambda name: name.removeprefix("base_model."))
+    rename(adapter, lambda name: name.removeprefix("base_model."))
     ignored = peft_logits(adapter, warns="Found missing adapter keys")
     assert torch.equal(ignored, logits(reference(base)))  # the base alone
     with pytest.raises(CheckpointError, match="keys must begin with 'base_model"):
@@ -158,7 +138,7 @@ def test_keys_with_another_prefix(
 
 def test_half_of_the_keys_missing(trained: Callable, base: Path, peft_logits: Callable) -> None:
     adapter = trained()
-    edit_tensors(adapter, lambda name: None if "layers.1.self_attn" in name else name)
+    rename(adapter, lambda name: None if "layers.1.self_attn" in name else name)
     peft_logits(adapter, warns="Found missing adapter keys")
     with pytest.raises(
         CheckpointError,
@@ -170,30 +150,27 @@ def test_half_of_the_keys_missing(trained: Callable, base: Path, peft_logits: Ca
 def test_a_saved_module_missing(trained: Callable, base: Path) -> None:
     """Here PEFT fails too, with a KeyError."""
     adapter = trained(modules_to_save=["input_layernorm"])
-    edit_tensors(adapter, lambda name: None if "layers.1.input" in name else name)
+    rename(adapter, lambda name: None if "layers.1.input" in name else name)
     with pytest.raises(CheckpointError, match=r"selects: model\.layers\.1\.input_layernorm\.weigh"):
         load_with_adapter(base, adapter)
 
 
 @pytest.mark.parametrize(
-    ("config", "warns"),
-    [
-        ({"rank_pattern": {"q_porj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"up_porj": 2}}, "alpha_pattern"),
-    ],
+    ("key", "entry"), [("rank_pattern", "q_porj"), ("alpha_pattern", "up_porj")]
 )
 def test_a_pattern_that_matches_nothing(
-    trained: Callable, base: Path, config: dict[str, Any], warns: str
+    trained: Callable, base: Path, key: str, entry: str
 ) -> None:
     adapter = trained()
-    edit_config(adapter, **config)
-    with pytest.raises(CheckpointError, match=f"{warns} entries without a module in the file: "):
+    edit_json(adapter / "adapter_config.json", {key: {entry: 2}})
+    with pytest.raises(CheckpointError, match=f"{key} entries without a module in the file: "):
         load_with_adapter(base, adapter)
 
 
 def test_several_mistakes_are_one_message(trained: Callable, base: Path) -> None:
     adapter = trained()
-    edit_config(adapter, target_modules=["z", "a", "q_proj"], alpha_pattern={"v_proj": 3})
+    changes = {"target_modules": ["z", "a", "q_proj"], "alpha_pattern": {"v_proj": 3}}
+    edit_json(adapter / "adapter_config.json", changes)
     with pytest.raises(CheckpointError) as caught:
         load_with_adapter(base, adapter)
     for part in (

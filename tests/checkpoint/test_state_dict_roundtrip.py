@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from shared import Checkpoints, assert_same_bits
 
 from qlora_builders.checkpoint import load_checkpoint, load_with_adapter, save_checkpoint
 from qlora_builders.models import llama
@@ -24,26 +24,11 @@ PLAIN_PLAN = [
 ]
 
 
-def assert_same_bits(a: torch.nn.Module, b: torch.nn.Module) -> None:
-    theirs = dict(b.named_parameters())
-    quantized = 0
-    for name, parameter in a.named_parameters():
-        other = theirs[name]
-        if isinstance(parameter, NF4Tensor):
-            quantized += 1
-            for field in NF4Tensor.tensor_fields:
-                assert torch.equal(getattr(parameter, field), getattr(other, field)), (name, field)
-            assert torch.equal(parameter.dequantize(), other.dequantize()), name
-        else:
-            assert torch.equal(parameter, other), name
-    assert quantized == 14
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("variant", ["biased", "tied"])
 def test_three_round_trips(
-    checkpoints: Callable[..., Path], variant: str, dtype: torch.dtype, assign: bool
+    checkpoints: Checkpoints, variant: str, dtype: torch.dtype, assign: bool
 ) -> None:
     first = load_checkpoint(checkpoints(variant), PLAN, dtype=dtype)
     model = first
@@ -52,13 +37,13 @@ def test_three_round_trips(
         assert not any(isinstance(tensor, NF4Tensor) for tensor in state.values())
         model = llama(first.spec.arch, PLAN, dtype=dtype, device="meta" if assign else "cpu")
         model.load_state_dict(state, strict=True, assign=assign)
-        assert_same_bits(first, model)
+        assert_same_bits(first, model, quantized=14)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", ["biased", "tied"])
 def test_same_state_dict_loads_into_the_plain_build(
-    checkpoints: Callable[..., Path], variant: str, dtype: torch.dtype
+    checkpoints: Checkpoints, variant: str, dtype: torch.dtype
 ) -> None:
     quantized = load_checkpoint(checkpoints(variant), PLAN, dtype=dtype)
     plain = llama(quantized.spec.arch, PLAIN_PLAN, dtype=dtype)
@@ -71,12 +56,10 @@ def test_same_state_dict_loads_into_the_plain_build(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_through_files(
-    checkpoints: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_through_files(checkpoints: Checkpoints, tmp_path: Path, dtype: torch.dtype) -> None:
     plan = [{"match": "layers.**", "kind": "frozen_nf4"}]
     first = model = load_checkpoint(checkpoints(), plan, dtype=dtype)
     for i in range(3):
         save_checkpoint(model, tmp_path / str(i), max_shard_bytes=20_000)
         model = load_with_adapter(tmp_path / str(i), None, quantize="nf4", dtype=dtype)
-        assert_same_bits(first, model)
+        assert_same_bits(first, model, quantized=14)

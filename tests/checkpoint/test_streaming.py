@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from shared import Checkpoints
 from torch import Tensor
 
 from qlora_builders.checkpoint import load_checkpoint
-from qlora_builders.checkpoint.streaming import READERS, stream
+from qlora_builders.checkpoint.placing import READERS, stream
 from qlora_builders.checkpoint.tensor_files import LazyTensor, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.tensor import NF4Tensor
@@ -111,7 +111,7 @@ def test_nothing_to_do() -> None:
     stream([], lambda tensor, value: None, transient=lambda tensor: True)
 
 
-def test_loading_is_deterministic(checkpoints: Callable[..., Path]) -> None:
+def test_loading_is_deterministic(checkpoints: Checkpoints) -> None:
     plan = [{"match": "layers.**", "kind": "frozen_nf4"}]
     first = dict(load_checkpoint(checkpoints(sharded=True), plan).named_parameters())
     for _ in range(5):
@@ -124,7 +124,7 @@ def test_loading_is_deterministic(checkpoints: Callable[..., Path]) -> None:
                 assert torch.equal(parameter, first[name])
 
 
-def test_a_file_that_shrinks_while_it_is_read(own_copy: Callable[..., Path]) -> None:
+def test_a_file_that_shrinks_while_it_is_read(own_copy: Checkpoints) -> None:
     """An error that names file and tensor."""
     path = own_copy()
     tensors = open_tensors(path)

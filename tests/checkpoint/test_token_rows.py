@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from shared import Checkpoints, Logits, Reference
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from qlora_builders.checkpoint import (
@@ -42,9 +42,6 @@ TOKENS = [50, 3, 4, 5]
 TRAIN = ["embed_tokens[50,3-5]"]
 DELTA = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 EITHER_HEAD = pytest.mark.parametrize("variant", ["gqa", "tied"])
-Checkpoints = Callable[..., Path]
-Reference = Callable[[Path], LlamaForCausalLM]
-Logits = Callable[[nn.Module], Tensor]
 
 
 def load(path: Path, rule: dict[str, Any] = RULE, **options: Any) -> CausalLM:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from qlora_builders.checkpoint.formats.base import CheckpointFormat, collect_weights, lazy_parts
-from qlora_builders.checkpoint.formats.config_keys import Key, read_keys
-from qlora_builders.checkpoint.formats.hf import config_arch
+from qlora_builders.checkpoint.formats.hf import Key, config_arch, read_keys
 from qlora_builders.checkpoint.tensor_files import LazyTensor, open_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.tensor import NF4Tensor

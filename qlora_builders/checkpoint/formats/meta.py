@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from qlora_builders.checkpoint.formats.base import CheckpointFormat
-from qlora_builders.checkpoint.formats.config_keys import REQUIRED, Key, in_words_of, read_keys
 from qlora_builders.checkpoint.formats.hf import KEYS as HF_KEYS
-from qlora_builders.checkpoint.formats.hf import head_dim_of
+from qlora_builders.checkpoint.formats.hf import REQUIRED, Key, head_dim_of, in_words_of, read_keys
 from qlora_builders.checkpoint.tensor_files import LazyTensor
 from qlora_builders.errors import CheckpointError, QLoRAError, listed
 from qlora_builders.files.reading import open_plain, read_json_object

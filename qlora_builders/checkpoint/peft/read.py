@@ -12,17 +12,18 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_builders.checkpoint.base_record import (
     ASPECTS,
+    BASE_FILE,
     BaseRecord,
     check_base,
     read_base_record,
 )
-from qlora_builders.checkpoint.finite import is_finite
 from qlora_builders.checkpoint.peft.config import (
     CONFIG_FILE,
     AdapterModule,
@@ -37,12 +38,15 @@ from qlora_builders.checkpoint.peft.write import (
     adapters_of,
     trained_parameters,
 )
+from qlora_builders.checkpoint.placing import is_finite
 from qlora_builders.checkpoint.tensor_files import LazyTensor, open_tensors, read_header
-from qlora_builders.errors import CheckpointError, listed
-from qlora_builders.models import hf_name, linear_slots
+from qlora_builders.errors import CheckpointError, did_you_mean, listed
+from qlora_builders.models import ComponentRule, hf_name, linear_slots, slot_name
 from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
 from qlora_builders.tensor.sharded import copy_whole_
 
+QUANTIZE = ("auto", "nf4", "none")
+NF4_BASE = {"match": "layers.**", "kind": "frozen_nf4"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -301,4 +305,65 @@ def _compare_names(info: AdapterInfo, what: str, in_file: set[str], in_model: se
         raise CheckpointError(
             f"{info.path}: {what} of the model that are not in the file: {listed(missing)}; "
             f"in the file but not in the model: {listed(extra)}"
+        )
+
+
+# ---- the model that it needs ---------------------------------------------------------------------
+
+
+def check_quantize(quantize: str) -> None:
+    if quantize not in QUANTIZE:
+        raise CheckpointError(f"quantize is {quantize!r}{did_you_mean(quantize, QUANTIZE)}")
+
+
+def adapter_plan(
+    info: AdapterInfo, *, quantize: str = "auto"
+) -> tuple[list[ComponentRule | dict[str, Any]], list[str]]:
+    """(components, train) for a model that the adapter fits.
+
+    Args:
+        quantize: "auto" is the plan recorded with the adapter, or "none" where another tool wrote
+            it; "nf4" stores the decoder's linear layers in NF4; "none" keeps 16 or 32 bits.
+
+    Raises:
+        CheckpointError: for another `quantize`.
+    """
+    check_quantize(quantize)
+    if quantize == "auto" and info.base is not None:
+        return list(info.base.components), list(info.base.train)
+    nf4 = quantize == "nf4"
+    components: list[ComponentRule | dict[str, Any]] = [dict(NF4_BASE)] if nf4 else []
+    for name, adapter in info.modules.items():
+        slot = slot_name(name)
+        kind = "qlora" if nf4 and slot.startswith("layers.") else "lora"
+        rule = {"match": slot, "kind": kind, "rank": adapter.rank, "alpha": adapter.alpha}
+        rule |= {"use_rslora": adapter.use_rslora}
+        switches = {"lora_bias": adapter.lora_bias, "use_dora": adapter.use_dora}
+        components.append(rule | {name: True for name, on in switches.items() if on})
+    train = []
+    for name in sorted({slot_name(saved.rpartition(".")[0]) for saved in info.saved}):
+        if name.endswith("_proj") or name == "lm_head":
+            components.append({"match": name, "kind": "linear", "trainable": True})
+        else:
+            train.append(name)
+    if info.config.tokens:
+        train.append(f"embed_tokens[{','.join(map(str, info.config.tokens))}]")
+    return components, train
+
+
+def check_plan(info: AdapterInfo, plan: dict[str, ComponentRule]) -> None:
+    """A record whose plan is not that of the weights beside it, before anything is allocated."""
+    planned = {
+        hf_name(slot): (rule.stored_rank, bool(rule.use_dora))
+        for slot, rule in plan.items()
+        if rule.rank is not None
+    }
+    stored = {name: (module.rank, module.use_dora) for name, module in info.modules.items()}
+    differing = sorted(
+        name for name in planned.keys() | stored if planned.get(name) != stored.get(name)
+    )
+    if differing:
+        raise CheckpointError(
+            f"{info.path}: {BASE_FILE} plans other adapters, ranks or use_dora than "
+            f"{WEIGHTS_FILE} holds: {listed(differing)}"
         )
