@@ -26,25 +26,19 @@ from qlora_builders.modules import (
 )
 from qlora_builders.tensor import QUANTIZED_TYPES, Format
 
-# What each part of a rule takes, with its type. A plain weight alone has the first; a quantized
-# base has the options of its format, which checks them; `check_lora_options` checks an adapter's.
-_PLAIN_WEIGHT: dict[str, type] = {"trainable": bool}
-ADAPTERS: dict[str, dict[str, type]] = {
-    "none": {},
-    "lora": {
-        "rank": int,
-        "alpha": float,
-        "dropout": float,
-        "use_rslora": bool,
-        "lora_bias": bool,
-        "use_dora": bool,
-        "init_lora_weights": str,
-    },
-}
 _MOST_RULES = 10_000  # the largest Llama has 883 slots
+# What the weight is stored as, and what trains on it, with its options. A quantized base has those
+# of its format, a plain weight alone `trainable`.
 BASES: dict[str, type[Format] | None] = {
     "none": None,
     **{name: cls.kernels.format_type for name, cls in QUANTIZED_TYPES.items()},
+}
+ADAPTERS = {
+    "none": (),
+    "lora": (
+        *("rank", "alpha", "dropout", "use_rslora", "lora_bias", "use_dora"),
+        "init_lora_weights",
+    ),
 }
 # kind -> (base, adapter)
 KINDS = {
@@ -53,21 +47,21 @@ KINDS = {
     "lora": ("none", "lora"),
     "qlora": ("nf4", "lora"),
 }
-_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
-    int: ((int,), "an integer"),
-    float: ((int, float), "a number"),
-    bool: ((bool,), "true or false"),
-}
 _PARTS = ("match", "kind", "base", "adapter")
+# annotation of an option -> its types; True is an int to isinstance. Strings are checked by value.
+_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
+    "int | None": ((int,), "an integer"),
+    "float | None": ((int, float), "a number"),
+    "bool | None": ((bool,), "true or false"),
+}
 
 
-def takes(base: str, adapter: str) -> dict[str, type]:
-    """The options of a rule with this base and adapter, and their types."""
+def takes(base: str, adapter: str) -> tuple[str, ...]:
+    """The options of a rule with this base and adapter."""
     if base == adapter == "none":
-        return _PLAIN_WEIGHT
+        return ("trainable",)
     format_type = BASES[base]
-    of_base = {} if format_type is None else format_type().options
-    return ADAPTERS[adapter] | {name: type(default) for name, default in of_base.items()}
+    return (*ADAPTERS[adapter], *(() if format_type is None else format_type().options))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,28 +142,25 @@ class ComponentRule:
 
     def _check_types(self) -> None:
         taken = takes(self.base, self.adapter)
+        annotations = {f.name: f.type for f in fields(self)}
         for name, value in self.options.items():
             if name not in taken:
                 listed = ", ".join(taken) or "no options"
                 raise PlanError(f"{self._said} does not take {name!r}; it takes {listed}")
-            types, wanted = _TYPES.get(taken[name], ((object,), ""))
-            if wanted and type(value) not in types:  # True is an int to isinstance
+            types, wanted = _TYPES.get(annotations[name], ((type(value),), ""))
+            if type(value) not in types:
                 raise PlanError(f"{name} is {value!r}; it must be {wanted}")
 
     def _check_lora(self) -> None:
         if self.rank is None or self.alpha is None:
             raise PlanError(f"{self._said} needs rank and alpha")
-        given = {name: v for name, v in self.options.items() if name in ADAPTERS["lora"]}
+        given = {"dropout": 0.0} | self._given(ADAPTERS["lora"])
         given.pop("use_rslora", None)
-        check_lora_options(**{"dropout": 0.0, **given, "quantize_base": self.base != "none"})
+        check_lora_options(**given, quantize_base=self.base != "none")
 
     @property
     def _said(self) -> str:
-        return f"kind {self.kind!r}" if self.kind else f"base {self.base!r}, {self._adapter_said}"
-
-    @property
-    def _adapter_said(self) -> str:
-        return "without an adapter" if self.adapter == "none" else f"adapter {self.adapter!r}"
+        return f"kind {self.kind!r}" if self.kind else f"{self.name!r}"
 
     @property
     def name(self) -> str:
@@ -183,14 +174,16 @@ class ComponentRule:
         format_type = BASES[self.base]
         if format_type is None:
             return None
-        known = format_type().options
-        return format_type(**{name: v for name, v in self.options.items() if name in known})
+        return format_type(**self._given(format_type().options))
 
     @property
     def options(self) -> dict[str, Any]:
         """The options that were given, without what they are options of."""
         given = ((f.name, getattr(self, f.name)) for f in fields(self))
         return {k: v for k, v in given if v is not None and k not in _PARTS}
+
+    def _given(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: value for name, value in self.options.items() if name in names}
 
     @property
     def spelled(self) -> dict[str, Any]:
@@ -210,9 +203,8 @@ class ComponentRule:
 
     def frozen(self) -> ComponentRule:
         """The rule for the same base alone: no adapter, and nothing that trains."""
-        known = takes(self.base, "none")
-        kept = {k: v for k, v in self.options.items() if k in known and k != "trainable"}
-        return ComponentRule(match=self.match, base=self.base, **kept)
+        kept = {*takes(self.base, "none")} - {"trainable"}
+        return ComponentRule(match=self.match, base=self.base, **self._given(kept))
 
     @classmethod
     def of_format(cls, match: str, format: Format) -> ComponentRule:
@@ -289,19 +281,16 @@ def build_linear(
 ) -> nn.Module:
     """The layer that `rule` asks for. A weight that trains is a float32 master whatever `dtype`."""
     shape: dict[str, Any] = {"in_features": in_features, "out_features": out_features, "bias": bias}
-    format = rule.format
-    if rule.adapter == "none" and format is None:
-        dtype = torch.float32 if rule.trains else dtype
-        return Linear(**shape, device=device, dtype=dtype).requires_grad_(rule.trains)
-    if rule.adapter == "none" and rule.base == "nf4":  # has a public layer of its own
-        return FrozenNF4Linear(**shape, device=device, dtype=dtype, **rule.options)
+    shape["device"], format = device, rule.format
     if rule.adapter == "none":
-        assert format is not None
-        return FrozenLinear(**shape, format=format, device=device, dtype=dtype)
-    options = {name: v for name, v in rule.options.items() if name in ADAPTERS[rule.adapter]}
+        if format is None:
+            dtype = torch.float32 if rule.trains else dtype
+            return Linear(**shape, dtype=dtype).requires_grad_(rule.trains)
+        if rule.base == "nf4":  # has a public layer of its own
+            return FrozenNF4Linear(**shape, dtype=dtype, **rule.options)
+        return FrozenLinear(**shape, format=format, dtype=dtype)
     try:
-        return LoRALinear(
-            **shape, quantize_base=format or False, device=device, dtype=dtype, **options
-        )
+        options = rule._given(ADAPTERS[rule.adapter])
+        return LoRALinear(**shape, quantize_base=format or False, dtype=dtype, **options)
     except ValueError as error:
         raise PlanError(f"rule {rule.match!r}: {error}") from error

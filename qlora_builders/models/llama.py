@@ -6,8 +6,9 @@ Face's names, so a Hugging Face checkpoint needs no key map.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -96,9 +97,10 @@ def llama(
         _check_tied_head(plan["lm_head"], embedding_trains="embed_tokens" in trained)
 
     def linear(name: str, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
-        return build_linear(
-            plan[name], in_features, out_features, bias=bias, device=device, dtype=dtype
-        )
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        if name == "lm_head" and tokens and arch.tie_word_embeddings:  # shares the trained rows
+            return TokenHead(in_features, out_features, **options).requires_grad_(False)
+        return build_linear(plan[name], in_features, out_features, **options)
 
     def norm(name: str) -> nn.Module:
         own = torch.float32 if name in trained else dtype
@@ -115,9 +117,7 @@ def llama(
         )
         model = CausalLM(
             model=decoder,
-            lm_head=_token_head(arch, device, dtype)
-            if tokens and arch.tie_word_embeddings
-            else linear("lm_head", arch.hidden_size, arch.vocab_size),
+            lm_head=linear("lm_head", arch.hidden_size, arch.vocab_size),
             tie_word_embeddings=arch.tie_word_embeddings,
         )
     model.spec = LlamaSpec(arch=arch, components=tuple(rules), train=tuple(train), dtype=dtype)
@@ -138,13 +138,6 @@ def _embedding(
     if trains:
         raise PlanError("train names both embed_tokens and some of its rows; drop one of them")
     return TokenEmbedding(arch.vocab_size, arch.hidden_size, tokens, device=device, dtype=dtype)
-
-
-def _token_head(
-    arch: LlamaArch, device: torch.device | str | None, dtype: torch.dtype
-) -> nn.Module:
-    head = TokenHead(arch.hidden_size, arch.vocab_size, bias=False, device=device, dtype=dtype)
-    return head.requires_grad_(False)
 
 
 class _SkipMetaInit(TorchFunctionMode):
@@ -245,7 +238,7 @@ def _resolve_tokens(
             f"{arch.vocab_size}"
         )
     if len(set(tokens)) < len(tokens):
-        repeated = sorted({token for token in tokens if tokens.count(token) > 1})
+        repeated = sorted(token for token, count in Counter(tokens).items() if count > 1)
         raise PlanError(f"train embed_tokens[...]: named twice: {repeated[:5]}")
     if not any(rule.adapter != "none" for rule in plan.values()):
         raise PlanError(
@@ -276,15 +269,9 @@ def _check_tied_head(rule: ComponentRule, *, embedding_trains: bool) -> None:
 
 def _frequencies(arch: LlamaArch) -> list[float]:
     frequencies = rope_frequencies(arch.head_dim, arch.rope_theta)
-    scaling = arch.rope_scaling
-    if scaling is None:
+    if arch.rope_scaling is None:
         return frequencies
-    if scaling.rope_type == "linear":
-        return linear_scaled(frequencies, factor=scaling.factor)
-    return llama3_scaled(
-        frequencies,
-        factor=scaling.factor,
-        low_freq_factor=scaling.low_freq_factor,
-        high_freq_factor=scaling.high_freq_factor,
-        original_max_position_embeddings=scaling.original_max_position_embeddings,
-    )
+    options = asdict(arch.rope_scaling)
+    if options.pop("rope_type") == "linear":
+        return linear_scaled(frequencies, factor=options["factor"])
+    return llama3_scaled(frequencies, **options)

@@ -6,8 +6,8 @@ parameter count that the model card publishes is checked against every row by a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal
 
 from qlora_builders.errors import QLoRAError, did_you_mean
 from qlora_builders.models.families import FAMILIES
@@ -58,16 +58,8 @@ class LlamaArch:
     model_type: str = "llama"
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
+        sizes = [field.name for field in fields(self) if field.default is MISSING]
+        for name in sizes:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise QLoRAError(f"{name} is {value!r}; it must be an integer >= 1")
@@ -78,128 +70,62 @@ class LlamaArch:
             )
         if self.head_dim % 2:
             raise QLoRAError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
-        if self.model_type not in FAMILIES:
-            raise QLoRAError(
-                f"model_type is {self.model_type!r}{did_you_mean(self.model_type, FAMILIES)}"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise QLoRAError(
-                f"hidden_act is {self.hidden_act!r}{did_you_mean(self.hidden_act, ACTIVATIONS)}"
-            )
+        for name, known in (("model_type", FAMILIES), ("hidden_act", ACTIVATIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise QLoRAError(f"{name} is {value!r}{did_you_mean(value, known)}")
 
 
-# meta-llama/Llama-2-{7b,13b,70b}-hf
-_LLAMA2_7B = LlamaArch(
-    vocab_size=32_000,
-    hidden_size=4096,
-    intermediate_size=11_008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    max_position_embeddings=4096,
-)
-_LLAMA2_13B = replace(
-    _LLAMA2_7B,
-    hidden_size=5120,
-    intermediate_size=13_824,
-    num_layers=40,
-    num_heads=40,
-    num_kv_heads=40,
-)
-_LLAMA2_70B = replace(
-    _LLAMA2_7B,
-    hidden_size=8192,
-    intermediate_size=28_672,
-    num_layers=80,
-    num_heads=64,
-    num_kv_heads=8,
-)
-
+# meta-llama/Llama-2-{7b,13b,70b}-hf, codellama/CodeLlama-{7b,13b,34b,70b}-hf
+_CODE = {"vocab_size": 32_016, "rope_theta": 1e6, "max_position_embeddings": 16_384}
 # meta-llama/Meta-Llama-3-{8B,70B}
-_LLAMA3_8B = LlamaArch(
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    max_position_embeddings=8192,
-    rope_theta=500_000.0,
-)
-_LLAMA3_70B = replace(
-    _LLAMA3_8B, hidden_size=8192, intermediate_size=28_672, num_layers=80, num_heads=64
-)
-
-# Llama 3.1 and later: 128k positions
-_LONG = {
+_LLAMA3 = {"vocab_size": 128_256, "rope_theta": 500_000.0, "max_position_embeddings": 8192}
+# meta-llama/Llama-3.1-{8B,70B,405B}, meta-llama/Llama-3.3-70B-Instruct
+_LLAMA3_1 = _LLAMA3 | {
     "max_position_embeddings": 131_072,
     "rope_scaling": RopeScaling(rope_type="llama3", factor=8.0),
 }
-_LLAMA3_1_8B = replace(_LLAMA3_8B, **_LONG)  # type: ignore[arg-type]
-_LLAMA3_1_70B = replace(_LLAMA3_70B, **_LONG)  # type: ignore[arg-type]
-
 # meta-llama/Llama-3.2-{1B,3B}
-_LLAMA3_2_1B = replace(
-    _LLAMA3_1_8B,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_layers=16,
-    head_dim=64,
-    rope_scaling=RopeScaling(rope_type="llama3", factor=32.0),
-    tie_word_embeddings=True,
-)
+_LLAMA3_2 = _LLAMA3_1 | {
+    "rope_scaling": RopeScaling(rope_type="llama3", factor=32.0),
+    "tie_word_embeddings": True,
+}
+
+
+def _row(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **other: Any
+) -> LlamaArch:
+    sizes = {
+        "vocab_size": 32_000,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": 4096,
+    }
+    return LlamaArch(**sizes | other)
+
 
 LLAMA_ARCHS: dict[str, LlamaArch] = {
-    "llama2_7b": _LLAMA2_7B,
-    "llama2_13b": _LLAMA2_13B,
-    "llama2_70b": _LLAMA2_70B,
-    # codellama/CodeLlama-{7b,13b,34b,70b}-hf
-    "codellama_7b": replace(
-        _LLAMA2_7B, vocab_size=32_016, rope_theta=1e6, max_position_embeddings=16_384
-    ),
-    "codellama_13b": replace(
-        _LLAMA2_13B, vocab_size=32_016, rope_theta=1e6, max_position_embeddings=16_384
-    ),
-    "codellama_34b": replace(
-        _LLAMA2_70B,
-        intermediate_size=22_016,
-        num_layers=48,
-        rope_theta=1e6,
-        max_position_embeddings=16_384,
-    ),
-    "codellama_70b": replace(
-        _LLAMA2_70B, vocab_size=32_016, rope_theta=1e6, max_position_embeddings=16_384
-    ),
-    "llama3_8b": _LLAMA3_8B,
-    "llama3_70b": _LLAMA3_70B,
-    # meta-llama/Llama-3.1-{8B,70B,405B}
-    "llama3_1_8b": _LLAMA3_1_8B,
-    "llama3_1_70b": _LLAMA3_1_70B,
-    "llama3_1_405b": replace(
-        _LLAMA3_1_8B,
-        hidden_size=16_384,
-        intermediate_size=53_248,
-        num_layers=126,
-        num_heads=128,
-    ),
-    "llama3_2_1b": _LLAMA3_2_1B,
-    "llama3_2_3b": replace(
-        _LLAMA3_2_1B, hidden_size=3072, num_layers=28, num_heads=24, head_dim=128
-    ),
-    # meta-llama/Llama-3.3-70B-Instruct
-    "llama3_3_70b": _LLAMA3_1_70B,
+    "llama2_7b": _row(4096, 11_008, 32, 32, 32),
+    "llama2_13b": _row(5120, 13_824, 40, 40, 40),
+    "llama2_70b": _row(8192, 28_672, 80, 64, 8),
+    "codellama_7b": _row(4096, 11_008, 32, 32, 32, **_CODE),
+    "codellama_13b": _row(5120, 13_824, 40, 40, 40, **_CODE),
+    "codellama_34b": _row(8192, 22_016, 48, 64, 8, **_CODE | {"vocab_size": 32_000}),
+    "codellama_70b": _row(8192, 28_672, 80, 64, 8, **_CODE),
+    "llama3_8b": _row(4096, 14_336, 32, 32, 8, **_LLAMA3),
+    "llama3_70b": _row(8192, 28_672, 80, 64, 8, **_LLAMA3),
+    "llama3_1_8b": _row(4096, 14_336, 32, 32, 8, **_LLAMA3_1),
+    "llama3_1_70b": _row(8192, 28_672, 80, 64, 8, **_LLAMA3_1),
+    "llama3_1_405b": _row(16_384, 53_248, 126, 128, 8, **_LLAMA3_1),
+    "llama3_2_1b": _row(2048, 8192, 16, 32, 8, **_LLAMA3_2),
+    "llama3_2_3b": _row(3072, 8192, 28, 24, 8, **_LLAMA3_2),
+    "llama3_3_70b": _row(8192, 28_672, 80, 64, 8, **_LLAMA3_1),
     # TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T
-    "tinyllama_1_1b": replace(
-        _LLAMA2_7B,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_layers=22,
-        num_kv_heads=4,
-        head_dim=64,
-        max_position_embeddings=2048,
-    ),
+    "tinyllama_1_1b": _row(2048, 5632, 22, 32, 4, max_position_embeddings=2048),
 }
 
 

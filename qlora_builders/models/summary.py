@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,8 @@ from torch import nn
 from qlora_builders.models.components import resolve
 from qlora_builders.models.llama import hf_name, linear_slots, other_modules
 from qlora_builders.modules import CausalLM
+
+_COUNTS = ("parameters", "base_bytes", "trainable", "adapter_bytes")
 
 
 @dataclass(frozen=True)
@@ -37,60 +40,46 @@ def summarize(model: CausalLM) -> list[SummaryRow]:
     """Rows in the order of the model. Works on meta; nothing is dequantized."""
     arch = model.spec.arch
     plan = resolve(model.spec.components, linear_slots(arch))
-    groups: dict[tuple, list[tuple[int | None, SummaryRow]]] = {}
+    groups: dict[tuple, list[tuple[int, SummaryRow]]] = {}
     for name in [*other_modules(arch), *plan]:
         module = model.get_submodule(hf_name(name))
         rule = plan.get(name)
-        kind = type(module).__name__ if rule is None else rule.name
-        options = {} if rule is None else rule.options
-        tied = name == "lm_head" and model.tie_word_embeddings
-        layer = re.match(r"layers\.(\d+)\.(.+)", name)
-        suffix = name if layer is None else layer[2]
-        row = replace(_row(module, suffix, kind, options, tied), slots=(name,))
-        key = (suffix, kind, tuple(options.items()), row.parameters, row.trainable)
-        groups.setdefault(key, []).append((int(layer[1]) if layer else None, row))
+        kind, options = type(module).__name__, {}
+        if rule is not None:
+            kind, options = rule.name, rule.options
+        counts = _counts(module, tied=name == "lm_head" and model.tie_word_embeddings)
+        row = SummaryRow(name, (name,), kind, options, **counts)
+        layer = re.match(r"layers\.(\d+)\.", name)
+        suffix = name[layer.end() :] if layer else name
+        key = (suffix, kind, *options.items(), *counts.values())
+        groups.setdefault(key, []).append((int(layer[1]) if layer else 0, row))
     return [row for rows in groups.values() for row in _merged(rows)]
 
 
-def _row(
-    module: nn.Module, name: str, kind: str, options: dict[str, Any], tied: bool
-) -> SummaryRow:
-    base = adapter = base_bytes = adapter_bytes = trainable = 0
-    for parameter_name, parameter in module.named_parameters():
-        if tied and parameter_name.startswith("token_adapter."):
-            continue  # counted with the embedding
-        trainable += parameter.numel() if parameter.requires_grad else 0
-        if parameter_name.startswith(("lora_", "token_adapter.")):
-            adapter += parameter.numel()
-            adapter_bytes += parameter.nbytes
-        elif not (tied and parameter_name == "weight"):  # counted with the embedding
-            base += parameter.numel()
-            base_bytes += parameter.nbytes
-    return SummaryRow(name, (), kind, options, base, base_bytes, trainable, adapter_bytes)
-
-
-def _merged(rows: list[tuple[int | None, SummaryRow]]) -> Iterator[SummaryRow]:
-    """Consecutive layers with equal rows become one row."""
-    if rows[0][0] is None:
-        yield from (row for _, row in rows)
-        return
-    layers = [layer for layer, _ in rows if layer is not None]
-    row = rows[0][1]
-    start = 0
-    for end in range(1, len(layers) + 1):
-        if end < len(layers) and layers[end] == layers[end - 1] + 1:
+def _counts(module: nn.Module, *, tied: bool) -> dict[str, int]:
+    """The numbers of a row. What is tied is counted with the embedding."""
+    counts = dict.fromkeys(_COUNTS, 0)
+    for name, parameter in module.named_parameters():
+        if tied and name.startswith("token_adapter."):
             continue
-        count = end - start
-        first, last = layers[start], layers[end - 1]
-        span = str(first) if count == 1 else f"{first}-{last}"
-        yield SummaryRow(
-            name=f"layers.{span}.{row.name}",
-            slots=tuple(slot for _, one in rows[start:end] for slot in one.slots),
-            kind=row.kind,
-            options=row.options,
-            parameters=count * row.parameters,
-            base_bytes=count * row.base_bytes,
-            trainable=count * row.trainable,
-            adapter_bytes=count * row.adapter_bytes,
+        counts["trainable"] += parameter.numel() if parameter.requires_grad else 0
+        if name.startswith(("lora_", "token_adapter.")):
+            counts["adapter_bytes"] += parameter.nbytes
+        elif not (tied and name == "weight"):
+            counts["parameters"] += parameter.numel()
+            counts["base_bytes"] += parameter.nbytes
+    return counts
+
+
+def _merged(rows: list[tuple[int, SummaryRow]]) -> Iterator[SummaryRow]:
+    """Consecutive layers with equal rows become one row."""
+    for _, group in groupby(enumerate(rows), lambda at: at[1][0] - at[0]):
+        run = [row for _, row in group]
+        (first, row), (last, _) = run[0], run[-1]
+        span = f".{first}." if first == last else f".{first}-{last}."
+        yield replace(
+            row,
+            name=row.name.replace(f".{first}.", span, 1),
+            slots=tuple(one.name for _, one in run),
+            **{name: len(run) * getattr(row, name) for name in _COUNTS},
         )
-        start = end

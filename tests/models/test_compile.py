@@ -6,22 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from archs import tiny_arch
 from torch import Tensor, nn
 
-from qlora_builders import LlamaArch, llama
+from qlora_builders import llama
 from qlora_builders.modules import CausalLM
 
-ARCH = LlamaArch(
-    vocab_size=61,
-    hidden_size=48,
-    intermediate_size=80,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=12,
-    max_position_embeddings=64,
-    attention_bias=True,
-)
 PLAN = [
     {"match": "layers.**", "kind": "frozen_nf4"},
     {"match": "layers.*.*.{q,v,up,down}_proj", "kind": "qlora", "rank": 4, "alpha": 8},
@@ -50,7 +40,7 @@ VARIANT = {
 def build(device: str, options: dict[str, Any]) -> CausalLM:
     torch.manual_seed(0)
     plan = [PLAN[0], PLAN[1] | options]
-    model = llama(ARCH, plan, device=device, dtype=torch.float32)
+    model = llama(tiny_arch(attention_bias=True), plan, device=device, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -71,7 +61,7 @@ def test_a_decoder_layer_compiles_whole_and_computes_the_same(
     model = build(device, options)
     layer = model.model.layers[0]
     torch.manual_seed(1)
-    x = torch.randn(2, 10, ARCH.hidden_size, device=device)
+    x = torch.randn(2, 10, 32, device=device)
     cos, sin = model.model.rotary(torch.arange(10, device=device)[None], torch.float32)
     results = []
     for run in (layer, torch.compile(layer, fullgraph=True)):
@@ -95,7 +85,9 @@ def test_a_decoder_layer_compiles_whole_and_computes_the_same(
 @pytest.mark.parametrize("options", [{}, VARIANT])
 def test_the_model_exports(device: str, options: dict[str, Any]) -> None:
     model = build(device, options).eval()
-    ids = torch.randint(ARCH.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        model.spec.arch.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0)
+    )
     ids = ids.to(device)
     exported = torch.export.export(model, (ids,))
     torch.testing.assert_close(exported.module()(ids), model(ids), rtol=1e-5, atol=1e-5)

@@ -37,6 +37,18 @@ def build(component: ComponentRule, bias: bool = True) -> Any:
         ({"rank": None}, "kind 'qlora' needs rank and alpha"),
         ({"alpha": None}, "kind 'qlora' needs rank and alpha"),
         ({"kind": "lora", "rank": None}, "kind 'lora' needs rank and alpha"),
+        (
+            {"kind": "frozen_nf4", "base": "mxfp4"},
+            "kind 'frozen_nf4' has base 'nf4', which base 'mx",
+        ),
+        ({"kind": "", "rank": None, "alpha": None}, "kind missing, or base and adapter"),
+        ({"kind": "", "base": "mxfp5"}, "unknown base 'mxfp5'; did you mean 'mxfp4'"),
+        ({"kind": "", "adapter": "lore"}, "unknown adapter 'lore'; did you mean 'lora'"),
+        ({"kind": "", "base": "mxfp4"}, "'mxfp4' does not take 'rank'; it takes no options"),
+        (
+            {"kind": "", "base": "mxfp4", "adapter": "lora", "block_size": 32},
+            r"'mxfp4 \+ lora' does not take 'block_size'; it takes rank, ",
+        ),
         ({"kind": "lora", "block_size": 64}, "kind 'lora' does not take 'block_size'"),
         ({"kind": "frozen_nf4"}, "kind 'frozen_nf4' does not take 'rank'; it takes block_size"),
         ({"kind": "linear"}, "kind 'linear' does not take 'rank'; it takes trainable"),
@@ -100,13 +112,8 @@ def test_parse_takes_mappings_and_rules() -> None:
 
 
 def test_options_are_those_given() -> None:
-    assert rule().options == {"rank": 4, "alpha": 8}
-    assert rule(dropout=0.0, use_rslora=False).options == {
-        "rank": 4,
-        "alpha": 8,
-        "dropout": 0.0,
-        "use_rslora": False,
-    }
+    given = {"rank": 4, "alpha": 8, "dropout": 0.0, "use_rslora": False}
+    assert rule(**given).options == given
     assert ComponentRule(match="x", kind="linear").options == {}
 
 
@@ -114,11 +121,33 @@ def test_options_are_those_given() -> None:
 def test_trains(kind: str) -> None:
     adapter = {"rank": 1, "alpha": 1} if "rank" in takes(*KINDS[kind]) else {}
     assert ComponentRule(match="x", kind=kind, **adapter).trains == (kind in ("lora", "qlora"))
+    for trainable in (True, False):
+        rule = ComponentRule(match="x", kind="linear", trainable=trainable)
+        assert rule.trains == trainable
 
 
-def test_linear_trains_when_told() -> None:
-    assert ComponentRule(match="x", kind="linear", trainable=True).trains
-    assert not ComponentRule(match="x", kind="linear", trainable=False).trains
+@pytest.mark.parametrize(
+    ("parts", "kind", "name"),
+    [
+        ({"base": "nf4"}, "frozen_nf4", "frozen_nf4"),
+        ({"base": "none"}, "linear", "linear"),
+        ({"base": "nf4", "adapter": "lora"}, "qlora", "qlora"),
+        ({"kind": "qlora", "base": "nf4", "adapter": "lora"}, "qlora", "qlora"),
+        ({"adapter": "lora"}, "lora", "lora"),
+        ({"base": "mxfp4"}, "", "mxfp4"),
+        ({"base": "mxfp4", "adapter": "lora"}, "", "mxfp4 + lora"),
+    ],
+)
+def test_base_and_adapter_are_the_long_form_of_a_kind(
+    parts: dict[str, str], kind: str, name: str
+) -> None:
+    adapter = {"rank": 2, "alpha": 4} if "adapter" in parts else {}
+    rule = ComponentRule(match="x", **parts, **adapter)
+    assert (rule.kind, rule.name) == (kind, name)
+    assert ComponentRule.parse(rule.spelled) == rule
+    assert ("kind" in rule.spelled) == bool(kind)
+    if kind:
+        assert rule == ComponentRule(match="x", kind=kind, **adapter)
 
 
 # ---- a plan -------------------------------------------------------------------------------------
@@ -144,47 +173,33 @@ def test_frozen_keeps_the_base(given: ComponentRule, expected: dict[str, Any]) -
     assert not given.frozen().trains
 
 
-def test_unmatched_slots_are_frozen_linear() -> None:
-    plan = resolve([], SLOTS)
-    assert list(plan) == SLOTS
-    assert all(r.kind == "linear" and not r.trains for r in plan.values())
-
-
-def test_last_matching_rule_wins() -> None:
-    general, exception = rule(), rule(match="layers.1.**", rank=8)
+def test_the_last_matching_rule_decides_alone() -> None:
+    general, exception = rule(dropout=0.1), rule(match="layers.1.**", rank=8)
     plan = resolve([general, exception], SLOTS)
+    assert list(plan) == SLOTS
     assert plan["layers.0.self_attn.q_proj"] is general
-    assert plan["layers.1.self_attn.q_proj"] is exception
-    assert plan["lm_head"].kind == "linear"
+    assert plan["layers.1.self_attn.q_proj"] is exception  # nothing is inherited
+    assert plan["lm_head"] == ComponentRule(match="lm_head", kind="linear")
     assert resolve([exception, general], SLOTS)["layers.1.self_attn.q_proj"] is general
 
 
-def test_options_are_not_inherited_from_an_overridden_rule() -> None:
-    plan = resolve([rule(dropout=0.1), rule(match="layers.1.**")], SLOTS)
-    assert plan["layers.1.self_attn.q_proj"].dropout is None
-
-
-def test_a_miss_names_rule_and_index() -> None:
+def test_a_miss_names_the_rule_and_rules_are_counted() -> None:
     with pytest.raises(PlanError, match=r"rule of kind 'qlora': .*q_porj.*'q_proj'"):
         resolve([rule(), rule(match="layers.*.self_attn.q_porj")], SLOTS)
+    with pytest.raises(PlanError, match="10,001 rules; at most 10,000, so write patterns"):
+        resolve([rule()] * 10_001, SLOTS)
 
 
 # ---- one layer ----------------------------------------------------------------------------------
 
 
-def test_build_linear() -> None:
-    layer = build(ComponentRule(match="x", kind="linear"))
+@pytest.mark.parametrize("trains", [False, True])
+def test_build_linear(trains: bool) -> None:
+    layer = build(ComponentRule(match="x", kind="linear", trainable=trains))
     assert type(layer) is Linear
-    assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
-    assert not layer.weight.requires_grad
-    assert not layer.bias.requires_grad
-
-
-def test_build_trainable_linear_in_float32() -> None:
-    layer = build(ComponentRule(match="x", kind="linear", trainable=True))
-    assert layer.weight.dtype == layer.bias.dtype == torch.float32
-    assert layer.weight.requires_grad
-    assert layer.bias.requires_grad
+    for parameter in (layer.weight, layer.bias):
+        assert parameter.dtype == (torch.float32 if trains else torch.bfloat16)
+        assert parameter.requires_grad == trains
 
 
 def test_build_frozen_nf4() -> None:

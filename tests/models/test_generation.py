@@ -6,24 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from archs import tiny_model
 from transformers import LlamaForCausalLM
 
-from qlora_builders import LlamaArch, llama, load_checkpoint, save_checkpoint
+from qlora_builders import load_checkpoint, save_checkpoint
 from qlora_builders.errors import QLoRAError
 from qlora_builders.models import generate, generate_batch, max_steps
 from qlora_builders.models.generation import next_tokens
 from qlora_builders.modules import CausalLM
 
-ARCH = LlamaArch(
-    vocab_size=61,
-    hidden_size=48,
-    intermediate_size=80,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=12,
-    max_position_embeddings=40,
-)
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
 # PyTorch's own deprecations, met while it traces
 pytestmark = [
@@ -35,10 +26,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = llama(ARCH, dtype=torch.float32)
     path = tmp_path_factory.mktemp("generation") / "hf"
-    save_checkpoint(model, path)
+    save_checkpoint(tiny_model(max_position_embeddings=40), path)
     return path
 
 
@@ -68,15 +57,12 @@ def rows(steps: list[list[int | None]]) -> list[list[int]]:
     return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
 
 
-def test_one_prompt_gives_transformers_tokens(model: CausalLM, answers: list[list[int]]) -> None:
+def test_transformers_tokens_alone_and_in_a_batch(
+    model: CausalLM, answers: list[list[int]]
+) -> None:
     ours = [list(generate(model, prompt, max_new_tokens=20)) for prompt in PROMPTS]
     assert ours == answers
     assert len({token for answer in answers for token in answer}) > 5
-
-
-def test_a_batch_gives_each_prompt_its_own_tokens(
-    model: CausalLM, answers: list[list[int]]
-) -> None:
     assert rows(list(generate_batch(model, PROMPTS, max_new_tokens=20))) == answers
 
 
@@ -148,13 +134,20 @@ def test_rows_stop_one_by_one(model: CausalLM, answers: list[list[int]]) -> None
 def test_the_positions_end_with_the_longest_prompt(model: CausalLM) -> None:
     prompts = [[1] * 38, [2]]
     steps = list(generate_batch(model, prompts, max_new_tokens=20))
-    assert len(steps) == max_steps(ARCH, prompts, 20) == 2
+    assert len(steps) == max_steps(model.spec.arch, prompts, 20) == 2
     assert list(generate(model, [1] * 40, max_new_tokens=5)) == []
 
 
-@pytest.mark.parametrize(("prompt", "count"), [([], 0), ([1] * 41, 41)])
-def test_prompts_have_a_length(model: CausalLM, prompt: list[int], count: int) -> None:
-    with pytest.raises(QLoRAError, match=f"the prompt has {count} tokens; allowed: 1 to 40"):
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the prompt has 0 tokens; allowed: 1 to 40"),
+        ([1] * 41, "the prompt has 41 tokens; allowed: 1 to 40"),
+        ([1, 61], "the prompt has token 61, but the model's vocabulary has 61 entries"),
+    ],
+)
+def test_prompts_are_checked(model: CausalLM, prompt: list[int], message: str) -> None:
+    with pytest.raises(QLoRAError, match=message):
         next(generate_batch(model, [[1], prompt], max_new_tokens=5))
 
 

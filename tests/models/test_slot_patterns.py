@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from random import Random
 
 import pytest
@@ -10,87 +11,65 @@ import pytest
 from qlora_builders.errors import PlanError
 from qlora_builders.models.slot_patterns import expand, match_names, token_ids
 
-NAMES = [
-    f"layers.{layer}.{slot}"
-    for layer in range(12)
-    for slot in (
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    )
-] + ["lm_head"]
+ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
+MLP = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+NAMES = [*(f"layers.{n}.{slot}" for n in range(12) for slot in (*ATTENTION, *MLP)), "lm_head"]
 
 
-def hits(pattern: str) -> set[str]:
-    return set(match_names(pattern, NAMES))
+def in_layers(numbers: Iterable[int], *slots: str) -> set[str]:
+    return {f"layers.{layer}.{slot}" for layer in numbers for slot in slots}
 
 
-def layers(pattern: str) -> set[int]:
-    return {int(name.split(".")[1]) for name in match_names(pattern, NAMES)}
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("lm_head", {"lm_head"}),
+        ("layers.1.mlp.up_proj", in_layers([1], "mlp.up_proj")),  # not layer 10 or 11
+        # a star stays inside a segment
+        ("layers.*.mlp.up_proj", in_layers(range(12), "mlp.up_proj")),
+        ("layers.0.*.*_proj", in_layers([0], *ATTENTION, *MLP)),
+        ("layers.1*.mlp.up_proj", in_layers([1, 10, 11], "mlp.up_proj")),
+        # two span any number, none too
+        ("**", set(NAMES)),
+        ("layers.**", set(NAMES) - {"lm_head"}),
+        ("layers.3.**", in_layers([3], *ATTENTION, *MLP)),
+        ("**.q_proj", in_layers(range(12), "self_attn.q_proj")),
+        ("**.mlp.*", in_layers(range(12), *MLP)),
+        ("layers.**.up_proj", in_layers(range(12), "mlp.up_proj")),
+        ("**.lm_head", {"lm_head"}),
+        ("layers.0.**.self_attn.**.q_proj", in_layers([0], "self_attn.q_proj")),
+        # ranges
+        ("layers.[8-11].**", in_layers([8, 9, 10, 11], *ATTENTION, *MLP)),
+        ("layers.[9-10].mlp.up_proj", in_layers([9, 10], "mlp.up_proj")),
+        ("layers.[1].**", in_layers([1], *ATTENTION, *MLP)),
+        ("layers.[0-0].**", in_layers([0], *ATTENTION, *MLP)),
+        # choices
+        ("layers.0.self_attn.{q,k,v}_proj", in_layers([0], *ATTENTION[:3])),
+        ("{lm_head, layers.0.mlp.up_proj}", {"lm_head", "layers.0.mlp.up_proj"}),
+        ("layers.{0,1,5}.mlp.up_proj", in_layers([0, 1, 5], "mlp.up_proj")),
+        ("layers.[0-1].**.{q,up}_proj", in_layers([0, 1], "self_attn.q_proj", "mlp.up_proj")),
+        ("{lm_head,**}", set(NAMES)),
+    ],
+)
+def test_what_a_pattern_matches(pattern: str, expected: set[str]) -> None:
+    """In the order of the names, and without duplicates."""
+    assert match_names(pattern, NAMES) == [name for name in NAMES if name in expected]
 
 
-def test_exact_name() -> None:
-    assert hits("lm_head") == {"lm_head"}
-    assert hits("layers.1.mlp.up_proj") == {"layers.1.mlp.up_proj"}  # not layer 10 or 11
-
-
-def test_star_stays_inside_a_segment() -> None:
-    assert hits("layers.*.mlp.up_proj") == {f"layers.{i}.mlp.up_proj" for i in range(12)}
-    assert {name.split(".")[-1] for name in hits("layers.0.*.*_proj")} == {
-        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    }
-    assert layers("layers.1*.mlp.up_proj") == {1, 10, 11}
-    with pytest.raises(PlanError, match="matches nothing"):
-        match_names("layers.*.up_proj", NAMES)
-    with pytest.raises(PlanError, match="matches nothing"):
-        match_names("layers.*", NAMES)
-
-
-def test_double_star_spans_segments() -> None:
-    assert hits("**") == set(NAMES)
-    assert hits("layers.**") == set(NAMES) - {"lm_head"}
-    assert hits("layers.3.**") == {name for name in NAMES if name.startswith("layers.3.")}
-    assert hits("**.q_proj") == {f"layers.{i}.self_attn.q_proj" for i in range(12)}
-    assert hits("**.mlp.*") == {name for name in NAMES if ".mlp." in name}
-    assert hits("layers.**.up_proj") == hits("layers.*.mlp.up_proj")
-    assert hits("**.lm_head") == {"lm_head"}  # any number of segments includes none
-    assert hits("layers.0.**.self_attn.**.q_proj") == {"layers.0.self_attn.q_proj"}
-
-
-def test_range() -> None:
-    assert layers("layers.[8-11].**") == {8, 9, 10, 11}
-    assert layers("layers.[9-10].mlp.up_proj") == {9, 10}
-    assert layers("layers.[1].**") == {1}
-    assert layers("layers.[0-0].**") == {0}
-
-
-def test_choice() -> None:
-    assert hits("layers.0.self_attn.{q,k,v}_proj") == {
-        f"layers.0.self_attn.{name}_proj" for name in "qkv"
-    }
-    assert hits("{lm_head, layers.0.mlp.up_proj}") == {"lm_head", "layers.0.mlp.up_proj"}
-    assert layers("layers.{0,1,5}.mlp.up_proj") == {0, 1, 5}
-
-
-def test_forms_combine() -> None:
-    assert hits("layers.[0-1].**.{q,up}_proj") == {
-        f"layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")
-    }
+def test_alternatives_are_spelled_out_in_order() -> None:
     assert expand("a.[1-2].{x,y}") == ["a.1.x", "a.1.y", "a.2.x", "a.2.y"]
 
 
-def test_order_is_that_of_the_names_and_without_duplicates() -> None:
-    assert match_names("{lm_head,**}", NAMES) == NAMES
-
-
-def test_other_characters_are_literal() -> None:
-    for pattern in ("layers.0.mlp.up?proj", "layers.0.mlp.(up_proj)", "layers+0", "^lm_head$"):
-        with pytest.raises(PlanError, match="matches nothing"):
-            match_names(pattern, NAMES)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("layers.*.up_proj", "layers.*", "layers.0.mlp.up?proj", "layers.0.mlp.(up_proj)"),
+        *("layers+0", "^lm_head$"),
+    ],
+)
+def test_other_characters_are_literal(pattern: str) -> None:
+    with pytest.raises(PlanError, match="matches nothing"):
+        match_names(pattern, NAMES)
     with pytest.raises(PlanError, match="matches nothing"):
         match_names("layers.0.mlp.up_proj", ["layersX0XmlpXup_proj"])  # "." is no wildcard
 
@@ -179,6 +158,8 @@ def test_what_a_pattern_costs_is_bounded(pattern: str, message: str) -> None:
 
 def test_so_are_the_tokens_of_one() -> None:
     assert len(token_ids("embed_tokens[0-299999]") or []) == 300_000
+    with pytest.raises(PlanError, match="'x' is no token id or range"):
+        token_ids("embed_tokens[1,x]")
     for pattern in ("embed_tokens[0-99999999999]", "embed_tokens[0-600000,0-600000]"):
         with pytest.raises(PlanError, match="more than 1,000,000 tokens"):
             token_ids(pattern)

@@ -9,12 +9,17 @@ from torch import Tensor
 
 from qlora_builders.tensor import NF4Tensor, to_nf4
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
 
 def make(
     *shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **options: Any
 ) -> NF4Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return to_nf4(torch.randn(shape or (30, 70), generator=generator).to(dtype), **options)
+    return to_nf4(randn(*(shape or (30, 70)), dtype=dtype, seed=seed), **options)
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from nf4_tensors import DTYPES, assert_same, make, randn
 from torch import Tensor
 
-from qlora_builders.tensor import NF4Tensor, to_nf4
 from qlora_builders.tensor.layouts import (
     BNB_JSON,
     pack_bnb,
@@ -22,7 +22,6 @@ from qlora_builders.tensor.layouts import (
     unpack_native,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = [
     {},
     {"scale_format": "none"},
@@ -34,13 +33,8 @@ FORMATS = [
 SHAPES = ((64, 64), (300, 100), (7, 13), (1, 1), (5,))
 
 
-def weight(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def same(a: NF4Tensor, b: NF4Tensor) -> bool:
-    fields = all(torch.equal(getattr(a, n), getattr(b, n)) for n in NF4Tensor.tensor_fields)
-    return fields and (a.shape, a.dtype, a.format) == (b.shape, b.dtype, b.format)
+def bnb_parts(packed: Tensor, state: bnb.QuantState) -> dict[str, Tensor]:
+    return {"": packed, **{f".{k}": v for k, v in state.as_dict(packed=True).items()}}
 
 
 def edit_json(parts: dict[str, Tensor], suffix: str, **changes: Any) -> dict[str, Tensor]:
@@ -59,8 +53,8 @@ def as_tensor(text: str) -> Tensor:
 def test_native_gives_back_every_bit(
     shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    original = to_nf4(weight(shape, dtype), **options)
-    assert same(unpack(pack_native(original)), original)
+    original = make(*shape, dtype=dtype, **options)
+    assert_same(unpack(pack_native(original)), original)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,7 +63,7 @@ def test_native_gives_back_every_bit(
 def test_bitsandbytes_layout_keeps_codes_and_values(
     shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    original = to_nf4(weight(shape, dtype), **options)
+    original = make(*shape, dtype=dtype, **options)
     parts = pack_bnb(original)
     back = unpack(parts)
     assert torch.equal(back.codes, original.codes)
@@ -77,7 +71,7 @@ def test_bitsandbytes_layout_keeps_codes_and_values(
     again = pack_bnb(back)
     assert parts.keys() == again.keys()
     assert all(torch.equal(parts[suffix], again[suffix]) for suffix in parts)
-    assert same(unpack(again), back)
+    assert_same(unpack(again), back)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,7 +79,7 @@ def test_bitsandbytes_layout_keeps_codes_and_values(
 def test_bitsandbytes_reads_ours_with_equal_values(
     options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    original = to_nf4(weight((128, 128), dtype), **options)
+    original = make(128, 128, dtype=dtype, **options)
     parts = {f"weight{suffix}": tensor for suffix, tensor in pack_bnb(original).items()}
     packed = parts.pop("weight")
     state = bnb.QuantState.from_dict(parts, torch.device("cpu"))
@@ -100,12 +94,14 @@ def test_bitsandbytes_reads_ours_with_equal_values(
 def test_we_read_bitsandbytes_with_equal_values(
     nested: bool, dtype: torch.dtype, storage: torch.dtype
 ) -> None:
-    plain = weight((130, 96), dtype)
     packed, state = bnb.quantize_4bit(
-        plain.flatten(), quant_type="nf4", compress_statistics=nested, quant_storage=storage
+        randn(130 * 96, dtype=dtype),
+        quant_type="nf4",
+        compress_statistics=nested,
+        quant_storage=storage,
     )
     assert packed.dtype == storage
-    ours = unpack_bnb({"": packed, **{f".{k}": v for k, v in state.as_dict(packed=True).items()}})
+    ours = unpack_bnb(bnb_parts(packed, state))
     assert ours.format.scale_format == ("bnb" if nested else "none")
     assert torch.equal(ours.dequantize(), bnb.dequantize_4bit(packed, state).view(-1))
     parts = pack_bnb(ours)
@@ -116,11 +112,9 @@ def test_we_read_bitsandbytes_with_equal_values(
 
 def test_plain_scales_that_the_dtype_cannot_hold_are_not_rounded() -> None:
     """Such files exist if a tool quantized float32 weights and wrote another dtype beside them."""
-    packed, state = bnb.quantize_4bit(
-        weight((64, 64), torch.float32).flatten(), quant_type="nf4", compress_statistics=False
-    )
+    packed, state = bnb.quantize_4bit(randn(64 * 64), quant_type="nf4", compress_statistics=False)
     state.dtype = torch.bfloat16
-    parts = {"": packed, **{f".{k}": v for k, v in state.as_dict(packed=True).items()}}
+    parts = bnb_parts(packed, state)
     ours = unpack_bnb(parts)
     assert ours.dtype == torch.bfloat16
     assert not torch.equal(state.absmax.bfloat16().float(), state.absmax)
@@ -132,13 +126,13 @@ def test_plain_scales_that_the_dtype_cannot_hold_are_not_rounded() -> None:
 def test_nested_scales_of_another_machine_stay_exact(dtype: torch.dtype) -> None:
     """Its codebook may differ from ours in the last bit."""
     packed, state = bnb.quantize_4bit(
-        weight((300, 96), dtype).flatten(), quant_type="nf4", compress_statistics=True
+        randn(300 * 96, dtype=dtype), quant_type="nf4", compress_statistics=True
     )
     ones = state.state2.code.view(torch.int32) + 1
     state.state2.code = torch.where(
         state.state2.code == 0, state.state2.code, ones.view(torch.float32)
     )
-    ours = unpack_bnb({"": packed, **{f".{k}": v for k, v in state.as_dict(packed=True).items()}})
+    ours = unpack_bnb(bnb_parts(packed, state))
     theirs = bnb.dequantize_4bit(packed, state).view(-1)
     assert torch.equal(ours.dequantize(), theirs)
     assert torch.equal(unpack_bnb(pack_bnb(ours)).dequantize(), theirs)
@@ -146,8 +140,8 @@ def test_nested_scales_of_another_machine_stay_exact(dtype: torch.dtype) -> None
 
 # ---- damage -------------------------------------------------------------------------------------
 
-BNB_PARTS = pack_bnb(to_nf4(weight((64, 64)), scale_format="bnb"))
-NATIVE_PARTS = pack_native(to_nf4(weight((64, 64))))
+BNB_PARTS = pack_bnb(make(64, 64, scale_format="bnb"))
+NATIVE_PARTS = pack_native(make(64, 64))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +193,7 @@ def test_bitsandbytes_parts_are_checked(change: dict[str, Any], message: str) ->
 
 
 def test_nested_and_plain_descriptions_are_not_mixed_up() -> None:
-    plain = pack_bnb(to_nf4(weight((64, 64)), scale_format="none"))
+    plain = pack_bnb(make(64, 64, scale_format="none"))
     for parts, other in ((plain, BNB_PARTS), (BNB_PARTS, plain)):
         with pytest.raises(ValueError, match="must come together"):
             unpack_bnb(parts | {BNB_JSON: other[BNB_JSON]})

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from nf4_tensors import assert_same, make
+from nf4_tensors import DTYPES, assert_same, make, randn
 from torch import Tensor, nn
 
+from qlora_builders import FrozenNF4Linear
 from qlora_builders.tensor import NF4Format, NF4Tensor, to_nf4
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def saved_and_loaded(value: Any) -> Any:
@@ -74,37 +73,31 @@ def test_quantizing_does_not_touch_or_alias_the_weight() -> None:
 # ---- casts dequantize, moves do not -------------------------------------------------------------
 
 
-CASTS: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype]] = {
+CASTS: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype | None]] = {
     "to(dtype)": (lambda w: w.to(torch.float32), torch.float32),
     "to(dtype=)": (lambda w: w.to(dtype=torch.float16), torch.float16),
-    "to(own dtype)": (lambda w: w.to(torch.bfloat16), torch.bfloat16),
+    "to(own dtype)": (lambda w: w.to(w.dtype), None),
     "to(device, dtype)": (lambda w: w.to("cpu", torch.float32), torch.float32),
     "to(other)": (lambda w: w.to(torch.ones(1, dtype=torch.float64)), torch.float64),
     "float": (lambda w: w.float(), torch.float32),
     "double": (lambda w: w.double(), torch.float64),
     "half": (lambda w: w.half(), torch.float16),
     "bfloat16": (lambda w: w.bfloat16(), torch.bfloat16),
-    "type": (lambda w: w.type(torch.float32), torch.float32),
-    "type_as": (lambda w: w.type_as(torch.ones(1)), torch.float32),
-    "dequantize": (lambda w: w.dequantize(), torch.bfloat16),
+    "type": (lambda w: w.type(torch.float16), torch.float16),
+    "type_as": (lambda w: w.type_as(torch.ones(1).half()), torch.float16),
+    "dequantize": (lambda w: w.dequantize(), None),
 }
 
 
+@pytest.mark.parametrize("own", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("spelling", CASTS)
-def test_every_cast_dequantizes(spelling: str) -> None:
+def test_every_cast_dequantizes(spelling: str, own: torch.dtype) -> None:
     cast, dtype = CASTS[spelling]
-    weight = make()
+    weight = make(dtype=own)
     plain = cast(weight)
     assert type(plain) is Tensor
-    assert plain.dtype == dtype
-    assert torch.equal(plain, weight.dequantize().to(dtype))
-
-
-def test_casts_of_a_float32_weight_all_give_plain_tensors() -> None:
-    weight = make(dtype=torch.float32)
-    for plain in (weight.float(), weight.to(torch.float32), weight.half(), weight.bfloat16()):
-        assert type(plain) is Tensor
-    assert torch.equal(weight.float(), weight.dequantize())
+    assert plain.dtype == (dtype or own)
+    assert torch.equal(plain, weight.dequantize().to(plain.dtype))
 
 
 COPIES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -139,8 +132,8 @@ def test_copies_keep_every_bit_and_option(spelling: str, scale_format: str) -> N
 def test_copies_own_their_memory(spelling: str) -> None:
     weight = make()
     duplicate = COPIES[spelling](weight)
-    for name in NF4Tensor.tensor_fields:
-        assert getattr(duplicate, name).data_ptr() != getattr(weight, name).data_ptr()
+    for copied, field in zip(duplicate.fields, weight.fields, strict=True):
+        assert copied.data_ptr() != field.data_ptr()
 
 
 def test_moving_to_where_it_is_already_copies_nothing() -> None:
@@ -153,7 +146,7 @@ def test_moving_to_where_it_is_already_copies_nothing() -> None:
 def test_a_parameter_stays_a_frozen_parameter(copied: Callable[[Any], Any]) -> None:
     parameter = copied(nn.Parameter(make(), requires_grad=False))
     assert isinstance(parameter, nn.Parameter)
-    assert isinstance(parameter, NF4Tensor)
+    assert_same(parameter, make())
     assert not parameter.requires_grad
 
 
@@ -193,9 +186,6 @@ def test_module_casts_and_moves_leave_the_weight_alone(move: Callable[[nn.Module
     assert_same(moved.weight, weight)
     assert isinstance(moved.weight, nn.Parameter)
     assert [name for name, _ in moved.named_parameters()] == ["weight", "norm"]
-
-
-def test_module_half_still_casts_the_plain_parameters() -> None:
     assert Holder(make()).half().norm.dtype == torch.float16
 
 
@@ -269,6 +259,10 @@ def test_gradients_may_be_declined() -> None:
         ({"scale_block_size": 1.5}, r"scale_block_size is 1\.5"),
         ({"scale_format": "geometrc"}, "'geometrc'; did you mean 'geometric'"),
         ({"scale_format": None}, "scale_format is None; "),
+        (
+            {"scale_format": "bnb", "scale_search": True},
+            "scale_search cannot be combined with scale_format 'bnb'",
+        ),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -276,21 +270,21 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         to_nf4(torch.zeros(4, 64), **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64, torch.bool])
-def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=f"dtype {dtype}; allowed: torch.float32, torch.bfloat16"):
-        to_nf4(torch.zeros(4, 64, dtype=dtype))
-
-
-@pytest.mark.parametrize("shape", [(), (2, 3, 4)])
-def test_other_ranks_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="use 1-D or 2-D"):
-        to_nf4(torch.zeros(shape))
-
-
-def test_an_nf4_tensor_is_not_quantized_twice() -> None:
-    with pytest.raises(ValueError, match="NF4Tensor already"):
-        to_nf4(make())
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        *(
+            (torch.zeros(4, 64, dtype=dtype), f"dtype {dtype}; allowed: torch.float32, torch.bf")
+            for dtype in (torch.float64, torch.int64, torch.complex64, torch.bool)
+        ),
+        (torch.zeros(()), "use 1-D or 2-D"),
+        (torch.zeros(2, 3, 4), "use 1-D or 2-D"),
+        (make(), "NF4Tensor already"),
+    ],
+)
+def test_other_weights_are_refused(weight: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_nf4(weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -302,28 +296,125 @@ def test_nan_and_infinity_are_refused(bad: float, dtype: torch.dtype) -> None:
         to_nf4(weight)
 
 
-def test_the_constructor_checks_its_fields() -> None:
-    weight = make(dtype=torch.float32)
-    fields = {name: getattr(weight, name) for name in NF4Tensor.tensor_fields}
-    same = NF4Tensor(**fields, shape=(30, 70), dtype=torch.float32)
-    assert_same(same, weight)
-    with pytest.raises(ValueError, match=r"codes is torch.uint8 \[1050\], but a weight of shape"):
-        NF4Tensor(**fields, shape=(30, 71), dtype=torch.float32)
-    wrong = {**fields, "scales": fields["scales"].float()}
-    with pytest.raises(ValueError, match=r"scales is torch.float32 \[33\].*needs torch.uint8"):
-        NF4Tensor(**wrong, shape=(30, 70), dtype=torch.float32)
-    with pytest.raises(ValueError, match="scale_groups is"):
-        NF4Tensor(
-            **fields, shape=(30, 70), dtype=torch.float32, format=NF4Format(scale_block_size=2)
-        )
-    with pytest.raises(ValueError, match=r"cannot stand for dtype torch\.float64"):
-        NF4Tensor(**fields, shape=(30, 70), dtype=torch.float64)
-    with pytest.raises(TypeError, match=r"takes codes, scales, scale_groups, .*; got 0 fields and"):
-        NF4Tensor(**fields, shape=(30, 70), dtype=torch.float32, block_size=64)
+FIELDS = dict(zip(NF4Tensor.tensor_fields, make(dtype=torch.float32).fields, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"shape": (30, 71)}, ValueError, r"codes is torch.uint8 \[1050\], but a weight of shape"),
+        (
+            {"scales": FIELDS["scales"].float()},
+            ValueError,
+            r"scales is torch.float32 \[33\].*needs torch.uint8",
+        ),
+        ({"format": NF4Format(scale_block_size=2)}, ValueError, "scale_groups is"),
+        ({"dtype": torch.float64}, ValueError, r"cannot stand for dtype torch\.float64"),
+        ({"block_size": 64}, TypeError, r"takes codes, scales, scale_groups, .*; got 0 fields and"),
+    ],
+)
+def test_the_constructor_checks_its_fields(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments = {**FIELDS, "shape": (30, 70), "dtype": torch.float32}
+    assert_same(NF4Tensor(**arguments), make(dtype=torch.float32))
+    with pytest.raises(error, match=message):
+        NF4Tensor(**arguments | changes)
     with pytest.raises(TypeError, match=r"got 2 fields and no names"):
-        NF4Tensor(weight.codes, weight.scales, shape=(30, 70), dtype=torch.float32)
-    with pytest.raises(ValueError, match="block_size is 63"):
-        NF4Tensor(**fields, shape=(30, 70), dtype=torch.float32, format=NF4Format(block_size=63))
+        NF4Tensor(FIELDS["codes"], FIELDS["scales"], shape=(30, 70), dtype=torch.float32)
+
+
+# ---- copy_: bits between equal formats, else a new quantization ---------------------------------
+
+
+def test_copy_between_equal_formats_copies_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, destination = make(seed=1), make(seed=2)
+    monkeypatch.setattr(NF4Tensor, "dequantize", None)
+    codes = destination.codes
+    assert destination.copy_(source) is destination
+    assert_same(destination, source)
+    assert destination.codes is codes  # in place
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(randn(30, 70).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)),
+        make(seed=1, block_size=64),
+        make(seed=1, block_size=32, scale_format="none"),
+        make(seed=1, block_size=32, scale_block_size=3, dtype=torch.float32),
+    ],
+    ids=repr,
+)
+def test_copy_from_anything_else_quantizes_with_the_destinations_options(source: Tensor) -> None:
+    options = {"block_size": 32, "scale_block_size": 3}
+    destination = make(seed=2, **options)
+    plain = source.dequantize() if isinstance(source, NF4Tensor) else source
+    destination.copy_(source)
+    assert_same(destination, to_nf4(plain.bfloat16(), **options))
+
+
+def test_copy_into_a_plain_tensor_dequantizes() -> None:
+    weight, plain = make(), torch.zeros(30, 70)
+    plain.copy_(weight)
+    assert torch.equal(plain, weight.dequantize().float())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (make(70, 30), r"shape \[70, 30\] into one of shape \[30, 70\]"),
+        (torch.zeros(70, 30), r"shape \[70, 30\] into one of shape \[30, 70\]"),
+        (torch.full((30, 70), torch.nan), "NaN or infinite"),
+    ],
+    ids=["NF4", "plain", "NaN"],
+)
+def test_copy_refuses_and_changes_nothing(source: Tensor, message: str) -> None:
+    destination = make()
+    with pytest.raises(ValueError, match=message):
+        destination.copy_(source)
+    assert_same(destination, make())
+
+
+# ---- scale_search: less error for the same bits -------------------------------------------------
+
+
+def error(weight: Tensor, decoded: Tensor) -> float:
+    return ((decoded.double() - weight.double()).norm() / weight.double().norm()).item()
+
+
+@pytest.mark.parametrize("scale_format", ["geometric", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normal_weights_lose_five_percent_of_their_error(
+    dtype: torch.dtype, scale_format: str
+) -> None:
+    weight = randn(512, 512, seed=0, dtype=dtype)
+    plain = to_nf4(weight, scale_format=scale_format)
+    searched = to_nf4(weight, scale_format=scale_format, scale_search=True)
+    assert searched.nbytes == plain.nbytes
+    assert error(weight, searched.dequantize()) < 0.95 * error(weight, plain.dequantize())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_round_trip_changes_no_bit_with_or_without_another_search(dtype: torch.dtype) -> None:
+    normal, tiny = randn(40, 100, seed=0), torch.finfo(dtype).tiny
+    outlier = normal.clone()
+    outlier[3, 3] = 400
+    for weight in (normal, outlier, normal * tiny, normal * tiny * 16, torch.zeros(5, 64)):
+        first = to_nf4(weight.to(dtype), block_size=32, scale_search=True)
+        for search in (True, False):
+            second = to_nf4(first.dequantize(), block_size=32, scale_search=search)
+            assert all(map(torch.equal, first.fields, second.fields))
+            assert torch.equal(second.dequantize(), first.dequantize())
+
+
+def test_a_module_searches_when_it_loads() -> None:
+    weight = randn(64, 128)
+    layer = FrozenNF4Linear(128, 64, dtype=torch.float32, scale_search=True)
+    layer.load_state_dict({"weight": weight})
+    expected = to_nf4(weight, scale_search=True).dequantize()
+    assert torch.equal(layer.state_dict()["weight"], expected)
+    assert not torch.equal(expected, to_nf4(weight).dequantize())
 
 
 @pytest.mark.gpu
