@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_builders.checkpoint.formats import read_arch
-from qlora_builders.checkpoint.tensor_files import find_tensors, read_tensor
+from qlora_builders.checkpoint.formats import read_arch, read_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import llama
 from qlora_builders.modules import CausalLM, adapters_disabled
@@ -233,11 +232,11 @@ def float32_eval(model: CausalLM) -> Iterator[None]:
 def streamed_model(directory: Path) -> CausalLM:
     """A checkpoint directory as a model that holds one module's weights at a time."""
     model = llama(read_arch(directory), device="meta", compute_dtype=torch.float32).eval()
-    files = find_tensors(directory)
+    tensors = read_tensors(directory)
 
     def fill(module: nn.Module, names: dict[str, str]) -> None:
         for leaf, name in names.items():
-            tensor = read_tensor(files[name], name)
+            tensor = tensors[name].load()
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
     def empty(module: nn.Module, names: dict[str, str]) -> None:

@@ -189,18 +189,6 @@ def _entry(name: str, item: dict[str, Any]) -> tuple[torch.dtype, torch.Size]:
     return DTYPES[item["dtype"]], torch.Size(item["shape"])
 
 
-def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor, in memory of its own.
-
-    Raises:
-        CheckpointError: if the file cannot be read or has no such tensor.
-    """
-    header = read_header(file)
-    if name not in header:
-        raise CheckpointError(f"{file}: no tensor {name!r}; it holds {listed(sorted(header))}")
-    return _read(file, name, *header[name])
-
-
 def _read(file: Path, name: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     whole = torch.empty(shape, dtype=dtype)
     if not whole.nbytes:

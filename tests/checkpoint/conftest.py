@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from shared import QLORA, Build, Checkpoints, Logits, Randomize, Reference
+from shared import QLORA, SIZES, Build, Checkpoints, Logits, Randomize, Reference
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -49,13 +49,7 @@ def build_reference(variant: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         **{
-            "vocab_size": 61,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
+            **SIZES,
             "rms_norm_eps": 1e-5,
             "bos_token_id": 5,
             "eos_token_id": [6, 7],

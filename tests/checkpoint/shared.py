@@ -21,6 +21,16 @@ Logits = Callable[[nn.Module], Tensor]
 Build = Callable[..., CausalLM]
 Randomize = Callable[[nn.Module], None]
 
+# of tiny models, as transformers names them
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 FROZEN = {"match": "layers.**", "kind": "frozen_nf4"}
 # every kind of adapter and base
 QLORA = [

@@ -12,7 +12,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shared import Logits, assert_same_files
+from shared import SIZES, Logits, assert_same_files, edit_json
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -28,18 +28,8 @@ UP = "model.layers.1.mlp.up_proj"
 def build(tied: bool) -> LlamaForCausalLM:
     """Every width is a multiple of 64: bitsandbytes' CPU kernel decodes others wrongly."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        attention_bias=True,
-        tie_word_embeddings=tied,
-    )
-    model = LlamaForCausalLM(config)
+    changes = {"intermediate_size": 128, "attention_bias": True, "tie_word_embeddings": tied}
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
@@ -55,14 +45,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
 
 
 def quantized_by_transformers(path: Path, dtype: torch.dtype, **options: Any) -> LlamaForCausalLM:
-    config = BitsAndBytesConfig(
-        **{
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": dtype,
-            **options,
-        }
-    )
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    config = BitsAndBytesConfig(**nf4 | options)
     return LlamaForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config)
 
 
@@ -72,17 +56,22 @@ def load_with_transformers(path: Path, dtype: torch.dtype) -> LlamaForCausalLM:
     return model.eval()
 
 
-def assert_same_logits(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype) -> None:
-    """With gradients: without, bitsandbytes takes a bfloat16 kernel on some CPUs."""
+def assert_same_model(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype) -> None:
+    """The same slots in NF4, the same bits of each, and logits. With gradients: without,
+    bitsandbytes takes a bfloat16 kernel on some CPUs."""
+    names = set()
+    for name, parameter in ours.named_parameters():
+        if isinstance(parameter, NF4Tensor):
+            names.add(name.removesuffix(".weight"))
+            weight = theirs.get_parameter(name)
+            decoded = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            assert torch.equal(parameter.dequantize(), decoded), name
+    assert names == {n for n, m in theirs.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     ids = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(1))
     expected = theirs(ids).logits
     tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     scale = expected.abs().max().item()
     torch.testing.assert_close(ours(ids), expected, rtol=0, atol=tolerance * scale)
-
-
-def quantized_names(model: nn.Module) -> set[str]:
-    return {n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
 
 
 # ---- in -----------------------------------------------------------------------------------------
@@ -107,18 +96,14 @@ def test_every_bit_and_logit_is_that_of_bitsandbytes(
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
     plan = stored_plan(tmp_path / "theirs")
     ours = load_checkpoint(tmp_path / "theirs", plan, dtype=dtype)
-    assert {f"model.{rule['match']}" for rule in plan} == quantized_names(theirs)
     assert len(plan) == 14
     for name, parameter in ours.named_parameters():
         weight = theirs.get_parameter(name)
         if isinstance(parameter, NF4Tensor):
-            codes = weight.data.view(-1).view(torch.uint8)
-            assert torch.equal(parameter.codes, codes), name
-            expected = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-            assert torch.equal(parameter.dequantize(), expected), name
+            assert torch.equal(parameter.codes, weight.data.view(-1).view(torch.uint8)), name
         else:
             assert torch.equal(parameter, weight), name
-    assert_same_logits(ours, theirs, dtype)
+    assert_same_model(ours, theirs, dtype)
 
 
 def test_skipped_modules(plain: Callable[[bool], Path], tmp_path: Path) -> None:
@@ -168,15 +153,11 @@ def test_any_plan_loads(stored: Path) -> None:
         ("NF4Tensor", torch.bfloat16), ("Parameter", torch.bfloat16), ("Parameter", torch.float32)
     }  # fmt: skip
     assert model.lm_head.weight.format.block_size == 32  # stored plain, so the rule decides
-
-
-def test_stored_weights_keep_their_dtype(stored: Path) -> None:
-    exact = load_checkpoint(stored, stored_plan(stored))
-    model = load_checkpoint(stored, stored_plan(stored), dtype=torch.float32)
-    own, expected = (m.get_parameter(UP + ".weight") for m in (model, exact))
-    assert own.dtype == torch.bfloat16
+    wide = load_checkpoint(stored, stored_plan(stored), dtype=torch.float32)
+    own, expected = (m.get_parameter(UP + ".weight") for m in (wide, exact))
+    assert own.dtype == torch.bfloat16  # as it is stored
     assert torch.equal(own.dequantize(), expected.dequantize())
-    assert model.model.norm.weight.dtype == torch.float32
+    assert wide.model.norm.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -250,16 +231,7 @@ def test_transformers_loads_ours_and_gives_our_logits(
 ) -> None:
     ours = load_checkpoint(plain(tied), PLANS[plan], dtype=dtype)
     save_checkpoint(ours, tmp_path / "ours", format="bnb-4bit", companions=plain(tied))
-    theirs = load_with_transformers(tmp_path / "ours", dtype)
-    names = set()
-    for name, parameter in ours.named_parameters():
-        if isinstance(parameter, NF4Tensor):
-            names.add(name.removesuffix(".weight"))
-            weight = theirs.get_parameter(name)
-            expected = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
-            assert torch.equal(parameter.dequantize(), expected), name
-    assert names == quantized_names(theirs)
-    assert_same_logits(ours, theirs, dtype)
+    assert_same_model(ours, load_with_transformers(tmp_path / "ours", dtype), dtype)
     back = load_checkpoint(tmp_path / "ours", stored_plan(tmp_path / "ours"), dtype=dtype)
     assert torch.equal(logits(back), logits(ours))
     assert read_arch(tmp_path / "ours") == read_arch(plain(tied))
@@ -270,8 +242,8 @@ def test_a_quantized_head(plain: Callable[[bool], Path], tmp_path: Path) -> None
     ours = load_checkpoint(plain(False), plan, dtype=torch.float32)
     save_checkpoint(ours, tmp_path / "ours", format="bnb-4bit")
     theirs = load_with_transformers(tmp_path / "ours", torch.float32)
-    assert "lm_head" in quantized_names(theirs)
-    assert_same_logits(ours, theirs, torch.float32)
+    assert isinstance(theirs.lm_head, bnb.nn.Linear4bit)
+    assert_same_model(ours, theirs, torch.float32)
 
 
 def test_theirs_through_ours_is_the_same_file(stored: Path, tmp_path: Path) -> None:
@@ -312,9 +284,8 @@ def test_upcast_drops_the_quantization_config(stored: Path, tmp_path: Path) -> N
 )
 def test_other_quantization(stored: Path, change: dict[str, Any], message: str) -> None:
     file = stored / "config.json"
-    config = json.loads(file.read_text())
-    config["quantization_config"] |= change
-    file.write_text(json.dumps(config))
+    config = json.loads(file.read_text())["quantization_config"]
+    edit_json(file, {"quantization_config": config | change})
     with pytest.raises(CheckpointError, match=message) as caught:
         load_checkpoint(stored)
     assert str(caught.value).startswith(f"{file}: ")

@@ -40,8 +40,6 @@ def test_detected(directories: dict[str, Path]) -> None:
         assert len(names) == (0 if format == "hf" else 14)
         assert len(stored_plan(path)) == len(names)
 
-
-def test_every_reader_gives_the_same_names_and_shapes(directories: dict[str, Path]) -> None:
     shapes = [
         {name: (t.shape, t.dtype) for name, t in read_tensors(path).items()}
         for path in directories.values()

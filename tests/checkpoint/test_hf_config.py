@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from shared import Checkpoints
+from shared import SIZES, Checkpoints
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from qlora_builders.checkpoint import (
@@ -23,15 +23,7 @@ from qlora_builders.checkpoint.formats.hf import KEYS
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import LLAMA_ARCHS, LlamaArch, RopeScaling
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-SOUND = SIZES | {"model_type": "llama", "head_dim": 16, "max_position_embeddings": 128}
+SOUND = SIZES | {"model_type": "llama", "head_dim": 16}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -44,7 +36,6 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
 OLD_STYLE: dict[str, Any] = SIZES | {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "max_position_embeddings": 128,
     "rms_norm_eps": 1e-05,
     "hidden_act": "silu",
     "attention_bias": True,

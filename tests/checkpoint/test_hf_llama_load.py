@@ -81,6 +81,12 @@ def test_plan_and_adapters(checkpoints: Checkpoints) -> None:
         assert layer.lora_A.weight.std() > 0
         assert layer.lora_A.weight.requires_grad
     assert not any(parameter.is_meta for parameter in model.parameters())
+    rule = {"match": "layers.*.mlp.*", "kind": "frozen_nf4", "block_size": 32}
+    model = load_checkpoint(checkpoints("biased"), [rule | {"scale_format": "none"}])
+    layer = model.model.layers[0].mlp.down_proj
+    assert isinstance(layer, FrozenNF4Linear)
+    assert (layer.weight.format.block_size, layer.weight.format.scale_format) == (32, "none")
+    assert layer.bias is not None
 
 
 def test_adapter_init_is_seeded(checkpoints: Checkpoints) -> None:
@@ -92,16 +98,6 @@ def test_adapter_init_is_seeded(checkpoints: Checkpoints) -> None:
         weights.append(model.model.layers[1].mlp.up_proj.lora_A.weight)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-
-
-def test_frozen_nf4_and_options(checkpoints: Checkpoints) -> None:
-    rule = {"match": "layers.*.mlp.*", "kind": "frozen_nf4", "block_size": 32}
-    model = load_checkpoint(checkpoints("biased"), [rule | {"scale_format": "none"}])
-    layer = model.model.layers[0].mlp.down_proj
-    assert isinstance(layer, FrozenNF4Linear)
-    assert layer.weight.format.block_size == 32
-    assert layer.weight.format.scale_format == "none"
-    assert layer.bias is not None
 
 
 def test_weights_do_not_depend_on_the_file(own_copy: Checkpoints) -> None:

@@ -39,19 +39,14 @@ def test_merged_model_computes_base_plus_adapter(
     adapted: Build, checkpoints: Checkpoints, logits: Logits, variant: str, plan: list
 ) -> None:
     model = adapted(variant, plan)
+    before = logits(model)
     merged = merge_adapter(model)
+    assert torch.equal(logits(model), before)  # it is left as it is
     assert not any(isinstance(m, LoRALinear) for m in merged.modules())
     assert not any(isinstance(p, NF4Tensor) for p in merged.parameters())
     torch.testing.assert_close(logits(merged), logits(model), **CLOSE)
     unadapted = logits(load_checkpoint(checkpoints(variant), dtype=torch.float32))
     assert (logits(merged) - unadapted).abs().max() > 0.1
-
-
-def test_the_model_is_left_as_it_is(adapted: Build, logits: Logits) -> None:
-    model = adapted()
-    before = logits(model)
-    merge_adapter(model)
-    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("variant", ["gqa", "biased", "tied"])
@@ -245,21 +240,18 @@ def test_lora_bias_gives_a_llama_biases(
     assert {bool(tensor.any()) for tensor in biases.values()} == {True, False}
 
 
-def test_a_head_cannot_have_a_bias(adapted: Build) -> None:
-    model = adapted("gqa", [LORA_HEAD[0] | {"lora_bias": True}])
-    with pytest.raises(CheckpointError, match="lm_head has a lora_bias, but the head of a Llama"):
-        merge_adapter(model)
-
-
 # ---- errors -------------------------------------------------------------------------------------
 
 
-def test_no_adapter(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_nothing_that_merges(adapted: Build, checkpoints: Checkpoints, tmp_path: Path) -> None:
     model = load_checkpoint(checkpoints(), [{"match": "layers.**", "kind": "frozen_nf4"}])
     with pytest.raises(CheckpointError, match="no LoRA adapter to merge; load one first"):
         merge_adapter(model)
     with pytest.raises(CheckpointError, match="no LoRA adapter to merge"):
         save_merged(model, tmp_path / "out")
+    head = adapted("gqa", [LORA_HEAD[0] | {"lora_bias": True}])
+    with pytest.raises(CheckpointError, match="lm_head has a lora_bias, but the head of a Llama"):
+        merge_adapter(head)
     assert not list(tmp_path.iterdir())
 
 

@@ -138,7 +138,7 @@ def test_plain_plan_dequantizes(checkpoints: Checkpoints, tmp_path: Path) -> Non
         assert torch.equal(plain.get_parameter(name), expected), name
 
 
-def test_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_what_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
     plain = load_checkpoint(checkpoints())
     for format in ("nf4", "bnb-4bit"):
         with pytest.raises(CheckpointError, match=f"format is '{format}', but no weight is in NF4"):

@@ -92,43 +92,36 @@ def train(model: LlamaForCausalLM, **config: Any) -> PeftModel:
 
 
 @pytest.mark.filterwarnings(SAVES_THE_HEAD)
-@pytest.mark.parametrize("variant", ["gqa", "biased"])
+@pytest.mark.parametrize(
+    ("variant", "quantize"), [("gqa", "auto"), ("biased", "auto"), ("gqa", "nf4")]
+)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_plain_base(
+def test_we_give_pefts_logits(
     checkpoints: Checkpoints,
     reference: Reference,
     logits: Logits,
     tmp_path: Path,
     name: str,
     variant: str,
+    quantize: str,
 ) -> None:
-    base = reference(checkpoints(variant))
-    theirs = train(base, **CONFIGS[name])
-    theirs.save_pretrained(tmp_path)
-    ours = load_with_adapter(checkpoints(variant), tmp_path, dtype=torch.float32)
-    assert not any(isinstance(p, NF4Tensor) for p in ours.parameters())
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
-    assert (logits(theirs) - logits(base)).abs().max() > 0.1
-
-
-@pytest.mark.filterwarnings(SAVES_THE_HEAD)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_nf4_base(
-    checkpoints: Checkpoints, reference: Reference, logits: Logits, tmp_path: Path, name: str
-) -> None:
-    path = checkpoints()
-    quantized = load_with_adapter(path, None, quantize="nf4", dtype=torch.float32)
+    path = checkpoints(variant)
     base = reference(path)
-    base.load_state_dict(quantized.state_dict())
+    if quantize == "nf4":
+        bare = load_with_adapter(path, None, quantize="nf4", dtype=torch.float32)
+        base.load_state_dict(bare.state_dict())
     theirs = train(base, **CONFIGS[name])
     theirs.save_pretrained(tmp_path)
-    ours = load_with_adapter(path, tmp_path, quantize="nf4", dtype=torch.float32)
+    ours = load_with_adapter(path, tmp_path, quantize=quantize, dtype=torch.float32)
     for slot, module in ours.named_modules():
         if isinstance(module, LoRALinear):
-            assert isinstance(module.weight, NF4Tensor) == (slot != "lm_head")
-    if name == "saved_slot":  # it was trained from the dequantized weight, and is plain here
-        assert not isinstance(ours.model.layers[0].mlp.down_proj.weight, NF4Tensor)
+            in_nf4 = quantize == "nf4" and slot != "lm_head"
+            assert isinstance(module.weight, NF4Tensor) == in_nf4
+    # a slot that was saved was trained from the dequantized weight, and is plain here
+    down = ours.model.layers[0].mlp.down_proj.weight
+    assert name != "saved_slot" or not isinstance(down, NF4Tensor)
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+    assert (logits(theirs) - logits(base)).abs().max() > 0.1
 
 
 def test_magnitudes_as_a_state_dict_names_them(
@@ -253,16 +246,14 @@ def test_half_a_tied_pair_is_refused(
     checkpoints: Checkpoints, reference: Reference, tmp_path: Path
 ) -> None:
     base = reference(checkpoints("tied"))
-    train(base, target_modules=["q_proj"], modules_to_save=["embed_tokens"]).save_pretrained(
-        tmp_path / "embedding"
-    )
-    with pytest.raises(CheckpointError, match=r"not in the file: lm_head\.weight"):
-        load_with_adapter(checkpoints("tied"), tmp_path / "embedding")
-    train(base, target_modules=["q_proj"], modules_to_save=["lm_head"]).save_pretrained(
-        tmp_path / "head"
-    )
-    with pytest.raises(CheckpointError, match="to train both add 'embed_tokens'"):
-        load_with_adapter(checkpoints("tied"), tmp_path / "head")
+    for saved, message in (
+        ("embed_tokens", r"not in the file: lm_head\.weight"),
+        ("lm_head", "to train both add 'embed_tokens'"),
+    ):
+        adapter = tmp_path / saved
+        train(base, target_modules=["q_proj"], modules_to_save=[saved]).save_pretrained(adapter)
+        with pytest.raises(CheckpointError, match=message):
+            load_with_adapter(checkpoints("tied"), adapter)
 
 
 @pytest.mark.filterwarnings(PEFT_UNTIES)

@@ -1,8 +1,12 @@
-"""Safetensors files in and out: one tensor at a time, what the library lets pass refused."""
+"""Safetensors files in and out: tensor by tensor, as pages of the file, read ahead, finite."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +16,26 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from shared import FROZEN, Checkpoints, assert_same_bits
+from test_native_nf4 import PLAN
+from torch import Tensor
 
+from qlora_builders.checkpoint import load_checkpoint, save_checkpoint, stored_plan, tensor_files
+from qlora_builders.checkpoint.placing import READERS, is_finite, stream
 from qlora_builders.checkpoint.tensor_files import (
     LazyTensor,
     find_tensors,
-    read_tensor,
+    open_tensors,
     write_shards,
+    write_tensors,
 )
+from qlora_builders.errors import CheckpointError
+from qlora_builders.modules import CausalLM
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, or uses MADV")
+
+
+# ---- written ------------------------------------------------------------------------------------
 
 
 def lazy(name: str, value: float, load: Callable | None = None) -> LazyTensor:
@@ -44,9 +61,7 @@ def test_shards_and_index(tmp_path: Path) -> None:
     assert index["weight_map"] == dict(zip("abcde", expected, strict=True))
     assert [len(load_file(tmp_path / shard)) for shard in shards] == [2, 2, 1]
     for i, name in enumerate("abcde"):
-        assert torch.equal(
-            read_tensor(find_tensors(tmp_path)[name], name), torch.full((10,), float(i))
-        )
+        assert torch.equal(open_tensors(tmp_path)[name].load(), torch.full((10,), float(i)))
 
 
 def test_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
@@ -68,3 +83,239 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, max_shard_bytes: int)
     tensors = [lazy(name, 0, load) for name in "abc"]
     write_shards(tensors, tmp_path, max_shard_bytes=max_shard_bytes)
     assert seen == [1, 1, 1]
+
+
+# ---- mapped: our own files are shared, never written back, safe to replace -----------------------
+
+
+@pytest.fixture
+def native(checkpoints: Checkpoints, tmp_path: Path) -> Path:
+    model = load_checkpoint(checkpoints("biased"), PLAN, dtype=torch.float32)
+    save_checkpoint(model, tmp_path / "nf4", format="nf4")
+    return tmp_path / "nf4"
+
+
+def load(native: Path, **options: object) -> CausalLM:
+    return load_checkpoint(native, stored_plan(native), dtype=torch.float32, **options)
+
+
+def mapped_here(file: Path) -> int:
+    return Path("/proc/self/maps").read_bytes().count(os.fsencode(file))
+
+
+@on_linux
+def test_mapped_as_long_as_a_weight_lives(native: Path) -> None:
+    model = load(native)
+    assert mapped_here(native / "nf4.safetensors") == 1
+    del model
+    assert mapped_here(native / "nf4.safetensors") == 0
+
+
+@on_linux
+def test_what_is_cast_or_dequantized_is_not_mapped(native: Path) -> None:
+    model = load_checkpoint(native, dtype=torch.bfloat16)
+    assert mapped_here(native / "nf4.safetensors") == 0
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_training_a_mapped_weight_leaves_the_file(native: Path) -> None:
+    before = (native / "nf4.safetensors").read_bytes()
+    model = load(native, train=["embed_tokens"])
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(1)
+        for parameter in model.parameters():
+            if not parameter.requires_grad and type(parameter) is torch.nn.Parameter:
+                parameter.mul_(2)
+    assert (native / "nf4.safetensors").read_bytes() == before
+    assert_same_bits(load(native), load(native), quantized=13)
+
+
+def test_saving_over_the_directory_in_use(native: Path) -> None:
+    """The name goes to new files; the model keeps the ones that it maps."""
+    model, again = load(native), load(native)
+    with torch.no_grad():
+        again.model.norm.weight.add_(1)
+    save_checkpoint(again, native, format="nf4")
+    torch.testing.assert_close(
+        load(native).model.norm.weight, model.model.norm.weight + 1, rtol=0, atol=0
+    )
+
+
+@on_linux
+def test_a_file_that_shrank_before_it_is_read(tmp_path: Path) -> None:
+    """The kernel says so, where touching the page would have killed the process."""
+    tensor = torch.arange(100_000)
+    write_tensors({"a": tensor}, tmp_path / "model.safetensors")
+    (stored,) = open_tensors(tmp_path, mappable=True).values()
+    assert stored.map is not None
+    assert torch.equal(stored.map(), tensor)
+    os.truncate(tmp_path / "model.safetensors", 4096)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: a cannot be read: it has shrunk"
+    ):
+        stored.map()
+
+
+@on_linux
+def test_a_kernel_without_populate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_files, "_MADV_POPULATE_READ", 12345)
+    write_tensors({"a": torch.arange(3)}, tmp_path / "model.safetensors")
+    (stored,) = open_tensors(tmp_path).values()
+    assert stored.map is not None
+    assert stored.map().tolist() == [0, 1, 2]
+
+
+def test_empty_and_crooked_tensors_are_read(tmp_path: Path) -> None:
+    """Nothing to map, or elements across the alignment of their type."""
+    header = (
+        b'{"e":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
+        b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+        b'"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}}'
+    )
+    header += b" " * (-len(header) % 8)
+    data = b"\7" + torch.tensor([2.5]).numpy().tobytes()
+    content = len(header).to_bytes(8, "little") + header + data
+    (tmp_path / "model.safetensors").write_bytes(content)
+    tensors = open_tensors(tmp_path, mappable=True)
+    assert {name for name, tensor in tensors.items() if tensor.map} == {"a", "b"}
+    assert tensors["b"].load().tolist() == [2.5]
+    assert tensors["e"].load().tolist() == []
+
+
+# ---- read ahead, in order, within the bound ------------------------------------------------------
+
+
+SIZES = [3, 100, 1, 40, 40, 20, 7, 100, 2, 60, 30, 9]
+
+
+class Source:
+    """Lazy tensors that record how much of them is in memory at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.alive = self.most = self.most_tensors = self.tensors_alive = 0
+        self.threads: set[int] = set()
+        self.tensors = [self.lazy(i, size) for i, size in enumerate(SIZES)]
+
+    def lazy(self, index: int, size: int) -> LazyTensor:
+        def load() -> Tensor:
+            with self.lock:
+                self.threads.add(threading.get_ident())
+                self.alive += size
+                self.tensors_alive += 1
+                self.most = max(self.most, self.alive)
+                self.most_tensors = max(self.most_tensors, self.tensors_alive)
+            time.sleep(0.002 * (index % 3))
+            return torch.full((size,), index, dtype=torch.uint8)
+
+        shape = torch.Size([size])
+        return LazyTensor(str(index), shape, torch.uint8, load)
+
+    def consumed(self, tensor: LazyTensor) -> None:
+        with self.lock:
+            self.alive -= tensor.nbytes
+            self.tensors_alive -= 1
+
+
+def test_order_values_and_bound() -> None:
+    source, seen = Source(), []
+
+    def consume(tensor: LazyTensor, value: Tensor) -> None:
+        time.sleep(0.003)  # the readers get ahead
+        seen.append((tensor.name, value.tolist()))
+        source.consumed(tensor)
+
+    stream(source.tensors, consume, transient=lambda tensor: True)
+    assert seen == [(str(i), [i] * size) for i, size in enumerate(SIZES)]
+    assert source.most <= max(SIZES)
+    assert source.most_tensors <= READERS + 1
+    assert threading.get_ident() not in source.threads
+    assert source.most_tensors == READERS + 1  # and they do read ahead
+
+
+def test_what_is_kept_is_no_page_of_a_file_that_may_change() -> None:
+    def lazy(name: str, mappable: bool) -> LazyTensor:
+        def ways(way: str) -> Callable[[], Tensor]:
+            return lambda: torch.tensor([ord(way)], dtype=torch.uint8)
+
+        shape, dtype = torch.Size([1]), torch.uint8
+        return LazyTensor(name, shape, dtype, ways("l"), map=ways("m"), mappable=mappable)
+
+    came = {}
+    tensors = [lazy(f"{kept}{own}", own == "own") for kept in ("kept", "") for own in ("own", "")]
+    stream(
+        tensors,
+        lambda tensor, value: came.update({tensor.name: chr(value.item())}),
+        transient=lambda tensor: not tensor.name.startswith("kept"),
+    )
+    assert came == {"keptown": "m", "kept": "l", "own": "m", "": "m"}
+
+
+@pytest.mark.parametrize("failing", ["load", "consume"])
+def test_an_error_stops_the_reading(failing: str) -> None:
+    source = Source()
+    before = set(threading.enumerate())  # other libraries leave some
+
+    def broken() -> Tensor:
+        raise CheckpointError("the disk is gone")
+
+    if failing == "load":
+        source.tensors[2] = LazyTensor("2", torch.Size([1]), torch.uint8, broken)
+    seen = []
+
+    def consume(tensor: LazyTensor, value: Tensor) -> None:
+        source.consumed(tensor)
+        seen.append(tensor.name)
+        if failing == "consume" and tensor.name == "2":
+            raise CheckpointError("the disk is gone")
+
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        stream(source.tensors, consume, transient=lambda tensor: False)
+    assert seen == ["0", "1", "2"][: 2 if failing == "load" else 3]
+    assert not set(threading.enumerate()) - before
+
+
+def test_loading_is_deterministic(checkpoints: Checkpoints) -> None:
+    first = load_checkpoint(checkpoints(sharded=True), [FROZEN])
+    for _ in range(5):
+        assert_same_bits(load_checkpoint(checkpoints(sharded=True), [FROZEN]), first, quantized=14)
+
+
+def test_a_file_that_shrinks_while_it_is_read(own_copy: Checkpoints) -> None:
+    """An error that names file and tensor."""
+    path = own_copy()
+    tensors = open_tensors(path)
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    for name, tensor in tensors.items():
+        for read in (tensor.load, tensor.map):
+            with pytest.raises(CheckpointError, match=rf"safetensors: {name} cannot be read: "):
+                read()
+
+
+# ---- finite --------------------------------------------------------------------------------------
+
+
+EDGES = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), -float("nan"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number(dtype: torch.dtype) -> None:
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    finite = numbers[numbers.isfinite()]
+    assert is_finite(finite)
+    assert [is_finite(x) for x in numbers.split(1)] == numbers.isfinite().tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_number_among_others(dtype: torch.dtype, sign: int) -> None:
+    largest = torch.finfo(dtype).max
+    for number in (*EDGES, largest, -largest, torch.finfo(dtype).tiny):
+        tensor = sign * torch.rand(40, 5).to(dtype)
+        tensor[7, 3] = number
+        expected = bool(torch.isfinite(tensor).all())
+        assert is_finite(tensor) == is_finite(tensor.t()) == expected, number
+        assert is_finite(tensor[:7])
+    assert is_finite(torch.nn.Parameter(torch.ones(2)))
+    assert is_finite(torch.empty(0, 4))

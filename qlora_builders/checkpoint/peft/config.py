@@ -236,100 +236,6 @@ def _evaluate(
 # ---- in -----------------------------------------------------------------------------------------
 
 
-def _meant(directory: Path) -> str:
-    """A hint for a run's folder, and for the result of a run that was stopped before it had one."""
-    for other in (directory / "adapter", *reversed(step_folders(directory.parent))):
-        if (other / CONFIG_FILE).is_file():
-            return f"; did you mean {other}?"
-    return ""
-
-
-def read_peft_config(directory: Path) -> PeftConfig:
-    """
-    Raises:
-        CheckpointError: for a missing file, a value of the wrong type or out of range, or a
-            feature that we do not have.
-    """
-    file = directory / CONFIG_FILE
-    config = read_json_object(file, expected=f"a PEFT adapter directory{_meant(directory)}")
-    if config.get("peft_type", "LORA") != "LORA":
-        raise CheckpointError(f"{file}: peft_type is {config['peft_type']!r}; only LORA is read")
-    for key, allowed in _UNSUPPORTED.items():
-        value = config.get(key)
-        if not any(type(value) is type(ok) and value == ok for ok in allowed):
-            hint = _INIT_HINT if key == "init_lora_weights" else ""
-            raise CheckpointError(f"{file}: {key}={value!r} is not supported{hint}")
-    field = _Fields(file, config)
-    parsed = PeftConfig(
-        file,
-        rank=field("r", _is_rank, "an integer >= 1"),
-        alpha=field("lora_alpha", _is_alpha, "a finite number > 0"),
-        use_rslora=field("use_rslora", _is_switch, "true or false", default=False),
-        lora_bias=field("lora_bias", _is_switch, "true or false", default=False),
-        use_dora=field("use_dora", _is_switch, "true or false", default=False),
-        rank_pattern=field("rank_pattern", _map_of(_is_rank), "names to integers >= 1", {}),
-        alpha_pattern=field("alpha_pattern", _map_of(_is_alpha), "names to numbers > 0", {}),
-        target_modules=field("target_modules", _is_names, "a string or a list of names"),
-        exclude_modules=field("exclude_modules", _is_names, "a string or a list of names", []),
-        layers_to_transform=_as_list(
-            field("layers_to_transform", _is_layers, "an integer or a list of integers", [])
-        ),
-        layers_pattern=_as_list(
-            field("layers_pattern", _is_names, "a string or a list of names", [])
-        ),
-        modules_to_save=field("modules_to_save", _list_of(_is_name), "a list of names", []),
-        tokens=_tokens(file, config.get("trainable_token_indices")),
-    )
-    for key in _REGEXES:
-        value = getattr(parsed, key)
-        entries = [value] if isinstance(value, str) else list(value)
-        problems = _evaluate(file, key, entries, "problems", entries)
-        for entry, problem in zip(entries, problems, strict=True):
-            if problem is not None:
-                raise CheckpointError(f"{file}: {key} entry {entry!r} is no regex: {problem}")
-    if parsed.use_dora and parsed.lora_bias:
-        raise CheckpointError(f"{file}: use_dora and lora_bias exclude each other, as in PEFT")
-    return parsed
-
-
-def _tokens(file: Path, value: Any) -> list[int]:
-    """A list, or one for the embedding alone: a head that is not tied could have another."""
-    tokens = value or []
-    if isinstance(tokens, dict):
-        strays = sorted(str(name) for name in tokens if str(name).split(".")[-1] != "embed_tokens")
-        if strays:
-            raise CheckpointError(
-                f"{file}: trainable_token_indices of {listed(strays)} is not supported; of "
-                "embed_tokens, and with it of a tied head, it is"
-            )
-        (tokens,) = tokens.values()
-    if not _list_of(_is_token)(tokens) or len(set(tokens)) < len(tokens):
-        raise CheckpointError(
-            f"{file}: trainable_token_indices is {value!r:.200}; it must be token "
-            "ids >= 0, none twice"
-        )
-    return tokens
-
-
-class _Fields:
-    """Typed values of a JSON object; null is the default, or an error where there is none."""
-
-    def __init__(self, file: Path, config: dict[str, Any]) -> None:
-        self.file = file
-        self.config = config
-
-    def __call__(
-        self, key: str, valid: Callable[[Any], bool], wanted: str, default: Any = None
-    ) -> Any:
-        value = self.config.get(key)
-        if value is None and default is not None:
-            return default
-        if not valid(value):
-            got = repr(value) if key in self.config else "missing"
-            raise CheckpointError(f"{self.file}: {key} is {got[:200]}; it must be {wanted}")
-        return value
-
-
 def _is_rank(value: Any) -> bool:
     return type(value) is int and value >= 1
 
@@ -366,5 +272,100 @@ def _map_of(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(valid, value.values()))
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+# key -> what it may hold, in code and in words, and its default if it has one
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str, Any]] = {
+    "r": (_is_rank, "an integer >= 1", None),
+    "lora_alpha": (_is_alpha, "a finite number > 0", None),
+    "use_rslora": (_is_switch, "true or false", False),
+    "lora_bias": (_is_switch, "true or false", False),
+    "use_dora": (_is_switch, "true or false", False),
+    "rank_pattern": (_map_of(_is_rank), "names to integers >= 1", {}),
+    "alpha_pattern": (_map_of(_is_alpha), "names to numbers > 0", {}),
+    "target_modules": (_is_names, "a string or a list of names", None),
+    "exclude_modules": (_is_names, "a string or a list of names", []),
+    "layers_to_transform": (_is_layers, "an integer or a list of integers", []),
+    "layers_pattern": (_is_names, "a string or a list of names", []),
+    "modules_to_save": (_list_of(_is_name), "a list of names", []),
+}
+
+
+def _value(
+    file: Path,
+    config: dict[str, Any],
+    key: str,
+    valid: Callable[[Any], bool],
+    wanted: str,
+    default: Any,
+) -> Any:
+    """null is the default, or an error where there is none."""
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if not valid(value):
+        got = repr(value) if key in config else "missing"
+        raise CheckpointError(f"{file}: {key} is {got[:200]}; it must be {wanted}")
+    return value
+
+
+def _meant(directory: Path) -> str:
+    """A hint for a run's folder, and for the result of a run that was stopped before it had one."""
+    for other in (directory / "adapter", *reversed(step_folders(directory.parent))):
+        if (other / CONFIG_FILE).is_file():
+            return f"; did you mean {other}?"
+    return ""
+
+
+def read_peft_config(directory: Path) -> PeftConfig:
+    """
+    Raises:
+        CheckpointError: for a missing file, a value of the wrong type or out of range, or a
+            feature that we do not have.
+    """
+    file = directory / CONFIG_FILE
+    config = read_json_object(file, expected=f"a PEFT adapter directory{_meant(directory)}")
+    if config.get("peft_type", "LORA") != "LORA":
+        raise CheckpointError(f"{file}: peft_type is {config['peft_type']!r}; only LORA is read")
+    for key, allowed in _UNSUPPORTED.items():
+        value = config.get(key)
+        if not any(type(value) is type(ok) and value == ok for ok in allowed):
+            hint = _INIT_HINT if key == "init_lora_weights" else ""
+            raise CheckpointError(f"{file}: {key}={value!r} is not supported{hint}")
+    values = {key: _value(file, config, key, *field) for key, field in _FIELDS.items()}
+    for key in ("layers_to_transform", "layers_pattern"):
+        values[key] = values[key] if isinstance(values[key], list) else [values[key]]
+    parsed = PeftConfig(
+        file,
+        rank=values.pop("r"),
+        alpha=values.pop("lora_alpha"),
+        tokens=_tokens(file, config.get("trainable_token_indices")),
+        **values,
+    )
+    for key in _REGEXES:
+        value = getattr(parsed, key)
+        entries = [value] if isinstance(value, str) else list(value)
+        problems = _evaluate(file, key, entries, "problems", entries)
+        for entry, problem in zip(entries, problems, strict=True):
+            if problem is not None:
+                raise CheckpointError(f"{file}: {key} entry {entry!r} is no regex: {problem}")
+    if parsed.use_dora and parsed.lora_bias:
+        raise CheckpointError(f"{file}: use_dora and lora_bias exclude each other, as in PEFT")
+    return parsed
+
+
+def _tokens(file: Path, value: Any) -> list[int]:
+    """A list, or one for the embedding alone: a head that is not tied could have another."""
+    tokens = value or []
+    if isinstance(tokens, dict):
+        strays = sorted(str(name) for name in tokens if str(name).split(".")[-1] != "embed_tokens")
+        if strays:
+            raise CheckpointError(
+                f"{file}: trainable_token_indices of {listed(strays)} is not supported; of "
+                "embed_tokens, and with it of a tied head, it is"
+            )
+        (tokens,) = tokens.values()
+    if not _list_of(_is_token)(tokens) or len(set(tokens)) < len(tokens):
+        raise CheckpointError(
+            f"{file}: trainable_token_indices is {value!r:.200}; it must be token "
+            "ids >= 0, none twice"
+        )
+    return tokens
