@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb, *rest = words
     if verb not in COMMANDS:
-        from qlora_builders.config.other_names import OTHER_VERBS
+        from qlora_builders.config.verbs import OTHER_VERBS
 
         meant = OTHER_VERBS.get(verb)
         hint = f"; did you mean {meant!r}?" if meant else did_you_mean(verb, COMMANDS)

@@ -22,7 +22,7 @@ from qlora_builders.analysis.memory import (
     probe_optimizer,
 )
 from qlora_builders.checkpoint import read_arch
-from qlora_builders.config.checks import memory_in_bytes
+from qlora_builders.config.checks import in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.plan import plan_rules, train_patterns
 from qlora_builders.config.schema import EstimateConfig
@@ -77,7 +77,7 @@ def main(cfg: EstimateConfig) -> None:
     def peak_of(batch_size: int, seq_len: int) -> int:
         return max(phase.peak for phase in predict(batch_size=batch_size, seq_len=seq_len))
 
-    limit = memory_in_bytes(cfg.memory)
+    limit = in_bytes(cfg.memory, "memory")
     longest = largest_that_fits(lambda n: peak_of(batch_size, n), limit, step=SEQ_STEP)
     largest = largest_that_fits(lambda n: peak_of(n, seq_len), limit)
     beyond = f" (the model has {arch.max_position_embeddings:,} positions)"

@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 
 from qlora_builders.checkpoint import MergeError, MergeReport, load_with_adapter, save_merged
-from qlora_builders.config.checks import size_in_bytes
+from qlora_builders.config.checks import in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import MergeConfig
 from qlora_builders.console import plain_table, table_console
@@ -52,7 +52,7 @@ def main(cfg: MergeConfig) -> None:
             format=cfg.format,
             max_error=cfg.max_error,
             allow_base_mismatch=cfg.adapter.allow_base_mismatch,
-            max_shard_bytes=size_in_bytes(cfg.max_shard_size),
+            max_shard_bytes=in_bytes(cfg.max_shard_size, "file"),
             companions=cfg.checkpoint.dir,
         )
     except MergeError as error:

@@ -37,7 +37,7 @@ from qlora_builders.analysis.precision import (
 )
 from qlora_builders.analysis.sensitivity import measure_sensitivity
 from qlora_builders.checkpoint import load_checkpoint, read_arch, stored_plan
-from qlora_builders.config.checks import memory_in_bytes
+from qlora_builders.config.checks import in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import PlanConfig
 from qlora_builders.console import PlainConsole, plain_table, table_console
@@ -160,7 +160,7 @@ def check_budget(cfg: PlanConfig, arch: LlamaArch) -> tuple[int, int, int]:
         assert cfg.bits is not None
         key, budget = f"bits={cfg.bits:g}", int(cfg.bits * weights / 8)
     else:
-        key, budget = f"budget={cfg.budget}", memory_in_bytes(cfg.budget, "budget") - fixed
+        key, budget = f"budget={cfg.budget}", in_bytes(cfg.budget, "memory") - fixed
 
     def needs(nbytes: int) -> str:
         bits, mib = 8 * nbytes / weights, (fixed + nbytes) / 2**20

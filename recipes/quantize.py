@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_builders.checkpoint import load_checkpoint, save_checkpoint, stored_plan
-from qlora_builders.config.checks import size_in_bytes
+from qlora_builders.config.checks import in_bytes
 from qlora_builders.config.entry import run_recipe
 from qlora_builders.config.schema import QuantizeConfig
 from qlora_builders.errors import ConfigError
@@ -33,7 +33,7 @@ def main(cfg: QuantizeConfig) -> None:
         model,
         output_dir,
         format=cfg.format,
-        max_shard_bytes=size_in_bytes(cfg.max_shard_size),
+        max_shard_bytes=in_bytes(cfg.max_shard_size, "file"),
         companions=cfg.checkpoint.dir,
     )
     parameters = sum(row.parameters for row in summarize(model))

@@ -16,14 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qlora_builders.config.checks import value_of
+from qlora_builders.config.checks import name_problems, path_problems, value_of
 from qlora_builders.config.compose import compose, draft, to_yaml
 from qlora_builders.config.help import OPTIONS, help_text
 from qlora_builders.config.instantiate import allow_prefixes, resolve_component
 from qlora_builders.config.knobs import knobs
-from qlora_builders.config.other_names import FILE_WORDS, OWN_FILE
-from qlora_builders.config.overrides import quote
-from qlora_builders.config.paths import name_problems, path_problems
+from qlora_builders.config.overrides import FILE_WORDS, OWN_FILE, quote
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError, QLoRAError, nearest
 from qlora_builders.visible import visible

@@ -1,6 +1,7 @@
 """Config nodes with a `component:` key become objects: a row of the table, or what a user allows.
 
-A config file may come from anywhere, so a dotted path in it is checked before anything is imported.
+A config file may come from anywhere, and most of what can be imported was not written to be called
+by a stranger: a row of the table is one class, and a path is checked before anything is imported.
 Outside the table it needs a prefix from the command line (`--allow PREFIX`), and what it leads to
 must itself be defined below that prefix: `mine.os.system` is refused although it starts well.
 Nothing in a config adds a prefix, and a node's arguments are one mapping until the component itself
@@ -15,12 +16,54 @@ import keyword
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from qlora_builders.config.component_table import GIVEN, TABLE, nearest_row
-from qlora_builders.config.other_names import OTHER_NAMES
-from qlora_builders.errors import ConfigError, did_you_mean, optional_import
+from qlora_builders.config.overrides import OTHER_NAMES
+from qlora_builders.errors import ConfigError, did_you_mean, nearest, optional_import
+
+# kind -> the arguments of such a component that the run gives, and no config
+GIVEN: dict[str, tuple[str, ...]] = {
+    "optimizer": ("params",),
+    "logger": ("run_dir", "first_step", "config"),
+}
+_TORCH = (
+    "AdamW", "Adam", "SGD", "Adafactor", "RMSprop", "NAdam", "RAdam", "Adagrad", "Adadelta",
+    "Adamax", "ASGD", "Rprop", "Muon",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A class that is meant to be named.
+
+    Attributes:
+        kind: a key of `GIVEN`: what it is used as.
+        extra: what installs the package it is in, where that is optional.
+    """
+
+    path: str
+    kind: str
+    extra: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+
+TABLE: dict[str, Row] = {
+    row.path: row
+    for row in (
+        *(Row(f"torch.optim.{name}", "optimizer") for name in _TORCH),
+        Row("bitsandbytes.optim.AdamW8bit", "optimizer", "bitsandbytes"),
+        Row("bitsandbytes.optim.PagedAdamW", "optimizer", "bitsandbytes"),
+        Row("bitsandbytes.optim.PagedAdamW8bit", "optimizer", "bitsandbytes"),
+        Row("torchao.optim.AdamW8bit", "optimizer", "torchao"),
+        Row("qlora_builders.training.loggers.TensorBoardLogger", "logger"),
+        Row("qlora_builders.training.loggers.WandbLogger", "logger"),
+    )
+}
 
 _REFUSALS = (TypeError, ValueError, RuntimeError)  # whose text says enough
 _OWN = __name__.partition(".")[0]
@@ -63,7 +106,7 @@ def instantiate(
 
     Args:
         node: `component` is the dotted path; the other keys are keyword arguments.
-        kind: what it is to be, a key of `component_table.GIVEN`.
+        kind: what it is to be, a key of `GIVEN`.
         args, kwargs: what the run gives, such as the parameters of an optimizer.
         key: the node's full config key, for error messages.
 
@@ -200,3 +243,11 @@ def _home(found: Any) -> str:
 
 def _inside(path: str, allow: Sequence[str]) -> bool:
     return any(path.startswith(prefix) for prefix in allow)
+
+
+def nearest_row(path: str, kind: str) -> str:
+    """`; did you mean 'torch.optim.AdamW'?`, by the whole path or by the class's name alone."""
+    rows = [row for row in TABLE.values() if row.kind == kind]
+    name = nearest(path.rpartition(".")[2], [row.name for row in rows])
+    same_name = [row.path for row in rows if row.name == name]
+    return did_you_mean(path, same_name or [row.path for row in rows])

@@ -6,6 +6,11 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
+UNITS = {
+    "file": {"KB": 10**3, "MB": 10**6, "GB": 10**9},  # as Hugging Face counts them
+    "memory": {"MiB": 2**20, "GiB": 2**30},
+}
+
 
 def knob(
     default: Any,
@@ -19,12 +24,15 @@ def knob(
     shapes_curve: bool = True,
     names_code: bool = False,
     names: str | None = None,
+    units: str | None = None,
+    ending: str | None = None,
 ) -> Any:
     """A config field: default, meaning with unit, allowed values (of each element for a list).
 
     `shapes_curve=False` says that a run may resume with another value: no loss depends on it.
     `names_code=True` says that code will run from there: given on the command line, or not at all.
-    `names` is the kind of component that its `component:` names.
+    `names` is the kind of component that its `component:` names; `units` the row of `UNITS` that a
+    size is given in; `ending` that of a file's name.
     """
     metadata = {
         "meaning": meaning,
@@ -32,6 +40,8 @@ def knob(
         "shapes_curve": shapes_curve,
         "names_code": names_code,
         "names": names,
+        "units": units,
+        "ending": ending,
         "bounds": {">=": at_least, ">": above, "<=": at_most, "<": below},
     }
     if isinstance(default, list | dict):
@@ -52,6 +62,8 @@ class Knob:
     shapes_curve: bool
     names_code: bool
     names: str | None
+    units: str | None
+    ending: str | None
 
 
 def knobs(root: type, prefix: str = "") -> dict[str, Knob]:

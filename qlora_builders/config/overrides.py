@@ -17,18 +17,57 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from qlora_builders.config.knobs import knobs
-from qlora_builders.config.other_names import (
-    FILE_WORDS,
-    NOT_NEEDED,
-    OTHER_NAMES,
-    OTHER_OPTIONS,
-    OWN_FILE,
-)
-from qlora_builders.config.own_files import GLOBAL
+from qlora_builders.config.own_files import GLOBAL, load_yaml
 from qlora_builders.config.shipped import shipped_dir
 from qlora_builders.config.verbs import VERBS
-from qlora_builders.config.yaml_file import load_yaml
 from qlora_builders.errors import ConfigError, did_you_mean
+
+# What other libraries call keys and options, and what these are here:
+# the last part of a key -> the key; where a verb has the key without its section, that one
+OTHER_NAMES = {
+    "base_model": "checkpoint.dir",
+    "bf16": "training.compute_dtype",
+    "eval_steps": "training.eval_every",
+    "fp16": "training.compute_dtype",
+    "gradient_accumulation_steps": "training.grad_accumulation",
+    "gradient_checkpointing": "training.activation_checkpointing",
+    "learning_rate": "optimizer.lr",
+    "logging_steps": "training.log_every",
+    "lora_alpha": "method.alpha",
+    "lora_dropout": "method.dropout",
+    "lora_r": "method.rank",
+    "lr": "optimizer.lr",
+    "max_seq_length": "data.max_seq_len",
+    "model": "checkpoint.dir",
+    "model_name_or_path": "checkpoint.dir",
+    "num_train_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.batch_size",
+    "r": "method.rank",
+    "save_steps": "training.save_every",
+    "target_modules": "method.targets",
+}
+# GROUP=OPTION -> what to write
+OTHER_OPTIONS = {
+    "data=alpaca": "data.columns.prompt=instruction data.columns.completion=output",
+    "data=sharegpt": "data=chat",
+    "method=dora": "method.use_dora=true",
+    "method=loftq": "method.init_lora_weights=loftq",
+    "method=pissa": "method.init_lora_weights=pissa",
+    "method=rslora": "method.use_rslora=true",
+}
+# verb, key -> why it has none
+NOT_NEEDED = {
+    ("generate", "data"): "rows of prompts_file show their format; leave it out",
+    ("generate", "data.format"): "rows of prompts_file show theirs; leave it out",
+    ("generate", "data.train"): "rows to answer are given by prompts_file=FILE",
+    ("generate", "data.eval"): "rows to answer are given by prompts_file=FILE",
+}
+# what is written where a file of keys is meant
+FILE_WORDS = ("c", "cfg", "config", "config-file", "config_file", "config-name", "config_name")
+OWN_FILE = (
+    "a file of keys, such as a run's config.yaml, is used as an experiment: "
+    "qlora configs cp FILE DIR/experiment/NAME.yaml, then --config-dir DIR experiment=NAME"
+)
 
 OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]+)=(.*)", re.DOTALL)
 QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1)[^\\])*\1""", re.DOTALL)

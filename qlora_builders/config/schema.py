@@ -33,6 +33,7 @@ from qlora_builders.config.sections import (
     compute_dtype_knob,
     device_knob,
     quantize_knob,
+    shard_size_knob,
 )
 from qlora_builders.names import DTYPES, QUANTIZED_FORMATS, SCALE_FORMATS, WRITTEN_FORMATS
 
@@ -89,7 +90,9 @@ class DPOConfig(FinetuneConfig):
 class EstimateConfig(FinetuneConfig):
     """Peak memory of such a finetune, if every row has data.max_seq_len tokens and all train."""
 
-    memory: str | None = knob(None, "also show what fits into this much, such as 24GiB")
+    memory: str | None = knob(
+        None, "also show what fits into this much, such as 24GiB", units="memory"
+    )
     ranks: int = knob(1, "processes (--nproc-per-node x nodes); figures are of one", at_least=1)
 
 
@@ -112,7 +115,9 @@ class GenerateConfig:
     )
     data: PromptDataConfig = field(default_factory=PromptDataConfig)
     output: str | None = knob(
-        None, "new .jsonl file with a row for each answer, instead of printing it; null: none"
+        None,
+        "new .jsonl file with a row for each answer, instead of printing it; null: none",
+        ending=".jsonl",
     )
     system: str | None = knob(None, "system message, for rows without one of their own; null: none")
     chat: bool = knob(
@@ -179,7 +184,7 @@ class MergeConfig:
         0.5, "largest |error| / |update| accepted, in the weights and in the logits", above=0
     )
     report: str | None = knob(None, "new JSON file for the figures of every layer; null: none")
-    max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
+    max_shard_size: str = shard_size_knob()
 
 
 @dataclass
@@ -204,18 +209,22 @@ class QuantizeConfig:
         [], "your rules, after the one for all decoder layers; or FILE.yaml with them"
     )
     dtype: str = knob("bfloat16", "dtype of weights before quantizing", choices=DTYPES)
-    max_shard_size: str = knob("5GB", "largest file: a number with KB, MB or GB (powers of 1000)")
+    max_shard_size: str = shard_size_knob()
 
 
 @dataclass
 class PlanConfig:
     """Choose the precision of every linear layer under a memory budget, and measure the result."""
 
-    budget: str | None = knob(None, "memory of the whole base, such as 6GiB; give this or bits")
+    budget: str | None = knob(
+        None, "memory of the whole base, such as 6GiB; give this or bits", units="memory"
+    )
     bits: float | None = knob(
         None, "mean bits per weight of the linear layers (16-bit embeddings not counted)", above=0
     )
-    output: str = knob("plan.yaml", "file for the rules; figures go beside it, in .json")
+    output: str = knob(
+        "plan.yaml", "file for the rules; figures go beside it, in .json", ending=".yaml"
+    )
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -58,6 +58,11 @@ def quantize_knob() -> Any:
     return knob("auto", meaning, choices=("auto", "nf4", "none"))
 
 
+def shard_size_knob() -> Any:
+    meaning = "largest file: a number with KB, MB or GB (powers of 1000)"
+    return knob("5GB", meaning, units="file")
+
+
 @dataclass
 class CheckpointConfig:
     """The base weights."""

@@ -155,3 +155,14 @@ _ROWS = (
     ),
 )
 VERBS = {row.name: row for row in _ROWS}
+
+# what other programs call them
+OTHER_VERBS = {
+    "chat": "generate",
+    "cp": "configs cp",
+    "ls": "configs ls",
+    "run": "finetune",
+    "sft": "finetune",
+    "train": "finetune",
+    "validate": "configs validate",
+}

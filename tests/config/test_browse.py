@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from own_configs import write_own
 
 from qlora_builders.config import browse
 from qlora_builders.config.compose import compose, save_config
@@ -69,11 +70,12 @@ def test_cp_of_a_runs_config(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_validate_finds_every_problem(tmp_path: Path) -> None:
-    folder = tmp_path / "experiment"
-    folder.mkdir()
-    (folder / "a.yaml").write_text("# @package _global_\ntraining: {epochs: 0, sed: 0}\n")
-    (folder / "b.yaml").write_text("# @package _global_\noptimizer: {lrr: 1}\ndevice: x\n")
-    (tmp_path / "c.yaml").write_text("a: 1\n")
+    files = {
+        "experiment/a": "training: {epochs: 0, sed: 0}\n",
+        "experiment/b": "optimizer: {lrr: 1}\ndevice: x\n",
+        "c": "a: 1\n",
+    }
+    write_own(tmp_path, files)
     with pytest.raises(ConfigError) as caught:
         browse.main(["validate", "a", "--config-dir", str(tmp_path)])
     problems = str(caught.value).splitlines()
@@ -106,8 +108,6 @@ def test_mistakes(argv: list[str], message: str) -> None:
 
 
 def test_short_name_of_two_configs(tmp_path: Path) -> None:
-    for group in ("data", "method"):
-        (tmp_path / group).mkdir()
-        (tmp_path / group / "same.yaml").write_text("name: same\n")
+    write_own(tmp_path, {"data/same": "name: same\n", "method/same": "name: same\n"})
     with pytest.raises(ConfigError, match="it may be data/same or method/same"):
         browse.main(["show", "same", "--config-dir", str(tmp_path)])

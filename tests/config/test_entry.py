@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 from omegaconf import OmegaConf
+from own_configs import write_own
 
 from qlora_builders.config.entry import BROKEN_PIPE, run_recipe
 from qlora_builders.config.instantiate import resolve_component
@@ -90,22 +91,6 @@ def test_arguments_of_components_are_in_the_same_error(capsys: pytest.CaptureFix
     assert third.startswith("error: loggers[0].component='os.system' is no logger that a config m")
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--training.seed=1"], "unknown option '--training.seed=1'; write training.seed=1, witho"),
-        (["--verbose"], "unknown option '--verbose'; see --help"),
-        (["--config-dir"], "expected one argument; see --help"),
-        (["--config-dir", "nowhere"], "--config-dir 'nowhere' is not a folder"),
-        (["optimizer.lrr=1"], "optimizer.lrr is not an argument of torch.optim.AdamW; did you mea"),
-        (["optimizer.component=os.system"], "optimizer.component='os.system' is no optimizer"),
-    ],
-)
-def test_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_recipe(never, "finetune", argv) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_errors_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     def no_data(cfg: FinetuneConfig) -> None:
         raise DataError(f"{cfg.data.train}: no such file")
@@ -164,16 +149,14 @@ def test_allow_lasts_for_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "my_optimizers.py").write_text("def lion(params, lr):\n    return lr\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_optimizers", raising=False)
-    (tmp_path / "configs" / "optimizer").mkdir(parents=True)
-    (tmp_path / "configs" / "optimizer" / "lion.yaml").write_text(
-        "component: my_optimizers.lion\nlr: 1e-4\n"
-    )
+    lion = "component: my_optimizers.lion\nlr: 1e-4\n"
+    own = write_own(tmp_path / "configs", {"optimizer/lion": lion})
     calls: list[Any] = []
 
     def main(cfg: FinetuneConfig) -> None:
         calls.append(resolve_component(cfg.optimizer, "optimizer", key="optimizer")[1])
 
-    argv = ["--config-dir", str(tmp_path / "configs"), "optimizer=lion"]
+    argv = ["--config-dir", str(own), "optimizer=lion"]
     assert run_recipe(main, "finetune", argv) == 2
     assert run_recipe(main, "finetune", [*argv, "--allow", "my_optimizers"]) == 0
     assert calls == [{"lr": 1e-4}]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_builders.config.component_table import GIVEN, TABLE
 from qlora_builders.config.instantiate import (
+    GIVEN,
+    TABLE,
     allow_prefixes,
     instantiate,
     resolve_component,

@@ -48,8 +48,11 @@ finetune experiment=mine
     | experiment=mine: no such config; 'qlora configs ls' lists those there are; one of your own,
     | DIR/experiment/NAME.yaml, needs --config-dir DIR
 finetune --config-dir configs experiment=mine | experiment=mine: no such config;
+finetune --config-dir | expected one argument; see --help
 finetune --config-dir nowhere | --config-dir 'nowhere' is not a folder
 finetune config=mine.yaml | qlora configs cp FILE DIR/experiment/NAME.yaml
+finetune --verbose | unknown option '--verbose'; see --help
+finetune --training.seed=1 | unknown option '--training.seed=1'; write training.seed=1, without
 finetune --config mine.yaml | unknown option '--config': a file of keys, such
 finetune mine.yaml | then --config-dir DIR experiment=NAME
 
@@ -122,6 +125,7 @@ finetune training.batch_size=0 training.epochs=0 device=gpu data.packing=best me
     | device='gpu' is not allowed | did you mean 'best_fit'? | method.dropout=1.0 must be < 1
 
 finetune optimizer.learning_rate=1 | AdamW; did you mean 'lr'?
+finetune optimizer.component=os.system | optimizer.component='os.system' is no optimizer
 finetune optimizer.xyz=1 | lr, maximize, weight_decay
 finetune optimizer.component=torch.optim.AdmaW | did you mean 'torch.optim.AdamW'?
 finetune optimizer.component=null | name the class, such as torch.optim.Ad

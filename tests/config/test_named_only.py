@@ -13,7 +13,7 @@ import torch.optim
 
 import qlora_builders
 from qlora_builders.config import instantiate
-from qlora_builders.config.component_table import GIVEN, TABLE
+from qlora_builders.config.instantiate import GIVEN, TABLE
 from qlora_builders.errors import ConfigError
 
 NEED_EXTRAS = ("nf4_triton", "nf4_triton_kernels", "harness_model")  # not imported here

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
-
 import pytest
 
 from qlora_builders.checkpoint.merge_report import MAX_ERROR
-from qlora_builders.config.checks import check, required, size_in_bytes
+from qlora_builders.config.checks import check, in_bytes, required
 from qlora_builders.config.knobs import knobs
 from qlora_builders.config.schema import (
     EvaluateConfig,
@@ -18,7 +16,6 @@ from qlora_builders.config.schema import (
 )
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.config.verbs import VERBS
-from qlora_builders.errors import ConfigError
 from qlora_builders.names import WRITTEN_FORMATS
 
 
@@ -56,22 +53,9 @@ def test_merging_is_as_strict_from_the_command_line_as_from_python() -> None:
     assert leaves["format"].choices == WRITTEN_FORMATS
 
 
-def test_sections_are_dataclasses() -> None:
-    cfg = FinetuneConfig()
-    sections = [getattr(cfg, f.name) for f in fields(cfg)]
-    assert sum(is_dataclass(section) for section in sections) == 8
-
-
 def test_good_config_has_no_problems() -> None:
     assert check(finetune()) == []
     assert required(finetune()) == []
-
-
-def set_key(cfg: object, key: str, value: object) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        cfg = getattr(cfg, parent)
-    setattr(cfg, leaf, value)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +63,6 @@ def set_key(cfg: object, key: str, value: object) -> None:
     [
         ("checkpoint.format", "hff", "checkpoint.format='hff' is not allowed; allowed: auto, hf"),
         ("data.format", "chatt", "allowed: chat, instruct, text, preference; did you mean 'chat'?"),
-        ("data.train_on", "prompt", "allowed: assistant, completion, all"),
         ("data.max_seq_len", 1, "data.max_seq_len=1 must be >= 2"),
         ("data.max_rows", 0, "data.max_rows=0 must be >= 1"),
         ("method.rank", 0, "method.rank=0 must be >= 1"),
@@ -92,28 +75,20 @@ def set_key(cfg: object, key: str, value: object) -> None:
         ("lr_schedule.warmup_ratio", 1.5, "lr_schedule.warmup_ratio=1.5 must be <= 1"),
         ("training.batch_size", 0, "training.batch_size=0 must be >= 1"),
         ("training.dtype", "bf16", "allowed: float32, bfloat16, float16; did you mean 'bfloat16'?"),
-        ("training.compute_dtype", "half", "allowed: auto, float32, bfloat16, float16"),
         ("training.clip_grad_norm", -1.0, "training.clip_grad_norm=-1.0 must be > 0"),
         ("device", "cuda:x", "device='cuda:x' is not allowed; allowed: auto, cpu, cuda, cuda:N"),
         ("optimizer", {"lr": 1.0}, "optimizer.component is missing"),
         ("optimizer", {"component": "a.B", "lr": 0}, "optimizer.lr=0 must be a number > 0"),
-        ("optimizer", {"component": "a.B", "lr": "x"}, "optimizer.lr='x' must be a number > 0"),
         ("optimizer", {"component": "a.B", "lr": float("nan")}, "optimizer.lr=nan must be"),
     ],
 )
 def test_finetune_values(key: str, value: object, message: str) -> None:
     cfg = finetune()
-    set_key(cfg, key, value)
+    section, _, leaf = key.rpartition(".")
+    setattr(getattr(cfg, section) if section else cfg, leaf, value)
     problems = check(cfg)
     assert len(problems) == 1
     assert message in problems[0]
-
-
-def test_all_problems_at_once() -> None:
-    cfg = finetune()
-    cfg.training.batch_size = 0
-    cfg.device = "tpu"
-    assert len(check(cfg)) == 2
 
 
 def test_method_options_without_effect() -> None:
@@ -147,21 +122,12 @@ def test_warmup_longer_than_the_run() -> None:
 
 def test_generate() -> None:
     assert check(GenerateConfig(prompt="a")) == []
-    problems = check(
-        GenerateConfig(
-            prompt="a",
-            prompts_file="b",
-            system="c",
-            chat=False,
-            output="d.json",
-            top_k=5,
-            top_p=0.5,
-        )
-    )
-    assert problems == [
+    both = GenerateConfig(prompt="a", prompts_file="b", top_k=5, top_p=0.5)
+    both.system, both.chat, both.output = "c", False, "d.json"
+    assert check(both) == [
+        "output=d.json must end in .jsonl",
         "prompt and prompts_file are both given; give one of them",
         "system is a chat message and has no effect with chat=false",
-        "output=d.json must end in .jsonl",
         "top_k=5 has no effect at temperature=0; set a temperature such as 0.7",
         "top_p=0.5 has no effect at temperature=0; set a temperature such as 0.7",
     ]
@@ -212,13 +178,13 @@ def test_quantize() -> None:
     ("size", "count"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("20KB", 20_000)]
 )
 def test_size_in_bytes(size: str, count: int) -> None:
-    assert size_in_bytes(size) == count
+    assert in_bytes(size, "file") == count
 
 
 @pytest.mark.parametrize("size", ["5", "GB", "-1GB", "0GB", "5TB", ""])
 def test_not_a_size(size: str) -> None:
-    with pytest.raises(ConfigError, match="is not a size: write a number with KB, MB or GB"):
-        size_in_bytes(size)
+    (problem,) = check(MergeConfig(max_shard_size=size))
+    assert "is not a size: write a number with KB, MB or GB, such as 5GB" in problem
 
 
 def test_demo_rows_are_instruct_rows() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pytest
+from own_configs import write_own
 
 from qlora_builders.config.compose import compose, draft
 from qlora_builders.config.knobs import knobs
@@ -67,13 +68,11 @@ def test_on_the_command_line(verb: str, key: str, of: Any) -> None:
 
 @pytest.mark.parametrize(("verb", "key", "of"), IN_FILES, ids=[f"{v}-{k}" for v, k, _ in IN_FILES])
 def test_in_an_experiment(verb: str, key: str, of: Any, tmp_path: Path) -> None:
-    (tmp_path / "experiment").mkdir()
     for value in wrong_shapes(of):
         tree = value
         for part in reversed(key.split(".")):
             tree = {part: tree}
-        text = f"# @package _global_\n{json.dumps(tree)}\n"
-        (tmp_path / "experiment" / "mine.yaml").write_text(text)
+        write_own(tmp_path, {"experiment/mine": json.dumps(tree)})
         try:
             _, problems = draft(verb, ["experiment=mine"], config_dir=tmp_path, for_run=False)
         except ConfigError as error:
@@ -86,8 +85,7 @@ def test_in_an_experiment(verb: str, key: str, of: Any, tmp_path: Path) -> None:
     "content", ["text", "3", "[1, {a: 2}]", "{columns: [1]}", "{targets: {a: 1}}", "{1: {2: 3}}"]
 )
 def test_in_a_file_of_a_group(group: str, content: str, tmp_path: Path) -> None:
-    (tmp_path / group).mkdir()
-    (tmp_path / group / "mine.yaml").write_text(content)
+    write_own(tmp_path, {f"{group}/mine": content})
     with pytest.raises(ConfigError):
         compose("finetune", [f"{group}=mine"], config_dir=tmp_path)
 
@@ -111,9 +109,7 @@ def test_the_message(override: str, message: str) -> None:
 
 
 def test_a_mapping_for_a_list_in_a_file_is_one_message(tmp_path: Path) -> None:
-    (tmp_path / "experiment").mkdir()
-    file = tmp_path / "experiment" / "mine.yaml"
-    file.write_text("# @package _global_\ncomponents: {a: {b: 1}}\n")
+    write_own(tmp_path, {"experiment/mine": "components: {a: {b: 1}}"})
     _, (problem,) = draft("finetune", ["experiment=mine"], config_dir=tmp_path)
     assert problem.startswith("experiment/mine.yaml: components: ")
     assert "list" in problem

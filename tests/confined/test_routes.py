@@ -12,9 +12,9 @@ import pytest
 
 from qlora_builders.checkpoint.peft import config as peft_config
 from qlora_builders.checkpoint.peft.config import read_peft_config
-from qlora_builders.config import yaml_file
+from qlora_builders.config import own_files
+from qlora_builders.config.own_files import load_yaml
 from qlora_builders.config.shipped import demo_path
-from qlora_builders.config.yaml_file import load_yaml
 from qlora_builders.confined.process import Limits
 from qlora_builders.data import Tokenizer, build_dataset, token_backend
 from qlora_builders.errors import CheckpointError, ConfigError, DataError, UnsafeError
@@ -24,7 +24,7 @@ SMALL = Limits(0.3, 128_000_000, 4_000_000)
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (peft_config, yaml_file, token_backend):
+    for module in (peft_config, own_files, token_backend):
         monkeypatch.setattr(module, "LIMITS", SMALL)
 
 
@@ -221,7 +221,7 @@ def test_yaml_that_stands_for_too_much(name: str, tmp_path: Path) -> None:
 
 
 def test_yaml_with_aliases_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(yaml_file, "LIMITS", Limits())
+    monkeypatch.setattr(own_files, "LIMITS", Limits())
     file = tmp_path / "mine.yaml"
     file.write_text("a: &a {rank: 4}\nb: {<<: *a, alpha: 8}\nc: [*a, *a]\n")
     assert load_yaml(file) == {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_builders.config.yaml_file import load_yaml
+from qlora_builders.config.own_files import load_yaml
 from qlora_builders.confined.process import Limits, OverrunError, ask
 from qlora_builders.data import token_backend
 from qlora_builders.data.chat_template import ChatTemplate
