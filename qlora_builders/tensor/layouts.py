@@ -109,7 +109,7 @@ def unpack_native(parts: Mapping[str, Tensor]) -> QuantizedTensor:
     """
     suffix = _native_suffix(parts) or "." + NF4Format.name
     cls = native_suffixes()[suffix]
-    _check_suffixes(parts, {*(f".{field}" for field in cls.tensor_fields), suffix})
+    _check_names("parts missing", parts, {*(f".{field}" for field in cls.tensor_fields), suffix})
     stored = native_metadata(parts[suffix], suffix)
     weight = cls(
         *(parts[f".{name}"] for name in cls.tensor_fields),
@@ -172,7 +172,7 @@ def bnb_metadata(text: Tensor, suffix: str = BNB_JSON) -> Stored:
     keys = {"quant_type", "blocksize", "dtype", "shape"}
     if nested:
         keys |= {"nested_blocksize", "nested_dtype", "nested_offset"}
-    _check_keys(state, keys)
+    _check_names("keys missing in the description", state, keys)
     for name, allowed in (
         ("quant_type", "nf4"),
         ("nested_blocksize", _BNB_NESTED_BLOCK),
@@ -195,7 +195,7 @@ def unpack_bnb(parts: Mapping[str, Tensor]) -> NF4Tensor:
     """
     if BNB_FP4_JSON in parts:
         raise ValueError("quantized to FP4; only NF4 is read (bnb_4bit_quant_type='nf4')")
-    _check_suffixes(parts, _BNB_NESTED if ".nested_absmax" in parts else _BNB_PLAIN)
+    _check_names("parts missing", parts, _BNB_NESTED if ".nested_absmax" in parts else _BNB_PLAIN)
     stored = bnb_metadata(parts[BNB_JSON])
     nested = ".nested_absmax" in parts
     if nested != ("nested_offset" in stored.content):
@@ -276,10 +276,10 @@ def unpack(parts: Mapping[str, Tensor]) -> QuantizedTensor:
     return unpack_native(parts) if _native_suffix(parts) else unpack_bnb(parts)
 
 
-def _check_suffixes(parts: Mapping[str, Tensor], expected: set[str]) -> None:
-    missing, surplus = sorted(expected - set(parts)), sorted(set(parts) - expected)
+def _check_names(subject: str, given: Iterable[str], expected: Iterable[str]) -> None:
+    missing, surplus = sorted({*expected} - {*given}), sorted({*given} - {*expected})
     if missing or surplus:
-        raise ValueError(f"parts missing: {missing or 'none'}; not expected: {surplus or 'none'}")
+        raise ValueError(f"{subject}: {missing or 'none'}; not expected: {surplus or 'none'}")
 
 
 def _check_finite(name: str, scales: Tensor) -> None:
@@ -300,17 +300,8 @@ def _read_json(text: Tensor, keys: set[str] | None = None) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"the description is {type(content).__name__}, expected a JSON object")
     if keys is not None:
-        _check_keys(content, keys)
+        _check_names("keys missing in the description", content, keys)
     return content
-
-
-def _check_keys(content: Mapping[str, Any], keys: set[str]) -> None:
-    if set(content) != keys:
-        missing, surplus = sorted(keys - set(content)), sorted(set(content) - keys)
-        raise ValueError(
-            f"keys missing in the description: {missing or 'none'}; "
-            f"not expected: {surplus or 'none'}"
-        )
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

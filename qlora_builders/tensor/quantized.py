@@ -76,37 +76,30 @@ class QuantizedTensor(Tensor):
         format: Format | None = None,
         **named_fields: Tensor,
     ) -> Self:
-        device = (*fields, *named_fields.values())[0].device
-        return Tensor._make_wrapper_subclass(
-            cls, tuple(shape), dtype=dtype, device=device, requires_grad=False
-        )
-
-    def __init__(
-        self,
-        *fields: Tensor,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        format: Format | None = None,
-        **named_fields: Tensor,
-    ) -> None:
-        self.format = self.kernels.format_type() if format is None else format
-        check_dtype(type(self), dtype)
-        given = dict(zip(self.tensor_fields, fields, strict=False)) | named_fields
-        if set(given) != set(self.tensor_fields) or len(fields) + len(named_fields) != len(given):
+        format = cls.kernels.format_type() if format is None else format
+        check_dtype(cls, dtype)
+        given = dict(zip(cls.tensor_fields, fields, strict=False)) | named_fields
+        if set(given) != set(cls.tensor_fields) or len(fields) + len(named_fields) != len(given):
             raise TypeError(
-                f"{type(self).__name__} takes {', '.join(self.tensor_fields)}, shape, dtype and "
+                f"{cls.__name__} takes {', '.join(cls.tensor_fields)}, shape, dtype and "
                 f"format; got {len(fields)} fields and {', '.join(named_fields) or 'no names'}"
             )
-        shapes, dtypes = self.format.field_shapes(self.shape), self.format.field_dtypes()
-        for name, shape_, dtype_ in zip(self.tensor_fields, shapes, dtypes, strict=True):
+        shapes, dtypes = format.field_shapes(shape), format.field_dtypes()
+        for name, shape_, dtype_ in zip(cls.tensor_fields, shapes, dtypes, strict=True):
             field = given[name]
             if tuple(field.shape) != shape_ or field.dtype != dtype_:
                 raise ValueError(
-                    f"{type(self).__name__} {name} is {field.dtype} {list(field.shape)}, but a "
-                    f"weight of shape {list(shape)} with {self.format} needs {dtype_} "
-                    f"{list(shape_)}"
+                    f"{cls.__name__} {name} is {field.dtype} {list(field.shape)}, but a weight of "
+                    f"shape {list(shape)} with {format} needs {dtype_} {list(shape_)}"
                 )
-            setattr(self, name, field)
+        device = given[cls.tensor_fields[0]].device
+        weight = Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype, device=device, requires_grad=False
+        )
+        weight.format = format
+        for name, field in given.items():
+            setattr(weight, name, field)
+        return weight
 
     @property
     def fields(self) -> tuple[Tensor, ...]:
@@ -286,10 +279,10 @@ def quantized_linear(input: Tensor, weight: QuantizedTensor, bias: Tensor | None
 
 @_register(FUNCTION_TABLE, F.linear)
 def _linear(func: Any, args: tuple, kwargs: dict) -> Tensor:
-    return _call_linear(*args, **kwargs)
+    return _checked_linear(*args, **kwargs)
 
 
-def _call_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _checked_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if isinstance(input, QuantizedTensor) or not isinstance(weight, QuantizedTensor):
         raise NotImplementedError(
             "F.linear takes a quantized tensor as its weight, not as input or bias"
@@ -379,9 +372,7 @@ def _fieldwise(func: Any, args: tuple, kwargs: dict) -> QuantizedTensor:
     return weight.map_fields(lambda field: func(field, *args[1:], **kwargs))
 
 
-@_register(DISPATCH_TABLE, aten.is_pinned.default)
-def _is_pinned(func: Any, args: tuple, kwargs: dict) -> bool:
-    return all(map(func, args[0].fields))
+DISPATCH_TABLE[aten.is_pinned.default] = lambda func, args, kwargs: all(map(func, args[0].fields))
 
 
 @_register(DISPATCH_TABLE, aten.empty_like.default)

@@ -439,7 +439,7 @@ _SHARD_OPS: dict[Any, Callable[[Any, tuple, dict], Any]] = {
         ),
         _fieldwise,
     ),
-    aten.is_pinned.default: lambda func, args, kwargs: all(map(func, args[0].fields)),
+    aten.is_pinned.default: DISPATCH_TABLE[aten.is_pinned.default],
     aten.new_empty.default: lambda func, args, kwargs: args[0].fields[0].new_empty(args[1]),
     aten.new_zeros.default: lambda func, args, kwargs: args[0].map_fields(
         torch.zeros_like, shape=args[1]

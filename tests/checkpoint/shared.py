@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -39,6 +42,31 @@ QLORA = [
     {"match": "layers.*.mlp.up_proj", "kind": "frozen_nf4"},
     {"match": "layers.0.self_attn.k_proj", "kind": "lora", "rank": 2, "alpha": 2},
 ]
+
+
+# PEFT asks transformers for an attribute that transformers renamed
+DEPRECATED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+quiet_peft = pytest.mark.filterwarnings(DEPRECATED)
+
+
+def in_peft(model: LlamaForCausalLM, **config: Any) -> PeftModel:
+    """A copy with adapters."""
+    options = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | config
+    return get_peft_model(copy.deepcopy(model), LoraConfig(**options))
+
+
+def trained_in_peft(model: LlamaForCausalLM, **config: Any) -> PeftModel:
+    """As training would leave it: all that trains is random."""
+    return randomized(in_peft(model, **config))
+
+
+def randomized(model: Any) -> Any:
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.15 * torch.randn_like(parameter)
+    return model.eval()
 
 
 def edit_json(file: Path, changes: dict[str, Any]) -> Path:

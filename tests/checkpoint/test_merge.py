@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from shared import QLORA, Build, Checkpoints, Logits, Reference
+from shared import QLORA, Build, Checkpoints, Logits, Reference, quiet_peft
 
 from qlora_builders.checkpoint import (
     load_checkpoint,
@@ -110,8 +110,7 @@ def test_original_weights_as_base(adapted: Build, checkpoints: Checkpoints, shar
     assert not torch.equal(dequantized[UP], originals[UP])
 
 
-# PEFT asks transformers for an attribute that transformers renamed
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@quiet_peft
 def test_dora_onto_the_originals_is_peft_on_them(
     adapted: Build, checkpoints: Checkpoints, reference: Reference, logits: Logits, tmp_path: Path
 ) -> None:
@@ -181,7 +180,7 @@ def test_dtype(adapted: Build, tmp_path: Path) -> None:
 # ---- against PEFT -------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@quiet_peft
 @pytest.mark.parametrize("base", ["dequantized", "original"])
 @pytest.mark.parametrize(
     ("variant", "plan"),

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from shared import Checkpoints, Logits, Reference
-from transformers import LlamaForCausalLM
+from shared import Checkpoints, Logits, Reference, in_peft, quiet_peft, trained_in_peft
 
 from qlora_builders.checkpoint import (
     adapter_plan,
@@ -24,9 +21,8 @@ from qlora_builders.errors import CheckpointError
 from qlora_builders.modules import LoRALinear
 from qlora_builders.tensor import NF4Tensor
 
-# PEFT asks transformers for an attribute that transformers renamed
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    quiet_peft,
     # PEFT cannot merge a lora_bias into a layer without a bias; we can
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
     # PEFT takes its own lora_B.bias for a lora_B that was cut into shards
@@ -76,21 +72,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(model: LlamaForCausalLM, **config: Any) -> PeftModel:
-    """What training would leave: random adapters, random changes to the modules saved whole."""
-    torch.manual_seed(3)
-    adapted = get_peft_model(
-        copy.deepcopy(model),
-        LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | config),
-    )
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad:
-                parameter += 0.15 * torch.randn_like(parameter)
-                assert "lora_" in name or "modules_to_save" in name
-    return adapted.eval()
-
-
 @pytest.mark.filterwarnings(SAVES_THE_HEAD)
 @pytest.mark.parametrize(
     ("variant", "quantize"), [("gqa", "auto"), ("biased", "auto"), ("gqa", "nf4")]
@@ -110,7 +91,7 @@ def test_we_give_pefts_logits(
     if quantize == "nf4":
         bare = load_with_adapter(path, None, quantize="nf4", dtype=torch.float32)
         base.load_state_dict(bare.state_dict())
-    theirs = train(base, **CONFIGS[name])
+    theirs = trained_in_peft(base, **CONFIGS[name])
     theirs.save_pretrained(tmp_path)
     ours = load_with_adapter(path, tmp_path, quantize=quantize, dtype=torch.float32)
     for slot, module in ours.named_modules():
@@ -128,7 +109,7 @@ def test_magnitudes_as_a_state_dict_names_them(
     checkpoints: Checkpoints, reference: Reference, logits: Logits, tmp_path: Path
 ) -> None:
     """In memory PEFT keeps them in a module; save_pretrained drops its `.weight`, others do not."""
-    theirs = train(reference(checkpoints()), target_modules=["q_proj"], use_dora=True)
+    theirs = trained_in_peft(reference(checkpoints()), target_modules=["q_proj"], use_dora=True)
     theirs.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -148,13 +129,10 @@ def test_pissa_that_peft_converted(
     """Its adapter belongs to a base that PEFT changed; what PEFT makes of it, to the original."""
     base = reference(checkpoints())
     pissa = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": "pissa"}
-    start = get_peft_model(
-        copy.deepcopy(base),
-        LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", use_rslora=use_rslora, **pissa),
-    )
+    start = in_peft(base, use_rslora=use_rslora, **pissa)
     start.peft_config["default"].init_lora_weights = True  # as PEFT's documentation has it
     start.save_pretrained(tmp_path / "start")
-    theirs = train(base, use_rslora=use_rslora, **pissa)
+    theirs = trained_in_peft(base, use_rslora=use_rslora, **pissa)
     theirs.save_pretrained(
         tmp_path / "trained", path_initial_model_for_weight_conversion=str(tmp_path / "start")
     )
@@ -168,7 +146,7 @@ def test_pissa_that_peft_converted(
 def test_half_precision_adapter_is_widened(
     checkpoints: Checkpoints, reference: Reference, tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    theirs = train(reference(checkpoints()), target_modules=["q_proj"]).to(dtype)
+    theirs = trained_in_peft(reference(checkpoints()), target_modules=["q_proj"]).to(dtype)
     theirs.save_pretrained(tmp_path)
     ours = load_with_adapter(checkpoints(), tmp_path)
     own = ours.model.layers[1].self_attn.q_proj.lora_A.weight
@@ -178,7 +156,7 @@ def test_half_precision_adapter_is_widened(
 
 
 def test_adapter_plan(checkpoints: Checkpoints, reference: Reference, tmp_path: Path) -> None:
-    theirs = train(
+    theirs = trained_in_peft(
         reference(checkpoints()),
         target_modules=r"model\.layers\.1\.self_attn\.q_proj|lm_head",
         rank_pattern={"lm_head": 2},
@@ -222,7 +200,7 @@ def test_head_of_another_base_is_found_out(
     base = reference(checkpoints())
     with torch.no_grad():
         base.lm_head.weight[0, 0] += 1
-    train(base, target_modules=["q_proj", "lm_head"]).save_pretrained(tmp_path)
+    trained_in_peft(base, target_modules=["q_proj", "lm_head"]).save_pretrained(tmp_path)
     assert read_adapter(tmp_path).copies == {"lm_head.base_layer.weight": "lm_head.weight"}
     with pytest.raises(CheckpointError, match=r"lm_head\.base_layer\.weight differs from lm_head"):
         load_with_adapter(checkpoints(), tmp_path, dtype=torch.float32)
@@ -233,7 +211,7 @@ def test_head_in_lower_precision(
     checkpoints: Checkpoints, reference: Reference, tmp_path: Path
 ) -> None:
     """The copy is compared in the model's dtype."""
-    train(reference(checkpoints()), target_modules=["lm_head"]).save_pretrained(tmp_path)
+    trained_in_peft(reference(checkpoints()), target_modules=["lm_head"]).save_pretrained(tmp_path)
     load_with_adapter(checkpoints(), tmp_path, dtype=torch.bfloat16)
 
 
@@ -251,7 +229,9 @@ def test_half_a_tied_pair_is_refused(
         ("lm_head", "to train both add 'embed_tokens'"),
     ):
         adapter = tmp_path / saved
-        train(base, target_modules=["q_proj"], modules_to_save=[saved]).save_pretrained(adapter)
+        trained_in_peft(base, target_modules=["q_proj"], modules_to_save=[saved]).save_pretrained(
+            adapter
+        )
         with pytest.raises(CheckpointError, match=message):
             load_with_adapter(checkpoints("tied"), adapter)
 
@@ -260,7 +240,7 @@ def test_half_a_tied_pair_is_refused(
 def test_tied_pair_that_came_apart_is_refused(
     checkpoints: Checkpoints, reference: Reference, tmp_path: Path
 ) -> None:
-    both = train(
+    both = trained_in_peft(
         reference(checkpoints("tied")),
         target_modules=["q_proj"],
         modules_to_save=["embed_tokens", "lm_head"],

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from shared import Build, Checkpoints, Logits, Randomize
+from shared import Build, Checkpoints, Logits, Randomize, quiet_peft
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_builders.checkpoint import (
@@ -28,10 +28,7 @@ from qlora_builders.models import summary
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.tensor import NF4Tensor
 
-# PEFT asks transformers for an attribute that transformers renamed
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
+pytestmark = quiet_peft
 
 ALL = {"match": "layers.**", "kind": "qlora", "rank": 4, "alpha": 8}
 HEAD = {"match": "lm_head", "kind": "lora", "rank": 4, "alpha": 8}

@@ -12,16 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from shared import Checkpoints, Logits, Randomize, Reference, edit_json
+from shared import (
+    DEPRECATED,
+    Checkpoints,
+    Logits,
+    Randomize,
+    Reference,
+    edit_json,
+    quiet_peft,
+    trained_in_peft,
+)
 from torch import Tensor
 
 from qlora_builders.checkpoint import load_checkpoint, load_with_adapter, save_adapter
 from qlora_builders.errors import CheckpointError
 
-DEPRECATED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-pytestmark = pytest.mark.filterwarnings(DEPRECATED)
+pytestmark = quiet_peft
 
 
 @pytest.fixture
@@ -34,14 +42,8 @@ def trained(reference: Reference, base: Path, tmp_path: Path) -> Callable[..., P
     """(config) -> the directory that PEFT writes, without a word, after training under it."""
 
     def train(**config: Any) -> Path:
-        torch.manual_seed(0)
-        options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]} | config
-        model = get_peft_model(reference(base), LoraConfig(task_type="CAUSAL_LM", **options))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.15 * torch.randn_like(parameter)
-        model.save_pretrained(tmp_path / "adapter")
+        targets = {"target_modules": ["q_proj", "up_proj"]}
+        trained_in_peft(reference(base), **targets | config).save_pretrained(tmp_path / "adapter")
         return tmp_path / "adapter"
 
     return train

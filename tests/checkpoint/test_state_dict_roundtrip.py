@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from shared import Checkpoints, assert_same_bits
 
-from qlora_builders.checkpoint import load_checkpoint, load_with_adapter, save_checkpoint
+from qlora_builders.checkpoint import load_checkpoint
 from qlora_builders.models import llama
 from qlora_builders.tensor import NF4Tensor
 
@@ -53,13 +51,3 @@ def test_same_state_dict_loads_into_the_plain_build(
     for name, parameter in quantized.named_parameters():
         weight = parameter.dequantize() if isinstance(parameter, NF4Tensor) else parameter
         assert torch.equal(own[name], weight), name
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_through_files(checkpoints: Checkpoints, tmp_path: Path, dtype: torch.dtype) -> None:
-    plan = [{"match": "layers.**", "kind": "frozen_nf4"}]
-    first = model = load_checkpoint(checkpoints(), plan, dtype=dtype)
-    for i in range(3):
-        save_checkpoint(model, tmp_path / str(i), max_shard_bytes=20_000)
-        model = load_with_adapter(tmp_path / str(i), None, quantize="nf4", dtype=dtype)
-        assert_same_bits(first, model, quantized=14)

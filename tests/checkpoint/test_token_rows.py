@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
-from shared import Checkpoints, Logits, Reference
-from torch import nn
-from transformers import LlamaForCausalLM
+from shared import Checkpoints, Logits, Reference, in_peft, quiet_peft, randomized, trained_in_peft
 
 from qlora_builders.checkpoint import (
     adapter_plan,
@@ -33,10 +31,7 @@ from qlora_builders.modules import CausalLM
 from qlora_builders.training.optimizers import trainable_parameters
 from qlora_builders.training.step import train_step
 
-# PEFT asks transformers for an attribute that transformers renamed
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
+pytestmark = quiet_peft
 RULE = {"match": "layers.*.self_attn.q_proj", "kind": "lora", "rank": 4, "alpha": 8}
 TOKENS = [50, 3, 4, 5]
 TRAIN = ["embed_tokens[50,3-5]"]
@@ -48,25 +43,7 @@ def load(path: Path, rule: dict[str, Any] = RULE, **options: Any) -> CausalLM:
     return load_checkpoint(path, [rule], train=TRAIN, **{"dtype": torch.float32} | options)
 
 
-def randomized(model: nn.Module) -> Any:
-    """What training would leave."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.15 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def in_peft(base: LlamaForCausalLM, tokens: Any = None) -> PeftModel:
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        task_type="CAUSAL_LM",
-        target_modules=["q_proj"],
-        trainable_token_indices=TOKENS if tokens is None else tokens,
-    )
-    return get_peft_model(copy.deepcopy(base), config)
+PEFT_CONFIG = {"target_modules": ["q_proj"], "trainable_token_indices": TOKENS}
 
 
 @EITHER_HEAD
@@ -74,7 +51,7 @@ def test_twenty_steps_are_those_of_peft(
     checkpoints: Checkpoints, reference: Reference, variant: str
 ) -> None:
     ours = load(checkpoints(variant)).train()
-    theirs = in_peft(reference(checkpoints(variant))).train()
+    theirs = in_peft(reference(checkpoints(variant)), **PEFT_CONFIG).train()
     parameters = dict(theirs.named_parameters())
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
@@ -134,7 +111,7 @@ def test_we_read_pefts(
     tokens: Any,
 ) -> None:
     base = reference(checkpoints(variant))
-    theirs = randomized(in_peft(base, tokens))
+    theirs = trained_in_peft(base, **PEFT_CONFIG | {"trainable_token_indices": tokens})
     theirs.save_pretrained(tmp_path)
     assert adapter_plan(read_adapter(tmp_path))[1] == ["embed_tokens[50,3,4,5]"]
     ours = load_with_adapter(checkpoints(variant), tmp_path, dtype=torch.float32)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from archs import tiny_arch
 from torch import Tensor, nn
 
 from qlora_builders.errors import PlanError
@@ -15,16 +17,7 @@ from qlora_builders.models import ComponentRule, LlamaArch, linear_slots, llama,
 from qlora_builders.modules import CausalLM, FrozenNF4Linear, Linear, LoRALinear
 from qlora_builders.tensor import NF4Tensor
 
-ARCH = LlamaArch(
-    vocab_size=67,
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=128,
-)
+ARCH = tiny_arch(num_layers=4)
 TIED = replace(ARCH, tie_word_embeddings=True)
 QLORA = {"kind": "qlora", "rank": 4, "alpha": 8}
 
@@ -64,17 +57,16 @@ def test_no_plan_is_plain_and_frozen() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_qkv_quantized_and_not_the_mlp() -> None:
-    model = llama(ARCH, [{"match": "layers.*.self_attn.{q,k,v}_proj", **QLORA}])
-    for slot, kind in kinds(model).items():
-        qkv = slot.endswith(("q_proj", "k_proj", "v_proj"))
-        assert kind == ("qlora" if qkv else "linear"), slot
-
-
-def test_only_layers_0_and_1() -> None:
-    model = llama(ARCH, [{"match": "layers.[0-1].**", **QLORA}])
-    for slot, kind in kinds(model).items():
-        assert kind == ("qlora" if slot.startswith(("layers.0.", "layers.1.")) else "linear"), slot
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        ("layers.*.self_attn.{q,k,v}_proj", r"layers\.\d\.self_attn\.[qkv]_proj"),
+        ("layers.[0-1].**", r"layers\.[01]\..*"),
+    ],
+)
+def test_a_rule_fills_what_it_matches(pattern: str, matched: str) -> None:
+    for slot, kind in kinds(llama(ARCH, [{"match": pattern, **QLORA}])).items():
+        assert kind == ("qlora" if re.fullmatch(matched, slot) else "linear"), slot
 
 
 def test_another_rank_per_layer() -> None:
@@ -83,7 +75,7 @@ def test_another_rank_per_layer() -> None:
     for index, layer in enumerate(model.model.layers):
         ranks = {m.rank for m in layer.modules() if isinstance(m, LoRALinear)}
         assert ranks == {2 + index}
-        assert layer.self_attn.q_proj.lora_A.weight.shape == (2 + index, 64)
+        assert layer.self_attn.q_proj.lora_A.weight.shape == (2 + index, 32)
 
 
 def test_adapters_are_never_quantized() -> None:
@@ -127,16 +119,12 @@ def test_spec_remembers_what_was_built() -> None:
     ("rule", "message"),
     [
         ({"match": "layers.*.self_attn.q_porj", **QLORA}, "did you mean 'q_proj'"),
-        ({"match": "layers.*.mlp.up_proj", "kind": "qlora", "rnak": 4}, "did you mean 'rank'"),
         ({"match": "layers.99.**", **QLORA}, "the layers are 0 to 3"),
-        ({"match": "lm_head", "kind": "qlorra", "rank": 4}, "did you mean 'qlora'"),
-        ({"match": "lm_head", "kind": "linear", "rank": 4}, "does not take 'rank'"),
-        ({"match": "layers.*.self_attn.{q,x}_proj", **QLORA}, "x_proj.*matches nothing"),
-        ({"match": "lm_head", "kind": "qlora"}, "needs rank and alpha"),
+        ({"match": "lm_head", "kind": "qlora", "rnak": 4}, "did you mean 'rank'"),
         ({"match": "layers.*.input_layernorm", **QLORA}, "no name has a part 'input_layernorm'"),
     ],
 )
-def test_typos_are_errors(rule: dict[str, Any], message: str) -> None:
+def test_mistakes_in_rules_reach_the_builder(rule: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         llama(ARCH, [rule], device="meta")
 
@@ -185,17 +173,35 @@ def test_other_modules_are_all_that_is_not_a_slot() -> None:
     assert owners == {*linear_slots(ARCH), *other_modules(ARCH)}
 
 
+ROWS_NEED_ADAPTER = "embed_tokens\\[...\\] is stored with an adapter, and the plan has none"
+
+
 @pytest.mark.parametrize(
-    ("pattern", "message"),
+    ("train", "message"),
     [
-        ("nrom", "train 'nrom': .*did you mean 'norm'"),
-        ("layers.9.input_layernorm", "the layers are 0 to 3"),
-        ("lm_head", "a linear slot trains with a rule {match: ..., kind: linear, trainable: true}"),
+        (["nrom"], "train 'nrom': .*did you mean 'norm'"),
+        (["layers.9.input_layernorm"], "the layers are 0 to 3"),
+        (["lm_head"], "a linear slot trains with a rule {match: ..., kind: linear, trainable: tr"),
+        (["embed_tokens[3]"], ROWS_NEED_ADAPTER),
+        (["embed_tokens[60-61]"], "there is no token 61; the vocabulary has 61"),
+        (["embed_tokens[3,5]", "embed_tokens[5]"], r"named twice: \[5\]"),
     ],
 )
-def test_train_typos(pattern: str, message: str) -> None:
+def test_mistakes_in_train(train: list[str], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        llama(ARCH, train=[pattern], device="meta")
+        llama(ARCH, train=train, device="meta")
+
+
+def test_rows_of_the_embedding_train_beside_adapters_alone() -> None:
+    rules, rows = [{"match": "layers.**", **QLORA}], ["embed_tokens[3,5-7]"]
+    for arch in (ARCH, TIED):
+        names = {name for name in trained(llama(arch, rules, train=rows)) if ".lora_" not in name}
+        assert all("token_adapter" in name for name in names), names
+        assert names
+    with pytest.raises(PlanError, match="both embed_tokens and some of its rows; drop one"):
+        llama(ARCH, rules, train=["embed_tokens", *rows], device="meta")
+    with pytest.raises(PlanError, match="leave the head to them"):
+        llama(TIED, [*rules, {"match": "lm_head", **QLORA}], train=rows, device="meta")
 
 
 # ---- tied heads ---------------------------------------------------------------------------------
@@ -250,26 +256,22 @@ def test_dora_is_for_all_adapters_or_none() -> None:
 def test_qlora_equals_lora_on_the_dequantized_weights(arch: LlamaArch, scale_format: str) -> None:
     """Logits, adapter gradients and norm gradients, every bit of them, in float32 on CPU."""
     torch.manual_seed(0)
-    adapter = {"rank": 4, "alpha": 8}
-    quantized = llama(
-        arch,
-        [
-            {"match": "layers.**", "kind": "qlora", "scale_format": scale_format, **adapter},
-            {"match": "layers.*.mlp.up_proj", "kind": "frozen_nf4", "block_size": 32},
-        ],
-        train=["norm"],
-        dtype=torch.float32,
+    quantized, plain = (
+        llama(
+            arch,
+            [
+                {"match": "layers.**", "kind": adapter, "rank": 4, "alpha": 8, **options},
+                {"match": "layers.*.mlp.up_proj", "kind": frozen, **up_options},
+            ],
+            train=["norm"],
+            dtype=torch.float32,
+        )
+        for adapter, options, frozen, up_options in (
+            ("qlora", {"scale_format": scale_format}, "frozen_nf4", {"block_size": 32}),
+            ("lora", {}, "linear", {}),
+        )
     )
     randomize_adapters(quantized)
-    plain = llama(
-        arch,
-        [
-            {"match": "layers.**", "kind": "lora", **adapter},
-            {"match": "layers.*.mlp.up_proj", "kind": "linear"},
-        ],
-        train=["norm"],
-        dtype=torch.float32,
-    )
     plain.load_state_dict(quantized.state_dict(), strict=True)
     assert not any(isinstance(p, NF4Tensor) for p in plain.parameters())
 
