@@ -200,7 +200,7 @@ def test_permissions(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config: unknown key", "command: no such verb", "data: utf8.jsonl"]
+    "name", ["command: unknown key", "command: no such verb", "data: utf8.jsonl"]
 )
 def test_as_a_process(name: str) -> None:
     command, *pieces = TABLE[name]
