@@ -14,7 +14,7 @@ Anything else raises. A type declares its format and its kernels, and all of thi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -120,11 +120,12 @@ class QuantizedTensor(Tensor):
             out_dtype=self.dtype if dtype is None else dtype,
         )
 
+    def with_fields(self, fields: Iterable[Tensor]) -> Self:
+        """The same weight of other fields, on another device for instance."""
+        return type(self)(*fields, shape=self.shape, dtype=self.dtype, format=self.format)
+
     def map_fields(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """The same weight with `fn` applied to every field."""
-        return type(self)(
-            *map(fn, self.fields), shape=self.shape, dtype=self.dtype, format=self.format
-        )
+        return self.with_fields(map(fn, self.fields))
 
     def means_the_same(self, other: Tensor) -> bool:
         """Whether equal fields of the other would stand for the same weight."""
