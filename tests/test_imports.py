@@ -34,9 +34,9 @@ LAYERS = (
     {"recipes", "cli"},
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-# Everybody else asks `QuantizedTensor` and never which type it is.
+# Everybody else asks `format_of` or `is_quantized`, and never which type it is.
 TYPE_CHECKS = "qlora_builders/tensor/"
-QUANTIZED_TYPES = ("NF4Tensor", "MXFP4Tensor", "QuantizedShard")
+QUANTIZED_TYPES = ("QuantizedTensor", "NF4Tensor", "MXFP4Tensor", "QuantizedShard")
 OWN_TEMPLATES = ("qlora_builders/report/page.py",)
 # imported where they are needed: for CUDA tensors, and for tasks of lm_eval
 NEED_EXTRAS = ("nf4_triton.py", "nf4_triton_kernels.py", "harness_model.py")
@@ -101,7 +101,7 @@ def wrong_type_checks(path: str, source: str) -> list[str]:
     if path.startswith(TYPE_CHECKS):
         return []
     return [
-        f"{path}:{node.lineno} asks which quantized type something is; ask QuantizedTensor"
+        f"{path}:{node.lineno} asks which quantized type something is; call is_quantized"
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)

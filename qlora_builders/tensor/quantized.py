@@ -15,7 +15,7 @@ Anything else raises. A type declares its format and its kernels, and all of thi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -215,9 +215,9 @@ def plain(weight: Tensor) -> Tensor:
     return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
 
-def format_of(weight: Tensor) -> Format | None:
-    """The format that a weight is stored in; None if it is plain."""
-    return weight.format if isinstance(weight, QuantizedTensor) else None
+def is_quantized(weight: object) -> TypeGuard[QuantizedTensor]:
+    """Whether this is a whole weight that is stored quantized; `format_of` knows shards too."""
+    return isinstance(weight, QuantizedTensor)
 
 
 def _register(table: dict[Any, Implementation], *ops: Any) -> Callable[..., Implementation]:
