@@ -34,9 +34,6 @@ FORMAT_COLUMNS = {
     "text": ("text",),
     "preference": ("prompt", "system", "chosen", "rejected"),
 }
-_FOLDERS = ("checkpoint.dir", "tokenizer.path", "adapter.path")
-_ROWS = ("data.train", "data.eval", "prompts_file")
-_OTHERS = ("output_dir", "output", "report", "base", "lm_eval.tasks_dir", "training.resume", "runs")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -305,60 +302,69 @@ _RULES: tuple[tuple[Any, Callable[[Any], Iterator[str]]], ...] = (
 
 def name_problems(cfg: Any) -> list[str]:
     """A message for each path that the system does not take, for one reason or another."""
-    problems = []
-    for key in knobs(type(cfg)):
-        value = value_of(cfg, key) if key in (*_FOLDERS, *_ROWS, *_OTHERS) else None
-        for path in value if isinstance(value, list) else [value]:
-            listed = key in _ROWS and path is not None and path.startswith("[")
-            fault = None if path is None or listed else fault_of_path(path)
-            if fault is None and key in ("adapter.path", "prompts_file") and _is_below_file(path):
-                fault = "cannot be used: Not a directory; choose another place"
-            problems += [f"{key}={path} {fault}"] if fault else []
-    return problems
+    return [
+        f"{key}={path} {fault}"
+        for key, knob, path in _paths(cfg)
+        if not (knob.path == "rows" and path.startswith("["))
+        for fault in [fault_of_path(path) or _below_file(key, path)]
+        if fault
+    ]
 
 
-def _is_below_file(path: str | None) -> bool:
-    return path is not None and any(parent.is_file() for parent in Path(path).parents)
+def _paths(cfg: Any) -> list[tuple[str, Knob, str]]:
+    return [
+        (key, knob, path)
+        for key, knob in knobs(type(cfg)).items()
+        for value in [value_of(cfg, key) if knob.path else None]
+        for path in (value if isinstance(value, list) else [value])
+        if path is not None
+    ]
+
+
+def _below_file(key: str, path: str) -> str | None:
+    if key not in ("adapter.path", "prompts_file"):
+        return None
+    below = any(parent.is_file() for parent in Path(path).parents)
+    return "cannot be used: Not a directory; choose another place" if below else None
 
 
 def path_problems(cfg: Any) -> list[str]:
     """A message for each path that cannot be what its key takes."""
-    given = {key: value_of(cfg, key) for key in knobs(type(cfg)) if key in (*_FOLDERS, *_ROWS)}
-    problems = []
-    for key, value in given.items():
-        if value is None:
-            continue
-        if key in _ROWS and value.startswith("[") and not Path(value).exists():
-            problems.append(f"{key}={value}: takes one file; write the rows of all into one")
-        if key in _FOLDERS and Path(value).is_file():
-            folder = Path(value).parent
-            problems.append(f"{key}={value} is a file; give its folder: {key}={folder}")
-    if "checkpoint.dir" in given:
-        problems += _about_base(given["checkpoint.dir"], "adapter.path" in given)
-    return problems + list(_about_resume(getattr(getattr(cfg, "training", None), "resume", None)))
+    return [
+        problem for key, knob, path in _paths(cfg) for problem in _of_path(cfg, key, knob, path)
+    ]
 
 
-def _about_base(name: str, takes_adapter: bool) -> list[str]:
+def _of_path(cfg: Any, key: str, knob: Knob, name: str) -> Iterator[str]:
+    path = Path(name)
+    if knob.path == "rows" and name.startswith("[") and not path.exists():
+        yield f"{key}={name}: takes one file; write the rows of all into one"
+    if knob.path == "folder" and path.is_file():
+        yield f"{key}={name} is a file; give its folder: {key}={path.parent}"
+    if key == "checkpoint.dir":
+        yield from _about_base(name, hasattr(cfg, "adapter"))
+    if key == "training.resume":
+        yield from _about_resume(name)
+
+
+def _about_base(name: str, takes_adapter: bool) -> Iterator[str]:
     path, value = Path(name), f"checkpoint.dir={name}"
     if _HUB_NAME.fullmatch(name) and not path.parent.exists():
         download = f"hf download {name} --local-dir {path.name}"
-        return [f"{value}: no such directory; models of the hub are downloaded first: {download}"]
-    if not path.is_dir():
-        return []
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        yield f"{value}: no such directory; models of the hub are downloaded first: {download}"
+    elif not path.is_dir():
+        return
+    elif (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         advice = "name the base it was trained on"
         if takes_adapter:
             advice = f"write adapter.path={name}, and as checkpoint.dir the base it was trained on"
-        return [f"{value} holds an adapter and no model; {advice}"]
-    if not any(path.glob("*.json")):
+        yield f"{value} holds an adapter and no model; {advice}"
+    elif not any(path.glob("*.json")):
         expected = "expected a Hugging Face checkpoint directory, with config.json and weights"
-        return [f"{value} holds no model; {expected}"]
-    return []
+        yield f"{value} holds no model; {expected}"
 
 
-def _about_resume(resume: str | None) -> Iterator[str]:
-    if resume is None:
-        return
+def _about_resume(resume: str) -> Iterator[str]:
     if resume.lower() in ("true", "yes", "on", "latest"):
         yield f"training.resume={resume}: write auto, for the newest good checkpoint in output_dir"
     folder = Path(resume)

@@ -25,14 +25,15 @@ def knob(
     names_code: bool = False,
     names: str | None = None,
     units: str | None = None,
+    path: str | None = None,
     ending: str | None = None,
 ) -> Any:
     """A config field: default, meaning with unit, allowed values (of each element for a list).
 
     `shapes_curve=False` says that a run may resume with another value: no loss depends on it.
     `names_code=True` says that code will run from there: given on the command line, or not at all.
-    `names` is the kind of component that its `component:` names; `units` the row of `UNITS` that a
-    size is given in; `ending` that of a file's name.
+    `names` is the kind of component that its `component:` names, and `units` the row of `UNITS` for
+    a size. `path` says what is there: a folder to read, rows, or other; `ending` is of its name.
     """
     metadata = {
         "meaning": meaning,
@@ -41,6 +42,7 @@ def knob(
         "names_code": names_code,
         "names": names,
         "units": units,
+        "path": path,
         "ending": ending,
         "bounds": {">=": at_least, ">": above, "<=": at_most, "<": below},
     }
@@ -63,6 +65,7 @@ class Knob:
     names_code: bool
     names: str | None
     units: str | None
+    path: str | None
     ending: str | None
 
 

@@ -72,6 +72,7 @@ class FinetuneConfig:
         "runs/${now:%Y-%m-%d_%H-%M-%S}",
         "run folder; must be new or empty, unless training.resume or overwrite is set",
         shapes_curve=False,
+        path="other",
     )
     overwrite: bool = knob(False, "replace a run that is in output_dir", shapes_curve=False)
     dry_run: bool = knob(
@@ -109,6 +110,7 @@ class GenerateConfig:
         None,
         "file of prompts: .jsonl, .json or .parquet with rows as data.train has them (messages or "
         "a prompt; an answer at the end is left out), or .txt with one per line",
+        path="rows",
     )
     interactive: bool = knob(
         False, "a conversation: a line of stdin, its answer, and so on until Ctrl-D or Ctrl-C"
@@ -117,6 +119,7 @@ class GenerateConfig:
     output: str | None = knob(
         None,
         "new .jsonl file with a row for each answer, instead of printing it; null: none",
+        path="other",
         ending=".jsonl",
     )
     system: str | None = knob(None, "system message, for rows without one of their own; null: none")
@@ -156,7 +159,9 @@ class EvaluateConfig:
     compare: bool = knob(
         False, "measure the base, the base in NF4 and the base with its adapter, one after another"
     )
-    output: str | None = knob(None, "new JSON file for the results; null: only printed")
+    output: str | None = knob(
+        None, "new JSON file for the results; null: only printed", path="other"
+    )
     dtype: str = base_dtype_knob()
     compute_dtype: str = compute_dtype_knob()
     device: str = device_knob()
@@ -166,13 +171,14 @@ class EvaluateConfig:
 class MergeConfig:
     """Add an adapter to the weights and write a Hugging Face folder."""
 
-    output_dir: str = knob(REQUIRED, "folder to write; must not exist")
+    output_dir: str = knob(REQUIRED, "folder to write; must not exist", path="other")
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     adapter: RequiredAdapterConfig = field(default_factory=RequiredAdapterConfig)
     quantize: str = quantize_knob()
     base: str = knob(
         "dequantized",
         "weights to add to: dequantized (those seen in training), or a folder of 16-bit originals",
+        path="other",
     )
     dtype: str = knob("bfloat16", "dtype written", choices=DTYPES)
     format: str = knob(
@@ -183,7 +189,9 @@ class MergeConfig:
     max_error: float = knob(
         0.5, "largest |error| / |update| accepted, in the weights and in the logits", above=0
     )
-    report: str | None = knob(None, "new JSON file for the figures of every layer; null: none")
+    report: str | None = knob(
+        None, "new JSON file for the figures of every layer; null: none", path="other"
+    )
     max_shard_size: str = shard_size_knob()
 
 
@@ -191,7 +199,7 @@ class MergeConfig:
 class QuantizeConfig:
     """Write a checkpoint with its linear layers in NF4."""
 
-    output_dir: str = knob(REQUIRED, "folder to write; must not exist")
+    output_dir: str = knob(REQUIRED, "folder to write; must not exist", path="other")
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     format: str = knob(
         "nf4",
@@ -223,7 +231,10 @@ class PlanConfig:
         None, "mean bits per weight of the linear layers (16-bit embeddings not counted)", above=0
     )
     output: str = knob(
-        "plan.yaml", "file for the rules; figures go beside it, in .json", ending=".yaml"
+        "plan.yaml",
+        "file for the rules; figures go beside it, in .json",
+        path="other",
+        ending=".yaml",
     )
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -244,7 +255,7 @@ class PlanConfig:
 class ReportConfig:
     """Write one self-contained HTML page on one run, or on several beside each other."""
 
-    runs: list[str] = knob([], "run folders; may be given without `runs=`")
+    runs: list[str] = knob([], "run folders; may be given without `runs=`", path="other")
     output: str | None = knob(
-        None, "HTML file; null: report.html in the run's folder, here for several"
+        None, "HTML file; null: report.html in the run's folder, here for several", path="other"
     )

@@ -67,7 +67,9 @@ def shard_size_knob() -> Any:
 class CheckpointConfig:
     """The base weights."""
 
-    dir: str = knob("${demo:base}", "folder of the base weights; default: the shipped demo base")
+    dir: str = knob(
+        "${demo:base}", "folder of the base weights; default: the shipped demo base", path="folder"
+    )
     format: str = knob("auto", "layout of that folder", choices=("auto", *CHECKPOINT_FORMATS))
 
 
@@ -109,7 +111,9 @@ def allow_base_mismatch_knob() -> Any:
 class AdapterConfig:
     """The adapter on top of the base."""
 
-    path: str | None = knob(None, "adapter folder (PEFT layout); null: the base alone")
+    path: str | None = knob(
+        None, "adapter folder (PEFT layout); null: the base alone", path="folder"
+    )
     allow_base_mismatch: bool = allow_base_mismatch_knob()
 
 
@@ -117,7 +121,7 @@ class AdapterConfig:
 class RequiredAdapterConfig:
     """The adapter to merge."""
 
-    path: str = knob(REQUIRED, "adapter folder (PEFT layout)")
+    path: str = knob(REQUIRED, "adapter folder (PEFT layout)", path="folder")
     allow_base_mismatch: bool = allow_base_mismatch_knob()
 
 
@@ -126,7 +130,7 @@ class TokenizerConfig:
     """The tokenizer."""
 
     path: str | None = knob(
-        None, "folder with tokenizer.json; null: checkpoint.dir", shapes_curve=False
+        None, "folder with tokenizer.json; null: checkpoint.dir", shapes_curve=False, path="folder"
     )
 
 
@@ -140,6 +144,7 @@ class LmEvalConfig:
         "folder with tasks of your own, as YAML; they may run Python, so this is taken from the "
         "command line only",
         names_code=True,
+        path="other",
     )
     num_fewshot: int | None = knob(
         None, "solved examples before each question; null: as the task says, or none", at_least=0
@@ -179,11 +184,14 @@ class PromptDataConfig:
 class DataConfig:
     """Training and evaluation rows."""
 
-    train: str = knob("${demo:train.jsonl}", "file or hub id to train on; plan calibrates on it")
+    train: str = knob(
+        "${demo:train.jsonl}", "file or hub id to train on; plan calibrates on it", path="rows"
+    )
     eval: str | None = knob(
         "${demo_eval:${data.train}}",
         "file or hub id for the eval loss; null: none; default: the demo's with its data.train",
         shapes_curve=False,
+        path="rows",
     )
     format: str = knob(
         "instruct",
@@ -275,6 +283,7 @@ class TrainingConfig:
         "null: a new run; auto: go on from the newest good checkpoint in output_dir, or start if "
         "there is none; or the path of a checkpoints/step_N",
         shapes_curve=False,
+        path="other",
     )
     samples: int = knob(
         0,

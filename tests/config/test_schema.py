@@ -63,6 +63,7 @@ def test_good_config_has_no_problems() -> None:
     [
         ("checkpoint.format", "hff", "checkpoint.format='hff' is not allowed; allowed: auto, hf"),
         ("data.format", "chatt", "allowed: chat, instruct, text, preference; did you mean 'chat'?"),
+        ("data.train_on", "prompt", "allowed: assistant, completion, all"),
         ("data.max_seq_len", 1, "data.max_seq_len=1 must be >= 2"),
         ("data.max_rows", 0, "data.max_rows=0 must be >= 1"),
         ("method.rank", 0, "method.rank=0 must be >= 1"),
@@ -75,6 +76,7 @@ def test_good_config_has_no_problems() -> None:
         ("lr_schedule.warmup_ratio", 1.5, "lr_schedule.warmup_ratio=1.5 must be <= 1"),
         ("training.batch_size", 0, "training.batch_size=0 must be >= 1"),
         ("training.dtype", "bf16", "allowed: float32, bfloat16, float16; did you mean 'bfloat16'?"),
+        ("training.compute_dtype", "half", "allowed: auto, float32, bfloat16, float16"),
         ("training.clip_grad_norm", -1.0, "training.clip_grad_norm=-1.0 must be > 0"),
         ("device", "cuda:x", "device='cuda:x' is not allowed; allowed: auto, cpu, cuda, cuda:N"),
         ("optimizer", {"lr": 1.0}, "optimizer.component is missing"),
