@@ -79,6 +79,7 @@ finetune lr_schedule=linear | keys of its own, such as lr_schedule.name
 finetune model=merged | did you mean 'checkpoint.dir'?
 
 finetune training.seed=18446744073709551616 | is too large a number; it must be <
+finetune lr_schedule.min_lr_ratio=-1 | lr_schedule.min_lr_ratio=-1.0 must be >= 0
 finetune data.max_seq_len=2000000000 | must be <= 1048576
 finetune training.clip_grad_norm=inf | must be a finite number
 finetune optimizer.lr=fast | optimizer.lr='fast' must be a number > 0
