@@ -360,7 +360,7 @@ OUTPUTS: dict[str, Case] = {
         "file is a file, not a folder; choose another place",
     ),
     "generate ending": ("generate prompt=hi output=a.json", "output=a.json must end in .jsonl"),
-    "plan": ("plan bits=4.6 output=plan.yaml", "output=plan.yaml, or its .json, exists; choose"),
+    "plan": ("plan bits=4.6 output=plan.yaml", "output=plan.json exists; choose another name"),
     "generate after Ctrl-C": (
         "generate prompt=hi output=stopped.jsonl",
         "stopped.jsonl.partial holds what an interrupted run had finished; rename or remove",
@@ -376,7 +376,7 @@ OUTPUTS: dict[str, Case] = {
     "plan ending": ("plan bits=4.6 output=a.txt", "output=a.txt must end in .yaml"),
     "report": ("report run output=full", "output=full is a folder; give the name of a file"),
     "configs cp": ("configs cp finetune full", "'full' is not a file name that ends in .yaml"),
-    "configs cp there": ("configs cp finetune odd_rules.yaml", "exists; remove it or choose anoth"),
+    "configs cp there": ("configs cp finetune bare_rules.yaml", "exists; remove it or choose"),
     "configs cp in a file": ("configs cp finetune file/a.yaml", "file"),
 }
 
