@@ -35,7 +35,7 @@ from qlora_builders import LLAMA_ARCHS, LlamaArch, llama
 from qlora_builders.data import Batch
 from qlora_builders.models.generation import generate
 from qlora_builders.modules import CausalLM
-from qlora_builders.tensor import NF4Tensor
+from qlora_builders.tensor import is_quantized
 from qlora_builders.training.device import compile_layers
 from qlora_builders.training.optimizers import trainable_parameters
 from qlora_builders.training.step import train_step
@@ -142,7 +142,7 @@ def utilisation(arch: LlamaArch, seq: int, step_s: float, device: torch.device) 
 
 @torch.no_grad()
 def dequantize_seconds(model: CausalLM, dtype: torch.dtype) -> float:
-    weights = [p for p in model.parameters() if isinstance(p, NF4Tensor)]
+    weights = [p for p in model.parameters() if is_quantized(p)]
     times = []
     for _ in range(3):
         synchronize(weights[0].device)

@@ -34,9 +34,9 @@ LAYERS = (
     {"recipes", "cli"},
 )
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-# Everybody else asks `QuantizedTensor` and never which type it is.
+# Everybody else asks `format_of` or `is_quantized`, and never which type it is.
 TYPE_CHECKS = "qlora_builders/tensor/"
-QUANTIZED_TYPES = ("NF4Tensor", "MXFP4Tensor", "QuantizedShard")
+QUANTIZED_TYPES = ("QuantizedTensor", "NF4Tensor", "MXFP4Tensor", "QuantizedShard")
 OWN_TEMPLATES = ("qlora_builders/report/page.py",)
 # imported where they are needed: for CUDA tensors, and for tasks of lm_eval
 NEED_EXTRAS = ("nf4_triton.py", "nf4_triton_kernels.py", "harness_model.py")
@@ -101,7 +101,7 @@ def wrong_type_checks(path: str, source: str) -> list[str]:
     if path.startswith(TYPE_CHECKS):
         return []
     return [
-        f"{path}:{node.lineno} asks which quantized type something is; ask QuantizedTensor"
+        f"{path}:{node.lineno} asks which quantized type something is; call is_quantized"
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
@@ -197,11 +197,11 @@ def test_a_right_import_passes(path: str, source: str) -> None:
 
 
 def test_a_type_check_is_caught_outside_its_places() -> None:
-    for source in ("isinstance(w, NF4Tensor)", "ok = isinstance(w, (A, tensor.NF4Tensor))"):
+    for source in ("isinstance(w, QuantizedTensor)", "isinstance(w, (A, tensor.NF4Tensor))"):
         assert len(wrong_type_checks("qlora_builders/training/bad.py", source)) == 1
         assert len(wrong_type_checks("qlora_builders/modules/linear.py", source)) == 1
         assert wrong_type_checks("qlora_builders/tensor/nf4.py", source) == []
-    for source in ("isinstance(w, Tensor)", "isinstance(w, QuantizedTensor)"):
+    for source in ("isinstance(w, Tensor)", "is_quantized(w)"):
         assert wrong_type_checks("qlora_builders/training/good.py", source) == []
 
 

@@ -26,7 +26,7 @@ from qlora_builders.files.reading import read_json_object
 from qlora_builders.models import BaseCheckpoint, ComponentRule
 from qlora_builders.modules import CausalLM
 from qlora_builders.names import DTYPES
-from qlora_builders.tensor import QuantizedTensor
+from qlora_builders.tensor import is_quantized
 from qlora_builders.tensor.sharded import format_of
 
 BASE_FILE = "qlora_base.json"
@@ -75,7 +75,7 @@ class ContentHash:
     def add(self, name: str, tensor: Tensor) -> None:
         digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         parts = [tensor.detach()]
-        if isinstance(tensor, QuantizedTensor):
+        if is_quantized(tensor):
             digest.update(tensor.format.identity.encode())
             parts = list(tensor.fields)
         for part in parts:

@@ -42,7 +42,7 @@ from qlora_builders.models import (
     slot_name,
 )
 from qlora_builders.modules import DEFAULT_INIT, LOFTQ, CausalLM, LoRALinear, TokenEmbedding
-from qlora_builders.tensor import QuantizedTensor
+from qlora_builders.tensor import QuantizedTensor, is_quantized
 from qlora_builders.tensor.sharded import held_rows, is_sharded, local_part
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -196,7 +196,7 @@ def _load_weights(
         else:
             content.add_unread(tensor)
         rule = rules.get(slot_name(tensor.name))
-        if rule is not None and rule.format is not None and isinstance(value, QuantizedTensor):
+        if rule is not None and rule.format is not None and is_quantized(value):
             _check_stored(tensor, value, rule)
         try:
             made = places[tensor.name].make(value)
@@ -228,7 +228,7 @@ def _start_from(module: nn.Module, tensor: LazyTensor, value: Tensor) -> None:
         module.token_adapter.init_from(module.weight)
     if not isinstance(module, LoRALinear) or not tensor.name.endswith(".weight"):
         return
-    if isinstance(value, QuantizedTensor) and module.init_lora_weights == LOFTQ:
+    if is_quantized(value) and module.init_lora_weights == LOFTQ:
         raise CheckpointError(
             f"{tensor.source}: {tensor.name} is stored in 4 bits, and init_lora_weights='loftq' "
             "starts from what quantization changed; start from 16-bit weights"

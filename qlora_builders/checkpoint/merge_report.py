@@ -22,7 +22,7 @@ from qlora_builders.checkpoint.formats import read_arch, read_tensors
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import llama
 from qlora_builders.modules import CausalLM, adapters_disabled
-from qlora_builders.tensor import QuantizedTensor, quantize, to_nf4
+from qlora_builders.tensor import is_quantized, quantize, to_nf4
 
 # Largest |error| / |delta| that a merge may have unless told otherwise. On normal weights, rounding
 # to bfloat16 has 0.17 for an update of 1 % of the weight's norm and 0.5 for one of 0.32 %; NF4 has
@@ -79,7 +79,7 @@ def measure_layer(
     """All [out, in]; `written` may be quantized. Computed in float32."""
     weight, trained, delta = weight.float(), trained.float(), delta.float()
     size, along = _norm(delta), None
-    if isinstance(written, QuantizedTensor):
+    if is_quantized(written):
         before = quantize(weight.to(written.dtype), written.format).dequantize().float()
         written = written.dequantize()
         product = ((written.float() - before) * delta).sum(dtype=torch.float64).item()

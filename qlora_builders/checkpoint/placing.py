@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlora_builders.checkpoint.tensor_files import LazyTensor
 from qlora_builders.errors import CheckpointError
-from qlora_builders.tensor import Format, QuantizedTensor, plain, quantize
+from qlora_builders.tensor import Format, is_quantized, plain, quantize
 from qlora_builders.tensor.sharded import (
     format_of,
     held_elements,
@@ -85,7 +85,7 @@ def _plain(dtype: torch.dtype, tensor: LazyTensor, device: torch.device, value: 
 
 def _quantized(dtype: torch.dtype, format: Format, device: torch.device, value: Tensor) -> Tensor:
     """Stored codes stay as they are."""
-    if isinstance(value, QuantizedTensor):
+    if is_quantized(value):
         return value.to(device)
     return quantize(value.to(device=device, dtype=dtype), format)
 
@@ -105,7 +105,7 @@ def _sharded(
         rows = slice(*held_rows(parameter)) if value.shape[0] == parameter.shape[0] else slice(None)
         return with_local(parameter, value[rows].to(device, parameter.dtype, copy=True))
     weight: Any = value.to(device)
-    if isinstance(weight, QuantizedTensor):
+    if is_quantized(weight):
         return shard_quantized(parameter, weight)
     if format.needs_whole:
         return shard_quantized(parameter, quantize(weight.to(parameter.dtype), format))

@@ -105,5 +105,5 @@ def describe_linear(module: Any) -> str:
     return (
         f"in_features={module.in_features}, out_features={module.out_features}, "
         f"bias={module.bias is not None}, "
-        f"weight={module.weight.dtype if format is None else module.weight.title}"
+        f"weight={module.weight.dtype if format is None else format.name.upper()}"
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qlora_builders.tensor import Format, NF4Format, format_of, plain, quantize
 from qlora_builders.tensor.layouts import stored_parts, unpack
+from qlora_builders.tensor.sharded import is_sharded
 
 
 def quantize_(
@@ -92,8 +93,8 @@ def quantize_state_dict(
     key = prefix + "weight"
     own: Any = module.weight
     format = format_of(own)
-    if format is None:
-        return  # the weight was replaced by a plain one since
+    if format is None or is_sharded(own):
+        return  # the weight was replaced by a plain one, or sharded, since
     parts = stored_parts(state_dict, key)
     if len(parts) > 1:
         for suffix in parts:

@@ -6,13 +6,13 @@ from qlora_builders.tensor.nf4 import NF4Tensor, linear_nf4, to_nf4
 from qlora_builders.tensor.quantized import (
     QUANTIZED_TYPES,
     QuantizedTensor,
-    format_of,
+    is_quantized,
     linear,
     plain,
     quantize,
     quantized_linear,
 )
-from qlora_builders.tensor.sharded import gather
+from qlora_builders.tensor.sharded import format_of, gather
 
 __all__ = [
     "QUANTIZED_TYPES",
@@ -24,6 +24,7 @@ __all__ = [
     "QuantizedTensor",
     "format_of",
     "gather",
+    "is_quantized",
     "linear",
     "linear_nf4",
     "plain",

@@ -14,8 +14,8 @@ Anything else raises. A type declares its format and its kernels, and all of thi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -120,11 +120,12 @@ class QuantizedTensor(Tensor):
             out_dtype=self.dtype if dtype is None else dtype,
         )
 
+    def with_fields(self, fields: Iterable[Tensor]) -> Self:
+        """The same weight of other fields, on another device for instance."""
+        return type(self)(*fields, shape=self.shape, dtype=self.dtype, format=self.format)
+
     def map_fields(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """The same weight with `fn` applied to every field."""
-        return type(self)(
-            *map(fn, self.fields), shape=self.shape, dtype=self.dtype, format=self.format
-        )
+        return self.with_fields(map(fn, self.fields))
 
     def means_the_same(self, other: Tensor) -> bool:
         """Whether equal fields of the other would stand for the same weight."""
@@ -214,9 +215,9 @@ def plain(weight: Tensor) -> Tensor:
     return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
 
-def format_of(weight: Tensor) -> Format | None:
-    """The format that a weight is stored in; None if it is plain."""
-    return weight.format if isinstance(weight, QuantizedTensor) else None
+def is_quantized(weight: object) -> TypeGuard[QuantizedTensor]:
+    """Whether this is a whole weight that is stored quantized; `format_of` knows shards too."""
+    return isinstance(weight, QuantizedTensor)
 
 
 def _register(table: dict[Any, Implementation], *ops: Any) -> Callable[..., Implementation]:

@@ -70,8 +70,7 @@ def held_bytes(parameter: Tensor, num_ranks: int) -> int:
     """
     rows = -(-parameter.shape[0] // num_ranks)
     if isinstance(parameter, QuantizedTensor):
-        on_meta = parameter.map_fields(lambda field: field.to("meta"))
-        return _zero_shard(on_meta, rows, parameter.shape, parameter.shape).nbytes
+        return _zero_shard(_on_meta(parameter), rows, parameter.shape, "meta").nbytes
     return rows * parameter.shape[1:].numel() * parameter.dtype.itemsize
 
 
@@ -101,67 +100,54 @@ class QuantizedShard(Tensor):
 
     Attributes:
         fields: this rank's share of each field of the whole.
-        whole_type, format, weight_shape: of the whole; `shape` is that of the rows which FSDP2
-            accounts for.
+        like: the whole on meta; `shape` is that of the rows which FSDP2 accounts for.
     """
 
     fields: tuple[Tensor, ...]
-    whole_type: type[QuantizedTensor]
-    format: Format
-    weight_shape: torch.Size
+    like: QuantizedTensor
 
     @staticmethod
     def __new__(
-        cls,
-        *fields: Tensor,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        whole_type: type[QuantizedTensor],
-        format: Format,
-        weight_shape: torch.Size,
+        cls, *fields: Tensor, shape: Sequence[int], like: QuantizedTensor
     ) -> QuantizedShard:
         shard = Tensor._make_wrapper_subclass(
-            cls, tuple(shape), dtype=dtype, device=fields[0].device, requires_grad=False
+            cls, tuple(shape), dtype=like.dtype, device=fields[0].device, requires_grad=False
         )
-        shard.fields = fields
-        shard.whole_type = whole_type
-        shard.format = format
-        shard.weight_shape = weight_shape
+        shard.fields, shard.like = fields, like
         return shard
 
     @property
+    def format(self) -> Format:
+        format: Format = self.like.format
+        return format
+
+    @property
     def num_units(self) -> int:
-        return self.fields[0].shape[0] // _rows_of_a_unit(self.format, self.weight_shape)[0]
+        return self.fields[0].shape[0] // _rows_of_a_unit(self.like)[0]
 
     @property
     def unit_elements(self) -> int:
-        return math.prod(self.format.unit(self.weight_shape))
+        return math.prod(self.format.unit(self.like.shape))
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes in memory."""
         return sum(field.nbytes for field in self.fields)
 
-    def with_shape(self, shape: Sequence[int]) -> QuantizedShard:
-        """The same data, accounted for as another number of rows."""
-        return self.map_fields(lambda field: field, shape=shape)
-
     def map_fields(
         self, fn: Callable[[Tensor], Tensor], *, shape: Sequence[int] | None = None
     ) -> QuantizedShard:
-        return QuantizedShard(
-            *map(fn, self.fields),
-            shape=self.shape if shape is None else shape,
-            dtype=self.dtype,
-            whole_type=self.whole_type,
-            format=self.format,
-            weight_shape=self.weight_shape,
-        )
+        shape = self.shape if shape is None else shape
+        return QuantizedShard(*map(fn, self.fields), shape=shape, like=self.like)
+
+    def with_shape(self, shape: Sequence[int]) -> QuantizedShard:
+        """The same data, accounted for as another number of rows."""
+        return QuantizedShard(*self.fields, shape=shape, like=self.like)
 
     @torch.no_grad()
     def take_units_(self, weight: QuantizedTensor, first: int) -> None:
         """Take over `weight`'s units from `first` on; zeros where it has no more."""
-        sizes = _rows_of_a_unit(self.format, self.weight_shape)
+        sizes = _rows_of_a_unit(self.like)
         for field, whole, size in zip(self.fields, weight.fields, sizes, strict=True):
             source = whole[first * size :][: field.shape[0]]
             field[: source.shape[0]].copy_(source)
@@ -205,17 +191,12 @@ class QuantizedShard(Tensor):
 
     def whole(self, gathered: Sequence[Tensor]) -> QuantizedTensor:
         """The weight whose fields, concatenated over all ranks, are `gathered`."""
-        return self.whole_type(
-            *self.trimmed(gathered),
-            shape=self.weight_shape,
-            dtype=self.dtype,
-            format=self.format,
-        )
+        return self.like.with_fields(self.trimmed(gathered))
 
     def trimmed(self, gathered: Sequence[Tensor]) -> list[Tensor]:
         """Without the padding; fields that are empty, which are not gathered, added."""
         every, left = len(gathered) == len(self.fields), iter(gathered)
-        shapes = self.format.field_shapes(self.weight_shape)
+        shapes = self.format.field_shapes(self.like.shape)
         return [
             next(left)[: shape[0]]
             if every or own.numel()
@@ -237,8 +218,8 @@ class QuantizedShard(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
-            f"QuantizedShard({self.whole_type.__name__}, shape={list(self.shape)} of "
-            f"{list(self.weight_shape)}, dtype={self.dtype}, device={self.device}, "
+            f"QuantizedShard({type(self.like).__name__}, shape={list(self.shape)} of "
+            f"{list(self.like.shape)}, dtype={self.dtype}, device={self.device}, "
             f"{self.num_units} units)"
         )
 
@@ -259,14 +240,14 @@ def held_elements(parameter: DTensor) -> tuple[int, int]:
     shard = _local(parameter)
     size = shard.num_units * shard.unit_elements
     start = _shard_rank(parameter) * size
-    numel = shard.weight_shape.numel()
+    numel = shard.like.numel()
     return min(start, numel), min(start + size, numel)
 
 
 def quantize_held(parameter: DTensor, elements: Tensor) -> QuantizedTensor:
     """This rank's `held_elements`, flat, as `shard_quantized` takes them."""
     shard = _local(parameter)
-    part = elements.view(-1, *shard.format.unit(shard.weight_shape)[1:])
+    part = elements.view(-1, *shard.format.unit(shard.like.shape)[1:])
     return quantize(part.to(parameter.dtype), shard.format)
 
 
@@ -283,12 +264,13 @@ def shard_quantized(parameter: DTensor, weight: QuantizedTensor) -> DTensor:
     """
     old = _local(parameter)
     start, stop = held_elements(parameter)
-    whole = weight.shape == old.weight_shape
+    whole = weight.shape == old.like.shape
     if not whole and (weight.numel() != stop - start or weight.format != old.format):
         raise ValueError(f"{old} with {old.format} cannot hold {weight}")
     num_ranks = parameter.device_mesh.size(_shard_axis(parameter))
-    rows = -(-old.weight_shape[0] // num_ranks)
-    shard = _zero_shard(weight, rows, old.shape, old.weight_shape)
+    like = _on_meta(weight) if whole else old.like
+    rows = -(-like.shape[0] // num_ranks)
+    shard = _zero_shard(like, rows, old.shape, weight.device)
     shard.take_units_(weight, _shard_rank(parameter) * shard.num_units if whole else 0)
     return with_local(parameter, shard)
 
@@ -333,50 +315,45 @@ def _shard_rank(parameter: DTensor) -> int:
     return parameter.device_mesh.get_local_rank(_shard_axis(parameter))
 
 
-def _rows_of_a_unit(format: Format, weight_shape: Sequence[int]) -> list[int]:
+def _rows_of_a_unit(weight: QuantizedTensor) -> list[int]:
     """Of each field."""
-    return [shape[0] for shape in format.field_shapes(format.unit(weight_shape))]
+    return [shape[0] for shape in weight.format.field_shapes(weight.format.unit(weight.shape))]
+
+
+def _on_meta(weight: QuantizedTensor) -> QuantizedTensor:
+    return weight.map_fields(lambda field: field.to("meta"))
 
 
 # ---- what FSDP2 does to a weight: chunk it, and copy a chunk into padded memory -----------------
 
 
 def _zero_shard(
-    weight: QuantizedTensor, rows: int, shape: Sequence[int], weight_shape: torch.Size
+    like: QuantizedTensor, rows: int, shape: Sequence[int], device: torch.device | str
 ) -> QuantizedShard:
     """A shard of `shape`, filled with zeros.
 
     Args:
-        weight: gives format, dtype and device.
-        rows: of the chunks that FSDP2 cuts the whole weight into.
+        like: the whole weight, on meta.
+        rows: of the chunks that FSDP2 cuts it into.
     """
-    num_shards = -(-weight_shape[0] // rows)
-    format = weight.format
-    unit_elements = math.prod(format.unit(weight_shape)) or 1
-    num_units = -(-weight_shape.numel() // (unit_elements * num_shards))
-    sizes = _rows_of_a_unit(format, weight_shape)
+    num_shards = -(-like.shape[0] // rows)
+    unit_elements = math.prod(like.format.unit(like.shape)) or 1
+    num_units = -(-like.numel() // (unit_elements * num_shards))
     fields = [
-        field.new_zeros(num_units * size, *field.shape[1:])
-        for field, size in zip(weight.fields, sizes, strict=True)
+        field.new_zeros(num_units * size, *field.shape[1:], device=device)
+        for field, size in zip(like.fields, _rows_of_a_unit(like), strict=True)
     ]
-    return QuantizedShard(
-        *fields,
-        shape=shape,
-        dtype=weight.dtype,
-        whole_type=type(weight),
-        format=format,
-        weight_shape=weight_shape,
-    )
+    return QuantizedShard(*fields, shape=shape, like=like)
 
 
 def _split(func: Any, args: tuple, kwargs: dict) -> list[QuantizedShard]:
     weight, rows, dim = (*args, *kwargs.values(), 0)[:3]
     if dim != 0:
         raise NotImplementedError(f"a quantized weight is sharded along dim 0, not {dim}")
-    shards = []
+    like, shards = _on_meta(weight), []
     for index, start in enumerate(range(0, weight.shape[0], rows)):
         length = min(rows, weight.shape[0] - start)
-        shard = _zero_shard(weight, rows, (length, *weight.shape[1:]), weight.shape)
+        shard = _zero_shard(like, rows, (length, *weight.shape[1:]), weight.device)
         shard.take_units_(weight, index * shard.num_units)
         shards.append(shard)
     return shards
@@ -392,7 +369,7 @@ def _as_strided(func: Any, args: tuple, kwargs: dict) -> QuantizedTensor:
 DISPATCH_TABLE[aten.split.Tensor] = _split
 DISPATCH_TABLE[aten.as_strided.default] = _as_strided
 DISPATCH_TABLE[aten.new_zeros.default] = lambda func, args, kwargs: _zero_shard(
-    args[0], args[1][0], args[1], args[0].shape
+    _on_meta(args[0]), args[1][0], args[1], args[0].device
 )
 
 

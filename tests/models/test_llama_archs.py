@@ -45,13 +45,6 @@ def test_parameter_count(name: str) -> None:
     assert sum(parameter.numel() for parameter in parameters) == PUBLISHED_PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", LLAMA_ARCHS)
-def test_heads_cover_the_hidden_size(name: str) -> None:
-    """True of every published row, though not of every Llama."""
-    arch = LLAMA_ARCHS[name]
-    assert arch.num_heads * arch.head_dim == arch.hidden_size
-
-
 @pytest.mark.parametrize("name", ["llama3_1_8b", "llama3_1_70b", "llama3_1_405b", "llama3_3_70b"])
 def test_long_context_rows_scale_their_rope_by_8(name: str) -> None:
     scaling = LLAMA_ARCHS[name].rope_scaling
