@@ -304,6 +304,7 @@ COMMANDS: dict[str, Case] = {
     "hot": ("generate checkpoint.dir=tiny prompt=hi temperature=-1", "temperature=-1.0 must be >="),
     "no configs command": ("configs shwo", "unknown command 'shwo'; did you mean 'show'?"),
     "no config": ("configs show demo_qlor", "no single config is called 'demo_qlor'"),
+    "unknown key": ("finetune training.bach_size=2", "did you mean 'training.batch_size'?"),
     "configs arguments": ("configs cp finetune", "wrong number of arguments"),
     "configs validate": ("configs validate --config-dir configs twice", "twice.yaml", "seed"),
     "resume true": ("finetune training.resume=true", "training.resume=true: write auto, for the"),
@@ -360,7 +361,7 @@ OUTPUTS: dict[str, Case] = {
         "file is a file, not a folder; choose another place",
     ),
     "generate ending": ("generate prompt=hi output=a.json", "output=a.json must end in .jsonl"),
-    "plan": ("plan bits=4.6 output=plan.yaml", "output=plan.json exists; choose another name"),
+    "plan": ("plan bits=4.6 output=plan.yaml", "output=plan.yaml, or its .json, exists; choose"),
     "generate after Ctrl-C": (
         "generate prompt=hi output=stopped.jsonl",
         "stopped.jsonl.partial holds what an interrupted run had finished; rename or remove",
@@ -376,7 +377,10 @@ OUTPUTS: dict[str, Case] = {
     "plan ending": ("plan bits=4.6 output=a.txt", "output=a.txt must end in .yaml"),
     "report": ("report run output=full", "output=full is a folder; give the name of a file"),
     "configs cp": ("configs cp finetune full", "'full' is not a file name that ends in .yaml"),
-    "configs cp there": ("configs cp finetune bare_rules.yaml", "exists; remove it or choose"),
+    "configs cp there": (
+        "configs cp finetune bare_rules.yaml",
+        "exists; remove it or choose anoth",
+    ),
     "configs cp in a file": ("configs cp finetune file/a.yaml", "file"),
 }
 

@@ -199,7 +199,9 @@ def test_permissions(name: str) -> None:
     check_process(command, pieces)
 
 
-@pytest.mark.parametrize("name", ["plan: kind", "command: no such verb", "data: utf8.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["command: unknown key", "command: no such verb", "data: utf8.jsonl"]
+)
 def test_as_a_process(name: str) -> None:
     command, *pieces = TABLE[name]
     check_process(command, pieces)

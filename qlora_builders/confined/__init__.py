@@ -5,5 +5,6 @@ way. So they run in a second process with limits on CPU time, memory and output;
 much ends that process, and is one error in this one.
 
 `process.py` is this side: `ask` and `Kept`. `worker.py` is the other; it calls `chat.py` and
-`assistant_mask.py`, `tokens.py`, `patterns.py` and `yaml_values.py`. None needs torch or numpy, and nothing else imports jinja2 or tokenizers.
+`assistant_mask.py`, `tokens.py`, `patterns.py` and `yaml_values.py`. None
+needs torch or numpy, and nothing else imports jinja2 or tokenizers.
 """
