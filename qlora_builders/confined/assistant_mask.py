@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_builders.confined.chat import NONCHARACTERS, CompiledTemplate
-from qlora_builders.confined.rendered import Message, RenderedChat, Span
+from qlora_builders.confined.wire import Message, RenderedChat, Span
 from qlora_builders.errors import DataError, UnsafeTemplateError
 
 _STAND_IN = NONCHARACTERS[2]

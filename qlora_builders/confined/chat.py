@@ -21,7 +21,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-from qlora_builders.confined.rendered import Message, Span
+from qlora_builders.confined.wire import Message, Span
 from qlora_builders.errors import DataError, UnsafeTemplateError
 
 # Unicode noncharacters: reserved for use inside one program, so no interchanged text has them.

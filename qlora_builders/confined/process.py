@@ -119,7 +119,7 @@ class _Worker:
             "MALLOC_ARENA_MAX": "2",  # each reserves address space
         }
         command = [sys.executable, "-P", "-W", "ignore", "-m", "qlora_builders.confined.worker"]
-        lifeline, self._lifeline = os.pipe()  # `limits.end_with`
+        lifeline, self._lifeline = os.pipe()  # `worker.end_with`
         try:
             self._process = subprocess.Popen(
                 [*command, str(lifeline)],

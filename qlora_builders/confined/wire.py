@@ -7,6 +7,8 @@ JSON, and bytes for arrays of numbers; it is never unpickled.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 HEAD = struct.Struct("<QdQQ")  # length; limits: seconds, bytes of memory, bytes of the answer
@@ -35,3 +37,21 @@ class Request(NamedTuple):
     makes: bool = False
     rebase: bool = False
     dropped: tuple[int, ...] = ()
+
+
+# ---- a conversation as text, as both processes name it ----------------------------------------
+
+Message = Mapping[str, Any]
+Span = tuple[int, int]  # characters [start, end)
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """
+    `spans` are the assistant's characters, end-of-turn tokens included. `needs_eos` is set when
+    the text ends with an assistant turn that the template does not close: the caller appends EOS.
+    """
+
+    text: str
+    spans: list[Span]
+    needs_eos: bool

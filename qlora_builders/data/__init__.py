@@ -12,8 +12,12 @@ from qlora_builders.data.collate import (
     collate_packed,
     padded,
 )
-from qlora_builders.data.dataset import TokenizedDataset, build_dataset, check_token_range
-from qlora_builders.data.dataset_report import DatasetReport
+from qlora_builders.data.dataset import (
+    DatasetReport,
+    TokenizedDataset,
+    build_dataset,
+    check_token_range,
+)
 from qlora_builders.data.files import load_rows
 from qlora_builders.data.formats import Prompt, encode_prompt
 from qlora_builders.data.messages import spell_asked

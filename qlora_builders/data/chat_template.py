@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from qlora_builders.confined.process import Kept, Limits, OverrunError, RaisedError
-from qlora_builders.confined.rendered import Message, RenderedChat, Span
+from qlora_builders.confined.wire import Message, RenderedChat, Span
 from qlora_builders.errors import DataError, UnsafeTemplateError
 
 LIMITS = Limits(2.0, 128 * 10**6, 8 * 10**6)  # of one conversation; and to compile

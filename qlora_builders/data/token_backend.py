@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_builders.confined.process import Answer, Kept, Limits, OverrunError, RaisedError
-from qlora_builders.confined.rendered import Span
+from qlora_builders.confined.wire import Span
 from qlora_builders.errors import DataError, UnsafeError
 
 LIMITS = Limits()

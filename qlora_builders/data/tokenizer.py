@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qlora_builders.confined.rendered import Message, RenderedChat
+from qlora_builders.confined.wire import Message, RenderedChat
 from qlora_builders.data.chat_template import ChatTemplate, Conversation
 from qlora_builders.data.token_backend import Encoding, TokenBackend
 from qlora_builders.errors import DataError, expand_home

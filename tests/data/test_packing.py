@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qlora_builders import LlamaArch, llama
 from qlora_builders.data import Batches, Example, Tokenizer, build_dataset, collate, collate_packed
-from qlora_builders.data.packing import best_fit
+from qlora_builders.data.batches import best_fit
 from qlora_builders.errors import DataError
 from qlora_builders.modules import next_token_loss, num_target_tokens
 
