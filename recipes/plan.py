@@ -55,8 +55,11 @@ EVAL_BATCHES = 20  # at least, where there are as many rows: chance is judged by
 
 def main(cfg: PlanConfig) -> None:
     output, figures_file = Path(cfg.output), Path(cfg.output).with_suffix(".json")
-    for file in (output, figures_file):
-        check_new(file, "output")
+    check_new(output, "output")
+    if figures_file.exists():
+        raise ConfigError(
+            f"output={output}: its figures go to {figures_file}, which exists; choose another name"
+        )
     base, format = cfg.checkpoint.dir, cfg.checkpoint.format
     if stored_plan(base, format=format):
         raise ConfigError(

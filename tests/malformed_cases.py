@@ -361,7 +361,7 @@ OUTPUTS: dict[str, Case] = {
         "file is a file, not a folder; choose another place",
     ),
     "generate ending": ("generate prompt=hi output=a.json", "output=a.json must end in .jsonl"),
-    "plan": ("plan bits=4.6 output=plan.yaml", "output=plan.yaml, or its .json, exists; choose"),
+    "plan": ("plan bits=4.6 output=plan.yaml", "figures go to plan.json, which exists; choose"),
     "generate after Ctrl-C": (
         "generate prompt=hi output=stopped.jsonl",
         "stopped.jsonl.partial holds what an interrupted run had finished; rename or remove",

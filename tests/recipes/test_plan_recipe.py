@@ -150,7 +150,7 @@ def test_files_that_exist_and_bases_that_are_quantized(
 ) -> None:
     (tmp_path / "plan.json").write_text("mine")
     assert plan(checkpoint, rows, tmp_path / "plan.yaml", "bits=5") == 2
-    assert "plan.json exists; choose another name" in capsys.readouterr().err
+    assert "plan.json, which exists; choose another name" in capsys.readouterr().err
     nf4 = tmp_path / "nf4"
     assert cli.main(["quantize", f"checkpoint.dir={checkpoint}", f"output_dir={nf4}"]) == 0
     assert plan(nf4, rows, tmp_path / "other.yaml", "bits=5") == 2
