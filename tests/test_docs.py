@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from archs import tiny_arch
 from docs_pages import (
     DOCS,
     PAGES,
@@ -39,7 +40,7 @@ from docs_pages import (
 )
 
 import qlora_builders
-from qlora_builders import LlamaArch, cli, llama, save_checkpoint
+from qlora_builders import cli, llama, save_checkpoint
 from qlora_builders.config.compose import compose_tree
 from qlora_builders.config.overrides import known_keys
 from qlora_builders.config.shipped import demo_path
@@ -80,13 +81,11 @@ ROW = {
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with a head of its own, which the demo's has not; with the demo's tokenizer."""
-    arch = LlamaArch(
+    arch = tiny_arch(
         vocab_size=1024,
         hidden_size=64,
         intermediate_size=128,
         num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
         head_dim=16,
         max_position_embeddings=4096,
     )

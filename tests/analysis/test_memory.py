@@ -10,8 +10,9 @@ from typing import Any
 import bitsandbytes.optim as bnb_optim
 import pytest
 import torch
+from archs import tiny_arch
 
-from qlora_builders import LlamaArch, llama
+from qlora_builders import llama
 from qlora_builders.analysis.memory import (
     OptimizerMemory,
     Phase,
@@ -24,13 +25,11 @@ from qlora_builders.analysis.memory import (
 from qlora_builders.analysis.memory_trace import MemoryTracer
 from qlora_builders.modules import CausalLM, loss
 
-ARCH = LlamaArch(
+ARCH = tiny_arch(
     vocab_size=3000,
     hidden_size=128,
     intermediate_size=320,
     num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
     head_dim=32,
     max_position_embeddings=512,
 )
@@ -197,7 +196,7 @@ def bench() -> Any:
 def test_resident_memory_is_as_predicted(bench: Any, tmp_path: Path, plan: str, seq: int) -> None:
     """In a process of its own. 15 %, as what torch imports differs between its versions."""
     path = str(tmp_path / "checkpoint")
-    arch = LlamaArch(
+    arch = tiny_arch(
         vocab_size=16000,
         hidden_size=768,
         intermediate_size=2048,

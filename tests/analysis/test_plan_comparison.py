@@ -8,9 +8,10 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
+from archs import tiny_arch
 from torch import Tensor
 
-from qlora_builders import LlamaArch, llama
+from qlora_builders import llama
 from qlora_builders.analysis.plan_comparison import (
     Figures,
     HeldOut,
@@ -23,15 +24,8 @@ from qlora_builders.errors import TrainingError
 from qlora_builders.modules import CausalLM
 from qlora_builders.training.step import evaluate_loss
 
-ARCH = LlamaArch(
-    vocab_size=31,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_position_embeddings=64,
+ARCH = tiny_arch(
+    vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1
 )
 
 

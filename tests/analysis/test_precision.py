@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from archs import tiny_arch
 
 from qlora_builders.analysis import precision
 from qlora_builders.analysis.precision import (
@@ -24,23 +25,14 @@ from qlora_builders.analysis.precision import (
     uniform_plans,
 )
 from qlora_builders.errors import CheckpointError
-from qlora_builders.models import LlamaArch, linear_slots, resolve
+from qlora_builders.models import linear_slots, resolve
 from qlora_builders.tensor import to_nf4
 
 SHAPES = {"q_proj": (32, 32), "k_proj": (16, 32), "up_proj": (88, 32), "lm_head": (61, 32)}
 
 
 def slots(num_layers: int, head: bool) -> list[str]:
-    arch = LlamaArch(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=num_layers,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-    )
+    arch = tiny_arch(num_layers=num_layers)
     return [slot for slot in linear_slots(arch) if head or slot != "lm_head"]
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from archs import tiny_arch
 from torch import Tensor, nn
 
-from qlora_builders import LlamaArch, llama, load_checkpoint
+from qlora_builders import llama, load_checkpoint
 from qlora_builders.analysis import sensitivity
 from qlora_builders.analysis.sensitivity import measure_sensitivity
 from qlora_builders.config.shipped import demo_path
@@ -19,14 +20,12 @@ from qlora_builders.models import linear_slots
 from qlora_builders.modules import CausalLM
 from qlora_builders.tensor import to_nf4
 
-ARCH = LlamaArch(
+ARCH = tiny_arch(
     vocab_size=31,
     hidden_size=16,
     intermediate_size=24,
-    num_layers=2,
     num_heads=2,
     num_kv_heads=1,
-    head_dim=8,
     max_position_embeddings=32,
 )
 

@@ -7,24 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from archs import tiny_arch
 
-from qlora_builders import LlamaArch, llama, save_adapter, save_checkpoint
+from qlora_builders import llama, save_adapter, save_checkpoint
 from qlora_builders.checkpoint import load_checkpoint
 from qlora_builders.checkpoint.base_record import BASE_FILE
 from qlora_builders.errors import ConfigError
 from qlora_builders.evaluation import Candidate, find_candidates
 from qlora_builders.modules import CausalLM, adapters_disabled
 
-ARCH = LlamaArch(
-    vocab_size=40,
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-)
+ARCH = tiny_arch(vocab_size=40, hidden_size=64, intermediate_size=96, head_dim=16)
 IDS = torch.tensor([[1, 5, 9, 20, 3]])
 ADAPTER = {"rank": 4, "alpha": 8}
 QLORA = [

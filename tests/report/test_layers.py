@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from archs import tiny_arch
 from report_pages import Page
 
 from qlora_builders import (
-    LlamaArch,
     llama,
     load_adapter,
     load_checkpoint,
@@ -27,16 +27,7 @@ from qlora_builders.modules import LoRALinear
 from qlora_builders.report import read_run, report_page
 from qlora_builders.report.run import layer_figures
 
-ARCH = LlamaArch(
-    vocab_size=40,
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-)
+ARCH = tiny_arch(vocab_size=40, hidden_size=64, intermediate_size=96, num_layers=3, head_dim=16)
 PLAN = [
     {"match": "layers.**", "kind": "frozen_nf4", "scale_format": "none"},
     {"match": "layers.*.self_attn.q_proj", "kind": "qlora", "rank": 3, "alpha": 9},
