@@ -287,3 +287,9 @@ def test_the_public_names_resolve() -> None:
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'qlora_builders' has no attribute 'to_nf5'"):
         _ = qlora_builders.to_nf5
+
+
+def test_no_two_test_modules_have_one_name() -> None:
+    """pytest imports them by it, and does so in a whole run alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert len(names) == len(set(names))

@@ -195,21 +195,19 @@ def to_rules(
         if setting != commonest:
             _, index, projection = slot.split(".", 2)
             differing.setdefault(setting, {}).setdefault(projection, []).append(int(index))
-    rules = [("layers.**", commonest)]
     num_layers = 1 + max(int(slot.split(".")[1]) for slot in layers)
+    rules = [("layers.**", commonest)]
     for setting, where in differing.items():
         rules += [(match, setting) for match in _patterns(where, num_layers)]
     adapter = {} if rank is None else {"rank": rank, "alpha": alpha}
-    written = [_rule(match, setting, adapter) for match, setting in rules]
+    written = []
+    for match, setting in rules:
+        kind = _ADAPTED[setting.kind] if adapter else setting.kind
+        written.append({"match": match, "kind": kind, **adapter, **setting.options})
     head = choice.get("lm_head")
     if head is not None and head.setting != PLAIN:
-        written.append(_rule("lm_head", head.setting, {}))
+        written.append({"match": "lm_head", "kind": head.setting.kind, **head.setting.options})
     return written
-
-
-def _rule(match: str, setting: Setting, adapter: Mapping[str, Any]) -> dict[str, Any]:
-    kind = _ADAPTED[setting.kind] if adapter else setting.kind
-    return {"match": match, "kind": kind, **adapter, **setting.options}
 
 
 def _patterns(where: Mapping[str, list[int]], num_layers: int) -> Iterator[str]:

@@ -144,9 +144,9 @@ def rank_warnings(model: CausalLM) -> Iterator[str]:
         if isinstance(module, LoRALinear) and module.rank > min(*module.weight.shape)
     )
     if wasted:
-        slots = ", ".join(f"{count} x {slot}" for slot, count in wasted.items())
         yield (
-            f"adapters of a higher rank than their weight can have, which only costs: {slots}; "
+            "adapters of a higher rank than their weight can have, which only costs: "
+            f"{', '.join(f'{count} x {slot}' for slot, count in wasted.items())}; "
             "lower the rank to the smaller size of the weight at most"
         )
 
@@ -178,15 +178,11 @@ def predicted_peak(
     model: CausalLM, *, batch_size: int, seq_len: int, accumulate: bool, compiled: bool
 ) -> int:
     """Bytes at the peak of a step, with fused AdamW, as `qlora estimate` predicts it."""
-    spec = model.spec
-    like = llama(
-        spec.arch,
-        spec.components,
-        train=spec.train,
-        device="meta",
-        dtype=spec.dtype,
-        compute_dtype=model.model.compute_dtype,
+    spec, dtypes = (
+        model.spec,
+        {"dtype": model.spec.dtype, "compute_dtype": model.model.compute_dtype},
     )
+    like = llama(spec.arch, spec.components, train=spec.train, device="meta", **dtypes)
     like.model.activation_checkpointing = model.model.activation_checkpointing
     phases = predict_phases(
         like,
@@ -249,15 +245,10 @@ def free_memory(device: torch.device) -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # not Linux
         return None
-    available = next(line for line in lines if line.startswith("MemAvailable:"))
-    return min(int(available.split()[1]) * 1024, _group_limit())
-
-
-def _group_limit() -> int:
-    """What a container's memory limit leaves."""
+    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        return int(limit) - int(used)
+    try:  # what a container's memory limit leaves
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
     except (OSError, ValueError):  # no such limit
-        return 2**63
+        return available * 1024
+    return min(available * 1024, limit - used)

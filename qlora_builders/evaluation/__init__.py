@@ -1,8 +1,14 @@
 """What evaluate measures of a model, and which models it compares how."""
 
 from qlora_builders.evaluation.candidates import Candidate, find_candidates
-from qlora_builders.evaluation.figures import Figure, comparison_table, differences, figure_table
-from qlora_builders.evaluation.measure import measure_answers, measure_rows
+from qlora_builders.evaluation.measure import (
+    Figure,
+    comparison_table,
+    differences,
+    figure_table,
+    measure_answers,
+    measure_rows,
+)
 from qlora_builders.evaluation.tasks import Tasks, find_tasks
 
 __all__ = [

@@ -1,17 +1,77 @@
-"""Loss, perplexity and exact match of a model, each with the parts that it is the mean of."""
+"""What is measured of models, beside each other, with what chance alone makes of differences.
+
+All models see the same rows, questions and documents, so the differences are taken of each of these
+and then averaged. What makes one row harder than another drops out, and the standard error is that
+of the difference rather than of two figures.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from qlora_builders.data import Batch, TokenizedDataset
-from qlora_builders.evaluation.figures import Figure, mean_figure, share_figure
 from qlora_builders.models import generate
 from qlora_builders.modules import IGNORE_INDEX, CausalLM, sequence_log_probs
+from qlora_builders.training.objectives import mean_and_error
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number about a model.
+
+    Attributes:
+        value: the number.
+        parts, weights: of every row, answer or document: what adds up to it; as for
+            `mean_and_error`. Both are empty where it is no mean of such parts.
+        is_share: the parts are right (1) or wrong (0).
+    """
+
+    value: float
+    parts: Sequence[float] = ()
+    weights: Sequence[float] = ()
+    is_share: bool = False
+
+    @property
+    def error(self) -> float | None:
+        """The standard error; None if there is none to tell. Of a share it is at least half the
+        width of Wilson's interval for 0 of n (z = 1): n answers that are all wrong, or all alike,
+        do not say that the next one is."""
+        if not self.parts:
+            return None
+        error = mean_and_error(self.parts, self.weights)[1]
+        if self.is_share:
+            error = max(error, 0.5 / (len(self.parts) + 1))
+        return error if math.isfinite(error) else None
+
+    def minus(self, other: Figure) -> Figure:
+        """The difference, paired by part; without an error where either has no parts."""
+        value = self.value - other.value
+        if not (self.parts and other.parts):
+            return Figure(value)
+        parts = [a - b for a, b in zip(self.parts, other.parts, strict=True)]
+        return replace(self, value=value, parts=parts)
+
+
+Figures = Mapping[str, Figure]
+
+
+def mean_figure(parts: Sequence[float], weights: Sequence[float]) -> Figure:
+    return Figure(mean_and_error(parts, weights)[0], parts, weights)
+
+
+def share_figure(right: Sequence[bool]) -> Figure:
+    return replace(mean_figure([float(one) for one in right], [1] * len(right)), is_share=True)
+
+
+# ---- measuring ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -63,3 +123,55 @@ def answer_rows(
             yield {"row": data[index].row, **prompt.asked, **told}
     finally:
         model.train(training)
+
+
+# ---- telling -----------------------------------------------------------------------------------
+
+
+def differences(models: Mapping[str, Figures]) -> list[dict[str, Any]]:
+    """Each of the models and each one before it, for JSON."""
+
+    def told(ours: Figure, theirs: Figure) -> dict[str, float | None]:
+        difference = ours.minus(theirs)
+        return {"difference": difference.value, "standard_error": difference.error}
+
+    return [
+        {
+            "of": name,
+            "from": before,
+            "figures": {key: told(one, models[before][key]) for key, one in models[name].items()},
+        }
+        for before, name in combinations(models, 2)
+    ]
+
+
+def figure_table(figures: Figures) -> Table:
+    """The figures of one model."""
+    return comparison_table({"value": figures}, {})
+
+
+def comparison_table(models: Mapping[str, Figures], against: Mapping[str, str]) -> Table:
+    """A row per figure: every model, then every model minus the one named in `against`."""
+    rows = {
+        key: [cell(model[key]) for model in models.values()]
+        + [cell(models[a][key].minus(models[b][key]), sign="+") for a, b in against.items()]
+        for key in next(iter(models.values()))
+    }
+    told = any("±" in text for cells in rows.values() for text in cells)
+    caption = "±: standard error" if told else None
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=caption)
+    table.add_column("", overflow="fold")
+    for column in [*models, *(f"{name}\n- {other}" for name, other in against.items())]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for key, cells in rows.items():
+        table.add_row(key, *cells)
+    return table
+
+
+def cell(figure: Figure, sign: str = "") -> str:
+    """Two digits of the error, and of the value those that it leaves certain and two more."""
+    value, error = figure.value, figure.error
+    if error is None:
+        return f"{value:{sign}.4f}"
+    digits = min(8, max(0, 1 - math.floor(math.log10(error)))) if error else 4
+    return f"{value:{sign}.{digits}f}\n± {error:.{digits}f}"

@@ -8,6 +8,7 @@ tasks is as trusted as a script, so its name is taken from whoever runs the comm
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -16,7 +17,7 @@ from typing import Any
 
 from qlora_builders.data import Tokenizer
 from qlora_builders.errors import ConfigError, did_you_mean, nearest, optional_import
-from qlora_builders.evaluation.figures import Figure
+from qlora_builders.evaluation.measure import Figure
 from qlora_builders.modules import CausalLM
 from qlora_builders.training.device import set_seed
 
@@ -69,10 +70,9 @@ class Tasks:
         for metrics in found["results"].values():  # without the errors that it has not computed
             for key in [key for key in metrics if "_stderr," in key]:
                 del metrics[key]
-        kept = json.dumps(
-            {key: found[key] for key in _KEPT}, default=lm_eval.utils.handle_non_serializable
-        )
-        return dict(_figures(found)), json.loads(kept)
+        kept = {key: found[key] for key in _KEPT}
+        plain = json.dumps(kept, default=lm_eval.utils.handle_non_serializable)
+        return dict(_figures(found)), json.loads(plain)
 
     def _set_fewshot(self, task: Any) -> None:
         """As `lm_eval.simple_evaluate` does, which would run git and pip for every model too."""
@@ -91,15 +91,12 @@ def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
             if comma and isinstance(value, Real):
                 label = f"{task} {metric}" + f" ({filter_name})" * (filter_name != "none")
                 parts = [s.get(metric) for s in samples if s["filter"] == filter_name]
-                yield label, _figure(float(value), parts)
-
-
-def _figure(value: float, parts: Sequence[Any]) -> Figure:
-    """With the documents' values as parts, if the metric is their mean."""
-    numbers = [float(part) for part in parts if isinstance(part, Real)]
-    if len(numbers) == len(parts) > 0 and abs(sum(numbers) / len(numbers) - value) < 1e-9:
-        return Figure(value, numbers, [1] * len(numbers))
-    return Figure(value)
+                numbers = [float(part) for part in parts if isinstance(part, Real)]
+                figure = Figure(float(value))
+                mean = math.fsum(numbers) / len(numbers) if numbers else math.nan
+                if len(numbers) == len(parts) and abs(mean - figure.value) < 1e-9:
+                    figure = Figure(figure.value, numbers, [1] * len(numbers))
+                yield label, figure
 
 
 def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None, **options: Any) -> Tasks:
@@ -116,7 +113,15 @@ def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None, **options: An
             one that runs code which a model has written.
         ImportError: if lm_eval is not installed.
     """
-    manager = _manager(tasks, tasks_dir)
+    manager_class = optional_import("lm_eval.tasks", EXTRA).TaskManager
+    if tasks_dir is None:
+        manager = manager_class()
+    elif not Path(tasks_dir).is_dir():
+        raise ConfigError(f"lm_eval.tasks_dir={tasks_dir} is not a folder")
+    else:
+        manager = manager_class(include_path=str(tasks_dir), include_defaults=False)
+        if not set(tasks) <= set(manager.all_subtasks):  # lm_eval's 14,000 take seconds to read
+            manager = manager_class(include_path=str(tasks_dir))
     for name in tasks:
         if name not in manager.task_index:  # lm_eval would take a path too, of any folder
             raise ConfigError(f"lm_eval.tasks: {_no_task(name, manager.task_index, tasks_dir)}")
@@ -125,36 +130,19 @@ def find_tasks(tasks: Sequence[str], tasks_dir: str | Path | None, **options: An
         except Exception as error:  # a task is somebody's code
             text = f"{type(error).__name__}: {error}"
             raise ConfigError(f"lm_eval.tasks: {name!r} cannot be loaded: {text}") from error
-        for one in loaded.values():
-            if getattr(one, "UNSAFE_CODE", False):
-                raise ConfigError(
-                    f"lm_eval.tasks: {name!r} runs code that the model writes, which evaluate does "
-                    "not; merge the adapter and use lm_eval itself"
-                )
+        if any(getattr(one, "UNSAFE_CODE", False) for one in loaded.values()):
+            raise ConfigError(
+                f"lm_eval.tasks: {name!r} runs code that the model writes, which evaluate does "
+                "not; merge the adapter and use lm_eval itself"
+            )
     return Tasks(tasks, manager, **options)
-
-
-def _manager(tasks: Sequence[str], tasks_dir: str | Path | None) -> Any:
-    manager_class = optional_import("lm_eval.tasks", EXTRA).TaskManager
-    if tasks_dir is None:
-        return manager_class()
-    if not Path(tasks_dir).is_dir():
-        raise ConfigError(f"lm_eval.tasks_dir={tasks_dir} is not a folder")
-    own = manager_class(include_path=str(tasks_dir), include_defaults=False)
-    if set(tasks) <= set(own.all_subtasks):
-        return own  # reading all of lm_eval's 14,000 tasks takes seconds
-    return manager_class(include_path=str(tasks_dir))
 
 
 def _no_task(name: str, index: Mapping[str, Any], tasks_dir: str | Path | None) -> str:
     if tasks_dir is None:
         near = nearest(name, index)
         return f"lm_eval has no task {name!r}" + (f"; did you mean {near!r}?" if near else "")
-    folder = Path(tasks_dir).resolve()
-    own = [
-        key
-        for key, entry in index.items()
-        if entry.yaml_path is not None and folder in Path(entry.yaml_path).resolve().parents
-    ]
+    folder, paths = Path(tasks_dir).resolve(), {key: one.yaml_path for key, one in index.items()}
+    own = [k for k, path in paths.items() if path and folder in Path(path).resolve().parents]
     hint = did_you_mean(name, own) if own else "; no *.yaml file in that folder holds a task"
     return f"neither {tasks_dir} nor lm_eval has a task {name!r}{hint}"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_builders.evaluation import Figure, comparison_table, differences, figure_table
-from qlora_builders.evaluation.figures import cell, mean_figure, share_figure
+from qlora_builders.evaluation.measure import cell, mean_figure, share_figure
 
 # 1 of 4, 2 of 4: alike but for one answer
 BEFORE = mean_figure([1, 0, 0, 0], [1] * 4)

@@ -15,7 +15,8 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,23 +83,20 @@ def _stored(case: Case) -> dict[str, Tensor]:
     return found
 
 
-def values_of_weights(case: Case) -> str | None:
-    """Plain tensors of the file, cast to the model's dtype."""
-    stored = _stored(case)
-    if all_as(case, "weight:", lambda name: stored[name].to(torch.bfloat16)):
-        return "other values of weights"
-    return None
-
-
-def values_of_quantized_weights(case: Case) -> str | None:
-    """The same, where the plan quantizes the projections."""
+def values_of_weights(case: Case, *, quantized: bool = False) -> str | None:
+    """Plain tensors of the file, cast to the model's dtype; or `quantized` where they would be."""
     stored = _stored(case)
 
     def said(name: str) -> Tensor:
         weight = stored[name].to(torch.bfloat16)
-        return to_nf4(weight).dequantize() if name.endswith("_proj.weight") else weight
+        return (
+            to_nf4(weight).dequantize() if quantized and name.endswith("_proj.weight") else weight
+        )
 
     return "other values of weights" if all_as(case, "weight:", said) else None
+
+
+values_of_quantized_weights = partial(values_of_weights, quantized=True)
 
 
 def values_beside_nf4(case: Case) -> str | None:
@@ -144,20 +142,10 @@ def _decoded(parts: dict[str, Tensor]) -> Tensor:
 def values_of_meta(case: Case) -> str | None:
     """As torch reads the file, rows of heads in Hugging Face's order."""
     stored = torch.load(case.file, weights_only=True, mmap=True)  # without the checksums of a zip
-    names = {
-        "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
-        "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-        "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output",
-    }  # fmt: skip
 
     def said(name: str) -> Tensor:
-        short = re.sub(r"^model\.layers\.\d+\.|\.weight$", "", name)
-        layer = "layers.0." if name.startswith("model.layers.") else ""
-        weight: Tensor = stored[f"{layer}{names[short]}.weight"].detach().to(torch.bfloat16)
-        if short.endswith(("q_proj", "k_proj")):
+        weight: Tensor = stored[good.name_of_meta(name)].detach().to(torch.bfloat16)
+        if "q_proj" in name or "k_proj" in name:
             pairs = weight.view(-1, good.SIZES["head_dim"] // 2, 2, weight.shape[1])
             weight = pairs.transpose(1, 2).reshape(weight.shape)
         return weight
@@ -277,7 +265,7 @@ def what_a_step_says(case: Case) -> str | None:
 
 def values_of_parts(case: Case) -> str | None:
     """Of weights and of the optimizer's state, as safetensors reads them."""
-    stored = _stored(Case(**{**vars(case), "folder": case.file.parent}))
+    stored = _stored(replace(case, folder=case.file.parent))
 
     def said(key: str) -> Tensor:
         kind, _, name = key.partition(":")
@@ -289,7 +277,7 @@ def values_of_parts(case: Case) -> str | None:
 
 def values_of_trained(case: Case) -> str | None:
     """Whole weights or an adapter in a step checkpoint, under a manifest that fits."""
-    stored = _stored(Case(**{**vars(case), "folder": case.file.parent}))
+    stored = _stored(replace(case, folder=case.file.parent))
 
     def said(name: str) -> Tensor:
         like = case.expected[f"weight:{name}"]

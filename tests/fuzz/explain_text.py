@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pyarrow.parquet
@@ -203,7 +204,7 @@ def _base_is(case: Case) -> bool:
 
 def _only(case: Case, prefix: str) -> Case:
     keys = [key.removeprefix(prefix) for key in case.differing if key.startswith(prefix)]
-    return Case(**{**vars(case), "differing": keys})
+    return replace(case, differing=keys)
 
 
 def adapter_of_a_run(case: Case) -> str | None:

@@ -123,35 +123,35 @@ def _write_bases(path: Path) -> None:
     save_checkpoint(load_checkpoint(path / "hf", bnb), path / "bnb", format="bnb-4bit")
 
 
+_META = {
+    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output",
+}  # fmt: skip
+
+
+def name_of_meta(name: str) -> str:
+    """Of a parameter of ours."""
+    layer = "layers.0." if name.startswith("model.layers.") else ""
+    short = name.removeprefix("model.layers.0.").removesuffix(".weight")
+    return f"{layer}{_META[short]}.weight"
+
+
 def _write_meta(path: Path) -> None:
-    """Names of Meta's by those of Hugging Face, rows of a head interleaved."""
+    """Rows of a head interleaved."""
     tensors = load_file(path / "hf" / "model.safetensors")
-    names = {
-        "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk",
-        "self_attn.v_proj": "attention.wv", "self_attn.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-        "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output",
-    }  # fmt: skip
     out = {}
     for name, tensor in tensors.items():
-        stem = name.removesuffix(".weight")
-        for ours, theirs in names.items():
-            if stem.endswith(ours):
-                layer = "layers.0." if stem.startswith("model.layers.") else ""
-                if theirs in ("attention.wq", "attention.wk"):
-                    tensor = interleaved(tensor)
-                out[f"{layer}{theirs}.weight"] = tensor.clone()
-                break
+        if "q_proj" in name or "k_proj" in name:
+            heads = tensor.view(-1, 2, SIZES["head_dim"] // 2, tensor.shape[1])
+            tensor = heads.transpose(1, 2).reshape(tensor.shape)
+        out[name_of_meta(name)] = tensor.clone()
     (path / "meta").mkdir()
     torch.save(out, path / "meta" / "consolidated.00.pth")
     (path / "meta" / "params.json").write_text(json.dumps(PARAMS))
-
-
-def interleaved(weight: torch.Tensor) -> torch.Tensor:
-    heads = weight.view(-1, 2, SIZES["head_dim"] // 2, weight.shape[1])
-    return heads.transpose(1, 2).reshape(weight.shape)
 
 
 def _randomize(model: CausalLM) -> None:
