@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from qlora_builders.config.compose import config_folders, draft
+from qlora_builders.config.compose import draft
 from qlora_builders.config.entry import OptionParser, component_problems
 from qlora_builders.config.instantiate import allow_prefixes
-from qlora_builders.config.overrides import all_groups, groups
-from qlora_builders.config.own_files import GLOBAL
+from qlora_builders.config.own_files import GLOBAL, all_groups, config_folders, groups
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError, did_you_mean
 from qlora_builders.files.outputs import write_whole

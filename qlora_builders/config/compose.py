@@ -8,39 +8,38 @@ that all that is wrong with them comes at once, with the file it stands in.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, ValidationError
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.omegaconf import register_default_resolvers
-from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]  # a dependency of omegaconf
 
 from qlora_builders.config.checks import check, check_values, required
 from qlora_builders.config.knobs import knobs
-from qlora_builders.config.overrides import (
-    OVERRIDE,
+from qlora_builders.config.overrides import key_of, known_keys, no_value, parse_override
+from qlora_builders.config.own_files import (
+    GLOBAL,
+    OwnConfig,
     all_groups,
+    config_folders,
     groups,
-    key_of,
-    known_keys,
-    no_value,
-    prepare_override,
-    quote,
+    own_configs,
 )
-from qlora_builders.config.own_files import GLOBAL, check_own_files, own_texts, shipped_texts
-from qlora_builders.config.references import Text, check_references, path_of, texts
+from qlora_builders.config.references import Keys, check_references, node_at, path_of
 from qlora_builders.config.shipped import demo_path, shipped_dir
 from qlora_builders.config.verbs import VERBS
-from qlora_builders.errors import ConfigError, did_you_mean, expand_home
-from qlora_builders.files.outputs import fault_of_path, write_whole
+from qlora_builders.errors import ConfigError, did_you_mean
+from qlora_builders.files.outputs import write_whole
 
+_MARK = "\0{"  # for ${ while hydra merges: it would write some of them out
 _FOREIGN_RESOLVERS = (
     "oc.create",
     "oc.decode",
@@ -52,8 +51,8 @@ _FOREIGN_RESOLVERS = (
     "hydra",
     "python_version",
 )
-# of hydra, OmegaConf and the YAML reader, for what a config holds
-_REFUSALS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError)
+# of hydra and OmegaConf, for what a config holds
+_REFUSALS = (HydraException, OmegaConfBaseException, ValueError, TypeError, OSError)
 
 
 def compose(
@@ -134,58 +133,95 @@ def _compose(
     if verb not in VERBS:
         raise ConfigError(f"no config for {verb!r}{did_you_mean(verb, VERBS)}")
     folders = config_folders(config_dir)
-    prepared: list[str] = []
+    choices: dict[str, str] = {}
+    typed: list[tuple[Keys, Any]] = []
     problems: list[str] = []
     open_keys: set[str] = set()
     for override in overrides:
         try:
-            prepared.append(prepare_override(override, verb, folders))
-        except ConfigError as error:
-            problems += error.problems
-            open_keys.add(key_of(override))
+            key, value, is_choice = parse_override(override, verb, folders)
         except _REFUSALS as error:
-            problems.append(_translate(error))
+            problems += getattr(error, "problems", [_first_line(error, None)])
             open_keys.add(key_of(override))
-    own = own_texts(folders, prepared)
-    typed = [text for one in prepared for text in _texts_of(one)]
-    check_references([*shipped_texts(folders[0]), *own, *typed])
-    lists = {problem: None for text in own for problem in _list_for_keys(text, verb)}
-    if lists:
-        raise ConfigError(*problems, *lists)
+        else:
+            if is_choice:
+                choices[key] = value
+            else:
+                typed.append((path_of(key), value))
     try:
-        tree = _merged(verb, prepared, folders)
+        own = own_configs(folders, [f"{group}/{option}" for group, option in choices.items()])
+        for name, one in own.items():
+            _check_own(f"{name}.yaml: ", one.keys, verb)
+        tree = _merged(verb, choices, own)
+    except RecursionError as error:
+        circle = ", ".join(f"{name}.yaml" for name in own)
+        raise ConfigError(f"{circle}: their defaults lead back to themselves") from error
     except _REFUSALS as error:
-        raise ConfigError(*problems, _in_file(_translate(error), folders, prepared)) from error
+        said = getattr(error, "problems", None) or [_first_line(error, None)]
+        raise ConfigError(*problems, *said) from error
+    for path, value in typed:
+        _put(tree, path, value)
+
+    def where(path: Keys) -> str:
+        """`experiment/mine.yaml: ` where the value is from there."""
+        if any(path[: len(other)] == other or other[: len(path)] == path for other, _ in typed):
+            return ""
+        files = [name for name, one in own.items() if node_at(one.keys, path)[1] == len(path)]
+        return f"{files[-1]}.yaml: " if files else ""
+
+    check_references(tree, where)
     cfg = OmegaConf.structured(VERBS[verb].root)
-    _register_resolvers()
-    with _no_foreign_resolvers():
+    with _own_resolvers():
         for key, problem in _fill(cfg, tree, verb):
-            problems.append(
-                _file_of(key, own, [key_of(one) for one in prepared if one.startswith("++")])
-                + problem
-            )
+            problems.append(where(path_of(key)) + problem)
             open_keys.add(key)
     open_keys |= set(re.findall(r"did you mean '([^']+)'", "\n".join(problems)))
     return cfg, problems, open_keys
 
 
-def _merged(verb: str, prepared: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
-    """What files and overrides say, put together by hydra; nothing of it is checked."""
-    main, *others = (str(folder) for folder in folders)
-    search = [f"hydra.searchpath=[{','.join(quote('file://' + o) for o in others)}]"]
-    previous = GlobalHydra.instance().hydra
+def _merged(verb: str, choices: Mapping[str, str], own: Mapping[str, OwnConfig]) -> dict[str, Any]:
+    """What files say, put together by hydra; nothing of it is checked or resolved."""
+    store = ConfigStore.instance()
+    before = GlobalHydra.instance().hydra, store.repo
     GlobalHydra.instance().clear()
+    store.repo = {**store.repo, **{group: {} for group in all_groups()}}
     try:
-        with (
-            hydra.initialize_config_dir(config_dir=main, version_base="1.3"),
-            _no_foreign_resolvers(),
-        ):
-            words = [*prepared, *(search if others else [])]
+        for name, one in own.items():
+            group, _, option = name.rpartition("/")
+            store.store(option, _map_text(one.tree, "${", _MARK), group=group, package=one.package)
+        shipped = str(shipped_dir("configs"))
+        with hydra.initialize_config_dir(config_dir=shipped, version_base="1.3"):
+            words = [f"{group}={option}" for group, option in choices.items()]
             merged = hydra.compose(VERBS[verb].primary, overrides=words)
     finally:
-        GlobalHydra.instance().hydra = previous
-    tree: Any = OmegaConf.to_container(merged)
+        GlobalHydra.instance().hydra, store.repo = before
+    tree: Any = _map_text(OmegaConf.to_container(merged), _MARK, "${")
     return tree
+
+
+def _map_text(tree: Any, old: str, new: str) -> Any:
+    """With another text in all values, such as one that means nothing to OmegaConf for `${`."""
+    if isinstance(tree, dict):
+        return {key: _map_text(value, old, new) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_map_text(value, old, new) for value in tree]
+    return tree.replace(old, new) if isinstance(tree, str) else tree
+
+
+def _put(tree: Any, path: Keys, value: Any) -> None:
+    """Set a value; the keys of a mapping go beside those that are there."""
+    node, end = node_at(tree, path)
+    if isinstance(node, dict) and isinstance(value, dict) and end == len(path):
+        for key, inner in value.items():
+            _put(node, (key,), inner)
+        return
+    *above, last = path
+    for part in above:
+        inner = tree[int(part)] if isinstance(tree, list) else tree.get(part)
+        if not isinstance(inner, dict | list):
+            inner = tree[int(part) if isinstance(tree, list) else part] = {}
+        tree = inner
+    tree[int(last) if isinstance(tree, list) else last] = value
 
 
 def _fill(cfg: DictConfig, tree: Mapping[str, Any], verb: str) -> Iterator[tuple[str, str]]:
@@ -215,35 +251,21 @@ def _leaves(tree: Mapping[str, Any], section: Any, prefix: str) -> Iterator[tupl
             yield f"{prefix}{name}", value
 
 
-def _in_file(problem: str, folders: Sequence[Path], prepared: Sequence[str]) -> str:
-    """With the user's file that it must be from, if it does not name one."""
-    names = [f"{one.replace('=', '/', 1)}.yaml" for one in prepared if not one.startswith("++")]
-    own = [name for name in names if any((folder / name).is_file() for folder in folders[1:])]
-    return f"{own[0]}: {problem}" if len(own) == 1 and ".yaml" not in problem else problem
+def _check_own(where: str, tree: Any, verb: str) -> None:
+    """What has to be right in a file before hydra merges it with others.
 
-
-def _file_of(key: str, own: Sequence[Text], typed: Iterable[str]) -> str:
-    """`experiment/mine.yaml: ` where the value of a key is from there."""
-    path = path_of(key)
-    if any(path_of(other)[: len(path)] == path for other in typed):
-        return ""
-    files = [text.where for text in own if text.path[: len(path)] == path]
-    return f"{files[-1]}: " if files else ""
-
-
-def _list_for_keys(text: Text, verb: str) -> Iterator[str]:
-    """hydra cannot merge a list with the keys of a section, and does not say which."""
+    It cannot merge a list with the keys of a section, and does not say which.
+    """
+    check_references(tree, lambda _: where)
     leaves = knobs(VERBS[verb].root)
-    for end in range(1, len(text.path)):
-        key = ".".join(text.path[:end])
+    problems = []
+    for key in known_keys(verb):
+        node, end = node_at(tree, path_of(key))
         takes_keys = key not in leaves or get_origin(leaves[key].type) is dict
-        if text.path[end] == "0" and takes_keys and key in known_keys(verb):
-            yield f"{text.where}: {key} takes keys and values, not a list"
-
-
-def _texts_of(override: str) -> Iterator[Text]:
-    match = OVERRIDE.fullmatch(override)
-    return texts(match[3], override, path_of(match[2])) if match else iter(())
+        if takes_keys and isinstance(node, list) and end == len(path_of(key)):
+            problems.append(f"{where}{key} takes keys and values, not a list")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def to_config(tree: DictConfig) -> Any:
@@ -253,7 +275,7 @@ def to_config(tree: DictConfig) -> Any:
         ConfigError: for one that leads nowhere.
     """
     try:
-        with _no_foreign_resolvers():
+        with _own_resolvers():
             return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error, error.full_key)) from error
@@ -267,45 +289,6 @@ def save_config(cfg: Any, path: str | Path) -> None:
 def to_yaml(cfg: Any) -> str:
     """A config as the YAML that `save_config` writes and `--print-config` shows: an experiment."""
     return f"{GLOBAL}\n" + OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
-
-
-def config_folders(config_dir: str | Path | None = None) -> list[Path]:
-    """The shipped folder and the user's own, which may add configs but not replace any.
-
-    Raises:
-        ConfigError: if `config_dir` is not a folder, or has a file with a shipped one's name, too
-            many aliases.
-    """
-    shipped = shipped_dir("configs")
-    if config_dir is None:
-        return [shipped]
-    fault = fault_of_path(str(config_dir))
-    if fault:
-        raise ConfigError(f"--config-dir={config_dir} {fault}")
-    own = expand_home(config_dir, ConfigError).resolve()
-    if not own.is_dir():
-        raise ConfigError(f"--config-dir {str(config_dir)!r} is not a folder")
-    check_own_files(own, shipped)
-    return [shipped, own]
-
-
-def _translate(error: Exception) -> str:
-    """One readable line from what hydra, OmegaConf and the YAML reader say of files."""
-    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"{mark.name}, line {mark.line + 1}: not valid YAML: {error.problem}"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        return f"{group}={option}: no such config{did_you_mean(option, error.options or [])}"
-    file = re.search(r"In '([^']+)'", str(error))
-    where = f"{file[1]}.yaml: " if file else ""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__ or cause.__context__
-    name = re.search(r"Could not override '([^']+)'", str(error))
-    if cause is None and name:
-        return f"{where}unknown group {name[1]!r}{did_you_mean(name[1], all_groups())}"
-    return where + _first_line(cause or error, cause and cause.full_key)
 
 
 def _first_line(error: BaseException, key: object) -> str:
@@ -332,19 +315,15 @@ def _demo_eval(train: str) -> str | None:
 
 
 @contextmanager
-def _no_foreign_resolvers() -> Iterator[None]:
+def _own_resolvers() -> Iterator[None]:
     """Without those of OmegaConf and hydra (`oc.env`, `oc.decode` ...): a config may come from
-    anywhere, and is not to read the environment into a file."""
+    anywhere, and is not to read the environment into a file. The registry is the whole process's.
+    """
     for name in _FOREIGN_RESOLVERS:
         OmegaConf.clear_resolver(name)
+    for name, resolver in (("demo", lambda name: str(demo_path(name))), ("demo_eval", _demo_eval)):
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
     try:
         yield
     finally:
         register_default_resolvers()
-
-
-def _register_resolvers() -> None:
-    """Again at each call: the registry belongs to the whole process. `now` is hydra's own."""
-    resolvers = {"demo": lambda name: str(demo_path(name)), "demo_eval": _demo_eval}
-    for name, resolver in resolvers.items():
-        OmegaConf.register_new_resolver(name, resolver, replace=True)

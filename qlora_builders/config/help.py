@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from qlora_builders.config.compose import compose_tree, config_folders
 from qlora_builders.config.knobs import Knob, knobs
-from qlora_builders.config.overrides import group_options, groups
+from qlora_builders.config.own_files import group_options, groups
 from qlora_builders.config.verbs import VERBS, Verb
 
 _TRAINS, _IS_SWEPT = attrgetter("trains"), attrgetter("swept")

@@ -1,28 +1,27 @@
-"""What a command line may override: the key is checked, the value spelled for hydra's grammar.
+"""What a command line may override, read key by key with hydra's grammar for values.
 
-A typo must not reach hydra, whose messages do not know the schema; a prompt or a path must not
-either, because commas, braces and quotes mean something in hydra's grammar.
+A typo must not reach hydra, whose messages do not know the schema; text must not reach its grammar,
+where commas, braces and quotes mean something.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
 from qlora_builders.config.knobs import knobs
-from qlora_builders.config.own_files import GLOBAL, load_yaml
-from qlora_builders.config.shipped import shipped_dir
+from qlora_builders.config.own_files import GLOBAL, fault_of_option, groups, load_yaml
 from qlora_builders.config.verbs import VERBS
-from qlora_builders.errors import ConfigError, did_you_mean
+from qlora_builders.errors import ConfigError
 
-# What other libraries call keys and options, and what these are here:
+# What other libraries call keys, and what these are here:
 # the last part of a key -> the key; where a verb has the key without its section, that one
 OTHER_NAMES = {
     "base_model": "checkpoint.dir",
@@ -46,15 +45,6 @@ OTHER_NAMES = {
     "save_steps": "training.save_every",
     "target_modules": "method.targets",
 }
-# GROUP=OPTION -> what to write
-OTHER_OPTIONS = {
-    "data=alpaca": "data.columns.prompt=instruction data.columns.completion=output",
-    "data=sharegpt": "data=chat",
-    "method=dora": "method.use_dora=true",
-    "method=loftq": "method.init_lora_weights=loftq",
-    "method=pissa": "method.init_lora_weights=pissa",
-    "method=rslora": "method.use_rslora=true",
-}
 # verb, key -> why it has none
 NOT_NEEDED = {
     ("generate", "data"): "rows of prompts_file show their format; leave it out",
@@ -73,35 +63,15 @@ OVERRIDE = re.compile(r"(\+\+|\+|~)?([^=]+)=(.*)", re.DOTALL)
 QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1)[^\\])*\1""", re.DOTALL)
 
 
-def group_options(group: str, folders: Sequence[Path]) -> list[str]:
-    """The options of a group: `method` -> full, lora, qlora."""
-    found = {
-        file.relative_to(folder / group).with_suffix("").as_posix()
-        for folder in folders
-        for file in (folder / group).rglob("*.yaml")
-    }
-    return sorted(found)
-
-
 def known_keys(verb: str) -> list[str]:
     """Every key that an override of this verb may name: leaves, sections and groups."""
     leaves = list(knobs(VERBS[verb].root))
-    sections = {key[:dot] for key in leaves for dot in _dots(key)}
-    return sorted({*leaves, *sections, *groups(verb)})
+    return sorted({*leaves, *(above for key in leaves for above in _above(key)), *groups(verb)})
 
 
-def _dots(key: str) -> Iterator[int]:
-    return (match.start() for match in re.finditer(r"\.", key))
-
-
-def groups(verb: str) -> list[str]:
-    """The groups in the defaults list of the verb's primary config."""
-    primary = OmegaConf.load(shipped_dir("configs") / f"{VERBS[verb].primary}.yaml")
-    return [str(name) for item in primary.defaults if not isinstance(item, str) for name in item]
-
-
-def all_groups() -> list[str]:
-    return sorted({name for verb in VERBS for name in groups(verb)})
+def _above(key: str) -> list[str]:
+    """`data.columns.text` -> data, data.columns"""
+    return [key[: match.start()] for match in re.finditer(r"\.", key)]
 
 
 def key_of(override: str) -> str:
@@ -110,34 +80,12 @@ def key_of(override: str) -> str:
     return match[2].strip() if match else override
 
 
-def prepare_override(override: str, verb: str, folders: Sequence[Path]) -> str:
-    """Check an override's key against the schema and spell its value for hydra's grammar.
+def parse_override(override: str, verb: str, folders: Sequence[Path]) -> tuple[str, Any, bool]:
+    """The key of an override, its value, and whether that is the option of a group.
 
     Raises:
         ConfigError: for what is no override of this verb.
     """
-    prepared = _prepare(override, verb, folders)
-    try:
-        parsed = OverridesParser.create().parse_override(prepared)
-    except HydraException as error:
-        shown = prepared.lstrip("+")
-        if shown.endswith(","):
-            how = "remove the comma at its end"
-        else:
-            how = (
-                "quote text with commas, braces, brackets or colons, as in "
-                "components='[{match: \"layers.[0-3].**\", kind: linear}]'"
-            )
-        raise ConfigError(f"cannot read the override {shown!r}: {how}") from error
-    if parsed.is_sweep_override():
-        raise ConfigError(
-            f"{override!r} has several values; write [1,2] for a list, or add --multirun for a run "
-            "with each"
-        )
-    return prepared
-
-
-def _prepare(override: str, verb: str, folders: Sequence[Path]) -> str:
     match = OVERRIDE.fullmatch(override)
     names_file = override.endswith((".yaml", ".yml")) if match is None else match[2] in FILE_WORDS
     if names_file:
@@ -151,32 +99,61 @@ def _prepare(override: str, verb: str, folders: Sequence[Path]) -> str:
     if sign == "~":
         raise ConfigError(f"{override!r}: keys cannot be removed; write {key}=null to unset one")
     if key in groups(verb) and not value.lstrip().startswith("{"):
-        _check_option(key, value, folders)
-        return f"{key}={value}"
+        fault = fault_of_option(key, value, folders)
+        if fault:
+            raise ConfigError(fault)
+        return key, value, True
     leaves = knobs(VERBS[verb].root)
-    parent = next((key[:dot] for dot in _dots(key) if key[:dot] in leaves), None)
-    if parent is not None and get_origin(leaves[parent].type) is list:
-        index = key.removeprefix(f"{parent}.").partition(".")[0]
-        if not index.isdecimal():
-            raise ConfigError(f"{key}={value}: {parent} takes a list, such as [a,b]")
-    if parent is None or get_origin(leaves[parent].type) not in (dict, list):
+    parent = next((above for above in _above(key) if above in leaves), None)
+    holds = get_origin(leaves[parent].type) if parent else None
+    if holds is list and not key[len(f"{parent}.") :].partition(".")[0].isdecimal():
+        raise ConfigError(f"{key}={value}: {parent} takes a list, such as [a,b]")
+    if holds not in (dict, list):
         if key not in known_keys(verb):
             raise ConfigError(unknown_key(key, verb))
         if key not in leaves and value != "null" and not value.lstrip().startswith("{"):
             raise ConfigError(f"{key}={value}: {_section(key, verb)}")
     if key == "components" and key in leaves and value.endswith(".yaml"):
-        value = _spelled(_rules_of(Path(value)))
-    elif key in leaves and leaves[key].type in (str, str | None) and value != "null":
-        value = quote(value)
-    return f"++{key}={value}"
+        return key, _rules_of(Path(value)), False
+    is_text = key in leaves and leaves[key].type in (str, str | None) and value != "null"
+    return key, value if is_text and not QUOTED.fullmatch(value) else _value(key, value), False
+
+
+def _value(key: str, text: str) -> Any:
+    """A value in hydra's grammar."""
+    override = f"{key}={text}"
+    try:
+        parsed = OverridesParser.create().parse_override(f"++{override}")
+    except HydraException as error:
+        how = (
+            "quote text with commas, braces, brackets or colons, as in "
+            "components='[{match: \"layers.[0-3].**\", kind: linear}]'"
+        )
+        if text.endswith(","):
+            how = "remove the comma at its end"
+        raise ConfigError(f"cannot read the override {override!r}: {how}") from error
+    if parsed.is_sweep_override():
+        raise ConfigError(
+            f"{override!r} has several values; write [1,2] for a list, or add --multirun for a run "
+            "with each"
+        )
+    value = parsed.value()
+    return value.text if isinstance(value, QuotedString) else value
+
+
+def quote(value: str) -> str:
+    """Text for hydra's grammar: commas, braces and quotes in a path mean nothing there."""
+    if QUOTED.fullmatch(value):
+        return value
+    escaped = re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    return f"'{escaped}'"
 
 
 def no_value(key: str, value: Any, verb: str) -> str:
     """What is wrong with a value at a key that takes none."""
-    sections = {leaf.rpartition(".")[0] for leaf in knobs(VERBS[verb].root)}
-    if not any(section == key or section.startswith(f"{key}.") for section in sections):
+    if not any(leaf.startswith(f"{key}.") for leaf in knobs(VERBS[verb].root)):
         return unknown_key(key, verb)
-    if key in groups(verb) and isinstance(value, str):  # hydra takes it for a value
+    if key in groups(verb) and isinstance(value, str):
         return (
             f"a config is chosen in the list of defaults; instead of '{key}: {value}' write: "
             f"defaults: [{{override /{key}: {value}}}]"
@@ -200,7 +177,7 @@ def _rules_of(file: Path) -> list[Any]:
     """The rules of a YAML file: under `components:`, as `qlora plan` writes them, or alone."""
     if not file.is_file():
         raise ConfigError(f"components={file}: no such file")
-    content = _tree_of(file)
+    content = load_yaml(file)
     if isinstance(content, list):
         content = {"components": content}
     rules = content.get("components") if isinstance(content, dict) else None
@@ -221,7 +198,6 @@ def _rules_of(file: Path) -> list[Any]:
                 'write {match: "layers.**", kind: linear}'
             )
         for key, value in rule.items():
-            # hydra's grammar has no words for others
             if not re.fullmatch(r"\w+", str(key), re.ASCII):
                 raise ConfigError(f"{file}: {key!r} is no option of a rule")
             if not isinstance(value, str | int | float | list | dict | None):
@@ -229,78 +205,26 @@ def _rules_of(file: Path) -> list[Any]:
     return rules
 
 
-def _spelled(value: Any) -> str:
-    """A value in hydra's grammar."""
-    if isinstance(value, list):
-        return "[" + ",".join(map(_spelled, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{_spelled(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, str):
-        return quote(value)
-    return "null" if value is None else str(value).lower()
-
-
-def _tree_of(file: Path) -> Any:
-    """`load_yaml`, which OmegaConf lets fail by an OSError for a file that holds one number."""
-    try:
-        return load_yaml(file)
-    except OSError as error:
-        raise ConfigError(f"{file}: holds no keys and values: {error}") from error
-
-
-def _check_option(group: str, option: str, folders: Sequence[Path]) -> None:
-    options = group_options(group, folders)
-    if option not in options:
-        meant = OTHER_OPTIONS.get(f"{group}={option}")
-        hint = f"; write {meant}" if meant else did_you_mean(option, options)
-        if group == "experiment" and not hint.startswith("; did"):
-            hint = "; 'qlora configs ls' lists those there are"
-        if group == "experiment" and not folders[1:]:
-            hint += "; one of your own, DIR/experiment/NAME.yaml, needs --config-dir DIR"
-        raise ConfigError(f"{group}={option}: no such config{hint}")
-    for folder in folders[1:]:  # hydra says less about what is no config at all
-        file = folder / group / f"{option}.yaml"
-        if file.is_file() and not isinstance(_tree_of(file), dict):
-            raise ConfigError(f"{group}/{file.name}: holds a list; keys and values are needed")
-
-
-def quote(value: str) -> str:
-    """Take text literally: commas, braces and quotes in a prompt or path are not grammar."""
-    if QUOTED.fullmatch(value):
-        return value
-    escaped = re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
-    return f"'{escaped}'"
-
-
 def unknown_key(key: str, verb: str) -> str:
     """The message for a key that the schema lacks, with the spelling that was probably meant."""
     if (verb, key) in NOT_NEEDED:
         return f"unknown key {key!r}: {NOT_NEEDED[verb, key]}"
-    last = key.rpartition(".")[2]
+    known, last = known_keys(verb), key.rpartition(".")[2]
     name = OTHER_NAMES.get(last, "")
     for here in (name, name.rpartition(".")[2]):
-        if here in known_keys(verb) or here.rpartition(".")[0] in knobs(VERBS[verb].root):
+        if here in known or here.rpartition(".")[0] in knobs(VERBS[verb].root):
             return f"unknown key {key!r}; it is {here!r} here"
     if key == "experiment":
         return f"unknown key {key!r}; an experiment file starts with the line {GLOBAL!r}"
-    near = _near_keys(key, verb)
-    if near:
-        return f"unknown key {key!r}; did you mean {near[0]!r}?"
-    others = _verbs_with(key)
-    hint = f"; it is a key of {', '.join(others)}" if others else ""
-    return f"unknown key {key!r}{hint}; 'qlora {verb} --help' lists the keys"
-
-
-def _near_keys(key: str, verb: str) -> list[str]:
-    """Keys of the verb that may be meant, the likeliest first."""
-    known = [other for other in known_keys(verb) if not key.startswith(f"{other}.")]
-    last = key.rpartition(".")[2]
+    others = [other for other, row in VERBS.items() if row.needs_files and key in known_keys(other)]
+    known = [other for other in known if not key.startswith(f"{other}.")]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     near += [other for other in known if other.rpartition(".")[2] == last]
-    if _verbs_with(key):  # not misspelt, so that only the same name will do
-        return [other for other in near if last in other and not ("." in key and "." in other)]
-    return near + difflib.get_close_matches(key, known, n=1)
-
-
-def _verbs_with(key: str) -> list[str]:
-    return [verb for verb, row in VERBS.items() if row.needs_files and key in known_keys(verb)]
+    if others:  # not misspelt, so that only the same name will do
+        near = [other for other in near if last in other and not ("." in key and "." in other)]
+    else:
+        near += difflib.get_close_matches(key, known, n=1)
+    if near:
+        return f"unknown key {key!r}; did you mean {near[0]!r}?"
+    hint = f"; it is a key of {', '.join(others)}" if others else ""
+    return f"unknown key {key!r}{hint}; 'qlora {verb} --help' lists the keys"

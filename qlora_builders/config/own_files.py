@@ -1,172 +1,189 @@
-"""What the files of --config-dir may hold: keys, values, and lists of the defaults they start from.
+"""The folders and files that configs come from, and what those of --config-dir may hold.
 
-hydra's files can do more: move to other places of the config (`@package`, `group@place`), search
-more folders, configure hydra itself, read its environment. A folder may come from anywhere, so what
-nobody needs for a config of ours is refused. What is wrong with a file is one message, and its size
-is bounded, but for those that come with the package.
+That is keys, values, and a list of the defaults they start from. hydra's files can do more: move to
+other places of the config (`@package`, `group@place`), search more folders, configure hydra itself,
+read its environment. A folder may come from anywhere, so hydra gets the keys and values alone, and
+the size of a file is bounded, but for those that come with the package.
 """
 
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml  # type: ignore[import-untyped]  # a dependency of omegaconf
 from omegaconf import OmegaConf
 
-from qlora_builders.config.references import RefusedError, Text, path_of, texts
 from qlora_builders.config.shipped import shipped_dir
+from qlora_builders.config.verbs import VERBS
 from qlora_builders.confined.process import Limits, OverrunError, RaisedError, ask
-from qlora_builders.errors import ConfigError
+from qlora_builders.errors import ConfigError, did_you_mean, expand_home
+from qlora_builders.files.outputs import fault_of_path
 
 GLOBAL = "# @package _global_"  # the first line of an experiment: its keys have full names
-_HEADER = re.compile(r"^\s*#\s*@", re.MULTILINE)  # as hydra reads it
-_NAME = re.compile(r"/?\w[\w.+-]*(/\w[\w.+-]*)*")
+# GROUP=OPTION of other libraries -> what to write
+OTHER_OPTIONS = {
+    "data=alpaca": "data.columns.prompt=instruction data.columns.completion=output",
+    "data=sharegpt": "data=chat",
+    "method=dora": "method.use_dora=true",
+    "method=loftq": "method.init_lora_weights=loftq",
+    "method=pissa": "method.init_lora_weights=pissa",
+    "method=rslora": "method.use_rslora=true",
+}
 _KEY = re.compile(r"[A-Za-z]\w*")
 _MOST_VALUES = 100_000  # a rule for every slot of the largest Llama takes some 5,000
 _MOST_BYTES = 5 * 10**6
 LIMITS = Limits(seconds=20.0)  # 100,000 values take 5
 
 
-def check_own_files(own: Path, shipped: Path) -> None:
-    """
-    Raises:
-        ConfigError: for a file that leads out of the folder, or has a name of ours or of hydra's.
-    """
-    for entry in _entries(own):
-        inside = entry.relative_to(own)
-        if entry.is_symlink() and (entry.is_dir() or not _target(entry).is_relative_to(own)):
-            raise ConfigError(f"{str(entry)!r} is a link out of its folder; put a copy there")
-        if entry.suffix != ".yaml" or entry.is_dir():
-            continue
-        if not entry.is_file():
-            raise ConfigError(f"{str(entry)!r} is no file that can be read; take it out")
-        if (shipped / inside).exists():
-            raise ConfigError(f"{str(entry)!r} has the name of a shipped config; rename it")
-        if inside.parts[0].removesuffix(".yaml") == "hydra":
-            raise ConfigError(f"{str(entry)!r} has the name of a part of hydra; rename it")
-
-
-def _target(link: Path) -> Path:
-    """Itself for a link in a circle, where `Path.resolve` raises."""
-    return Path(os.path.realpath(link))
-
-
-def own_texts(folders: Sequence[Path], overrides: Iterable[str]) -> list[Text]:
-    """Every value of the user's files that these `group=option` choose, and of those that they
-    start from.
+def config_folders(config_dir: str | Path | None = None) -> list[Path]:
+    """The shipped folder and the user's own, which may add configs but not replace any.
 
     Raises:
-        RefusedError: if one holds what a config may not; of what else is wrong whoever reads it
-            says more.
+        ConfigError: if `config_dir` is not a folder; for a file in it that leads out of it, or has
+            a name of ours or of hydra's.
     """
-    found: list[Text] = []
-    for folder in folders[1:]:
-        for file in _chosen(folder, overrides):
-            for problem in _problems(file):
-                raise RefusedError(f"{file.relative_to(folder)}: {problem}")
-            found += _texts_of_file(folder, file)
-    return found
+    shipped = shipped_dir("configs")
+    if config_dir is None:
+        return [shipped]
+    fault = fault_of_path(str(config_dir))
+    if fault:
+        raise ConfigError(f"--config-dir={config_dir} {fault}")
+    own = expand_home(config_dir, ConfigError).resolve()
+    if not own.is_dir():
+        raise ConfigError(f"--config-dir {str(config_dir)!r} is not a folder")
+    for parent, folders, files in os.walk(own):
+        for entry in (Path(parent, name) for name in sorted([*folders, *files])):
+            fault = _fault_of_entry(entry, own, shipped)
+            if fault:
+                raise ConfigError(f"{str(entry)!r} {fault}")
+    return [shipped, own]
 
 
-def _chosen(folder: Path, overrides: Iterable[str]) -> list[Path]:
-    """Files by `group=option`, and all that may be meant by the defaults of those."""
-    left = [override.replace("=", "/", 1) for override in overrides]
-    files: dict[Path, None] = {}
-    while left:
-        file = folder / f"{left.pop().strip('/')}.yaml"
-        if file in files or not os.path.isfile(file):  # False for names too long, too
-            continue
-        check_bounded(file)
-        files[file] = None
-        group = file.parent.relative_to(folder).as_posix()
-        for chosen, options in _defaults(_tree(file)):
-            for option in options:
-                name = f"{chosen}/{option}" if chosen else option
-                left += [name, f"{group}/{name}"]
-    return list(files)
-
-
-@cache
-def shipped_texts(folder: Path) -> tuple[Text, ...]:
-    """Every value of the shipped files that have interpolations."""
-    files = [file for file in _yaml_files(folder) if "${" in file.read_text("utf-8")]
-    return tuple(text for file in files for text in _texts_of_file(folder, file))
-
-
-def _texts_of_file(folder: Path, file: Path) -> list[Text]:
-    tree = _tree(file)
-    if isinstance(tree, str):
-        tree = {tree: None}  # as OmegaConf reads it
-    if not isinstance(tree, dict):
-        return []
-    name = file.relative_to(folder)
-    is_global = file.read_text("utf-8").startswith(GLOBAL)
-    path = () if is_global or len(name.parts) == 1 else path_of(name.parts[0])
-    return list(texts(tree, str(name), path))
-
-
-def _yaml_files(folder: Path) -> list[Path]:
-    return [entry for entry in _entries(folder) if entry.suffix == ".yaml" and entry.is_file()]
-
-
-def _entries(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        yield from (Path(parent) / name for name in sorted([*folders, *files]))
-
-
-def _tree(file: Path) -> Any:
-    """None for what is no YAML."""
-    try:
-        return yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError):
+def _fault_of_entry(entry: Path, own: Path, shipped: Path) -> str | None:
+    inside = entry.relative_to(own)
+    target = Path(os.path.realpath(entry))  # itself for a link in a circle
+    if entry.is_symlink() and (entry.is_dir() or not target.is_relative_to(own)):
+        return "is a link out of its folder; put a copy there"
+    if entry.suffix != ".yaml" or entry.is_dir():
         return None
+    if not entry.is_file():
+        return "is no file that can be read; take it out"
+    if (shipped / inside).exists():
+        return "has the name of a shipped config; rename it"
+    if inside.parts[0].removesuffix(".yaml") == "hydra":
+        return "has the name of a part of hydra; rename it"
+    return None
 
 
-def _problems(file: Path) -> Iterator[str]:
-    tree = _tree(file)
-    if not isinstance(tree, dict):
-        return
-    text = file.read_text("utf-8")
-    if _HEADER.search(text.removeprefix(GLOBAL)):
-        yield f"has a line '# @...' that is not {GLOBAL!r} at its start; take it out"
-    if "hydra" in tree:
+def groups(verb: str) -> list[str]:
+    """The groups in the defaults list of the verb's primary config."""
+    primary = OmegaConf.load(shipped_dir("configs") / f"{VERBS[verb].primary}.yaml")
+    return [str(name) for item in primary.defaults if not isinstance(item, str) for name in item]
+
+
+def all_groups() -> list[str]:
+    return sorted({name for verb in VERBS for name in groups(verb)})
+
+
+def group_options(group: str, folders: Sequence[Path]) -> list[str]:
+    """The options of a group: `method` -> full, lora, qlora."""
+    found = {
+        file.relative_to(folder / group).with_suffix("").as_posix()
+        for folder in folders
+        for file in (folder / group).rglob("*.yaml")
+    }
+    return sorted(found)
+
+
+def fault_of_option(group: str, option: str, folders: Sequence[Path]) -> str | None:
+    """What is wrong with `GROUP=OPTION`; None: there is such a config."""
+    options = group_options(group, folders)
+    if option in options:
+        return None
+    meant = OTHER_OPTIONS.get(f"{group}={option}")
+    hint = f"; write {meant}" if meant else did_you_mean(option, options)
+    if group == "experiment" and not hint.startswith("; did"):
+        hint = "; 'qlora configs ls' lists those there are"
+    if group == "experiment" and not folders[1:]:
+        hint += "; one of your own, DIR/experiment/NAME.yaml, needs --config-dir DIR"
+    return f"{group}={option}: no such config{hint}"
+
+
+class OwnConfig(NamedTuple):
+    """
+    Attributes:
+        tree: what the file says.
+        keys: the same by full names.
+        package: as hydra calls where the keys go; None: to the group.
+    """
+
+    tree: dict[str, Any]
+    keys: dict[str, Any]
+    package: str | None
+
+
+def own_configs(folders: Sequence[Path], chosen: Iterable[str]) -> dict[str, OwnConfig]:
+    """The user's files among these `group/option`, each behind those that it starts from.
+
+    Raises:
+        ConfigError: if one cannot be read, or with all that it may not hold.
+    """
+    found: dict[str, OwnConfig] = {}
+    left = sorted(chosen, key=lambda name: not name.startswith("experiment/"))
+    for name in left:  # which grows
+        file = folders[-1] / f"{name}.yaml"
+        if name in found or len(folders) == 1 or not os.path.isfile(file):
+            continue
+        tree = load_yaml(file)
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{name}.yaml: holds a list; keys and values are needed")
+        bases, faults = _bases(tree.get("defaults", []), posixpath.dirname(name), folders)
+        faults += _faults_of_keys(tree, "")
+        if faults:
+            raise ConfigError(*(f"{name}.yaml: {fault}" for fault in faults))
+        is_global = file.read_text("utf-8").startswith(GLOBAL)
+        keys = tree if is_global else {name.partition("/")[0]: tree}
+        found[name] = OwnConfig(tree, keys, "_global_" if is_global else None)
+        left += bases
+    return dict(reversed(found.items()))
+
+
+def _bases(entries: Any, group: str, folders: Sequence[Path]) -> tuple[list[str], list[str]]:
+    """What a list of defaults names, and what is wrong with it.
+
+    `[{override /method: lora}, demo_qlora]` names method/lora, and demo_qlora of the file's group.
+    """
+    bases, faults = [], []
+    if not isinstance(entries, list):
+        return [], ["defaults must be a list, such as [{override /data: chat}]"]
+    for entry in entries:
+        for head, options in entry.items() if isinstance(entry, dict) else [("", entry)]:
+            place = re.sub(r"^((override|optional)\s+)+", "", str(head).strip())
+            for option in options if isinstance(options, list) else [options]:
+                if option in (None, "_self_"):
+                    continue
+                if not isinstance(option, str):
+                    faults.append(f"Unsupported item {option!r} in defaults; write the name of one")
+                    continue
+                path = posixpath.join("/", group, place, option)[1:]
+                of, _, name = path.partition("/")
+                if of not in all_groups():
+                    faults.append(f"unknown group {of!r}{did_you_mean(of, all_groups())}")
+                elif fault := fault_of_option(of, name, folders):
+                    faults.append(fault)
+                bases.append(path)
+    return bases, faults
+
+
+def _faults_of_keys(tree: Any, where: str) -> Iterator[str]:
+    if where == "" and "hydra" in tree:
         yield "the key 'hydra' is of hydra's own settings, which qlora has none of; take it out"
-    for chosen, options in _defaults(tree):
-        for name in (chosen, *options):
-            if name and not _is_plain(name):
-                yield (
-                    f"defaults: {name!r} is no config of a group, such as demo_qlora in "
-                    "- demo_qlora, or lora in - override /method: lora"
-                )
-    yield from _of_keys(tree, "")
-
-
-def _defaults(tree: Any) -> Iterator[tuple[str, list[str]]]:
-    """(group, options) of each entry: `override /method: lora`, or `demo_qlora` without a group."""
-    entries = tree.get("defaults") if isinstance(tree, dict) else None
-    for entry in entries if isinstance(entries, list) else []:
-        pairs = entry.items() if isinstance(entry, dict) else [("", entry)]
-        for group, option in pairs:
-            options = option if isinstance(option, list) else [option]
-            name = re.sub(r"^((override|optional)\s+)+", "", str(group).strip())
-            yield name, [one for one in options if isinstance(one, str) and one != "_self_"]
-
-
-def _is_plain(name: str) -> bool:
-    """Not `../other`, `file:///etc`, `group@place`, `${key}`, nor a group of hydra's."""
-    plain = _NAME.fullmatch(name) and ".." not in name
-    return bool(plain) and name.strip("/").split("/")[0] != "hydra"
-
-
-def _of_keys(tree: Any, where: str) -> Iterator[str]:
-    nodes = tree if isinstance(tree, list) else [tree]
-    for node in nodes:
+    for node in tree if isinstance(tree, list) else [tree]:
         for key, value in node.items() if isinstance(node, dict) else ():
             if where == "" and key == "defaults":
                 continue
@@ -175,11 +192,10 @@ def _of_keys(tree: Any, where: str) -> Iterator[str]:
                     f"{where}{key!r} is not the name of a key: letters, digits and _; a dot in it "
                     "is written as a section, such as training: {seed: 1}"
                 )
-                return
-            if isinstance(value, dict | list):
-                yield from _of_keys(value, f"{where}{key}.")
+            elif isinstance(value, dict | list):
+                yield from _faults_of_keys(value, f"{where}{key}.")
         if isinstance(node, list):
-            yield from _of_keys(node, where)
+            yield from _faults_of_keys(node, where)
 
 
 def load_yaml(file: Path) -> Any:
@@ -200,6 +216,8 @@ def load_yaml(file: Path) -> Any:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
     except RecursionError:
         raise ConfigError(f"{file}: nested too deeply") from None
+    except OSError as error:  # OmegaConf's, too, for a file that holds one number
+        raise ConfigError(f"{file}: holds no keys and values: {error}") from error
     except (ValueError, TypeError) as error:  # such as !!int x
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{file}: not valid YAML: {reason}") from error

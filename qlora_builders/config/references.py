@@ -1,16 +1,13 @@
 """What `${...}` in configs may be, and how much all of it together may stand for.
 
 A value that names two others, each of which names two others, doubles with every line, and
-OmegaConf writes all of it out, partly while files are still being merged. So the size is counted
-before anything is composed, over every file and override at once: more than what one config takes
-of them, never less.
+OmegaConf writes all of it out. So the size is counted before anything is resolved.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from qlora_builders.errors import ConfigError
@@ -24,115 +21,104 @@ _COST = 100  # of an interpolation, in characters
 _MOST = 1_000_000  # characters
 _DEEPEST = 20
 
-Path = tuple[str, ...]
+
+Keys = tuple[str, ...]
 
 
-class RefusedError(ConfigError):
-    """What is wrong with a file as a whole, so that its values are not looked at one by one."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text with `${`, or without; `where` is the file or override it stands in."""
-
-    where: str
-    path: Path
-    text: str
-
-
-def texts(tree: Any, where: str, path: Path = ()) -> Iterator[Text]:
-    """Every value of a tree, as text."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from texts(value, where, (*path, *path_of(str(key))))
-    elif isinstance(tree, list):
-        for index, value in enumerate(tree):
-            yield from texts(value, where, (*path, str(index)))
-    else:
-        yield Text(where, path, str(tree))
-
-
-def path_of(key: str) -> Path:
+def path_of(key: str) -> Keys:
     """`loggers[0].name` -> ("loggers", "0", "name")"""
     return tuple(part for part in re.split(r"[.\[\]]", key) if part)
 
 
-def check_references(found: Iterable[Text]) -> None:
-    """
+def leaves_of(tree: Any, path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """(path, value) of all that is neither a mapping nor a list."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves_of(value, (*path, str(key)))
+    else:
+        yield path, tree
+
+
+def node_at(tree: Any, path: Keys) -> tuple[Any, int]:
+    """The last node on the way, and how many parts lead there: all of them if it is the one."""
+    for end, part in enumerate(path):
+        if isinstance(tree, dict) and part in tree:
+            tree = tree[part]
+        elif isinstance(tree, list) and part.isdecimal() and int(part) < len(tree):
+            tree = tree[int(part)]
+        else:
+            return tree, end
+    return tree, len(path)
+
+
+def check_references(tree: Any, where: Callable[[Keys], str]) -> None:
+    """Count what all of a config stands for.
+
+    Args:
+        where: `"experiment/mine.yaml: "` for the path of a value.
+
     Raises:
-        RefusedError: for an interpolation of another kind than `${key}` and those of `RESOLVERS`,
-            and if those of one file stand for too much, or for each other too often in a row.
+        ConfigError: for an interpolation of another kind than `${key}` and those of `RESOLVERS`,
+            and if they stand for too much, or for each other too often in a row.
     """
-    counting = _Counting(list(found))
-    totals: dict[str, int] = {}
-    for one in counting.with_references:
-        totals[one.where] = totals.get(one.where, 0) + counting.size_of(one, ())
-        if totals[one.where] > _MOST:
-            raise RefusedError(
-                f"{one.where}: what its ${{...}} stand for is more than {_MOST:,} characters; "
-                "write out what is needed"
+    known: dict[Keys, tuple[int, int]] = {}  # characters, and how many stand for each other
+
+    def said(path: Keys) -> str:
+        return f"{where(path)}{'.'.join(path)}"
+
+    def size(path: Keys, value: Any, way: tuple[Keys, ...]) -> tuple[int, int]:
+        text = str(value)
+        if path in known or "${" not in text:
+            return known.get(path, (len(text) + 1, 0))
+        if path in way:
+            raise ConfigError(
+                f"{said(way[-1])}: Recursive interpolation detected: its ${{...}} leads back to "
+                "itself"
+            )
+        total, depth = len(text), 0
+        for key in _keys_in(text, said(path)):
+            total += _COST
+            for below in _target(tree, path_of(key)) if key else ():
+                more, deep = size(*below, (*way, path)) if len(way) <= _DEEPEST else (0, _DEEPEST)
+                total, depth = total + more, max(depth, deep + 1)
+                if total > _MOST:
+                    break
+        if depth > _DEEPEST:
+            raise ConfigError(
+                f"{said(path)} is at the head of more than {_DEEPEST} ${{...}} that stand for each "
+                "other; write out what is needed"
+            )
+        known[path] = total, depth
+        return total, depth
+
+    total = 0
+    for path, value in leaves_of(tree):
+        total += size(path, value, ())[0] if "${" in str(value) else 0
+        if total > _MOST:
+            raise ConfigError(
+                f"{where(path)}what the ${{...}} of {'.'.join(path)} and others stand for is more "
+                f"than {_MOST:,} characters; write out what is needed"
             )
 
 
-def _keys_in(one: Text) -> list[str]:
+def _keys_in(text: str, said: str) -> list[str]:
     """The keys that a text refers to; an empty one for a resolver."""
-    opened = list(_OPEN.finditer(one.text))
+    opened = list(_OPEN.finditer(text))
     if all(len(match[1]) == 1 for match in opened):  # \${ is taken literally
         return []
-    keys = []
-    for match in opened:
-        known = _KNOWN.match(one.text, match.end() - 2)
-        if known is None:
-            raise RefusedError(
-                f"{one.where}: {'.'.join(one.path)} has a ${{...}} that is neither ${{key}} nor "
-                f"one of {', '.join(f'${{{name}:...}}' for name in RESOLVERS)}; write \\${{ for "
-                "the characters themselves"
-            )
-        keys.append(known["key"] or "")
-    return keys
+    known = [_KNOWN.match(text, match.end() - 2) for match in opened]
+    if None in known:
+        raise ConfigError(
+            f"{said} has a ${{...}} that is neither ${{key}} nor one of "
+            f"{', '.join(f'${{{name}:...}}' for name in RESOLVERS)}; write \\${{ for the "
+            "characters themselves"
+        )
+    return [match["key"] or "" for match in known if match]
 
 
-class _Counting:
-    def __init__(self, found: list[Text]) -> None:
-        self._below: dict[Path, list[Text]] = {}  # key -> texts at it, above it and below it
-        self._keys: dict[Text, list[str]] = {}
-        self._sizes: dict[Text, int] = {}
-        for one in found:
-            for end in range(len(one.path) + 1):
-                self._below.setdefault(one.path[:end], []).append(one)
-            if "${" in one.text:
-                self._keys[one] = _keys_in(one)
-        self._at: dict[Path, list[Text]] = {}
-        for one in found:
-            self._at.setdefault(one.path, []).append(one)
-        self.with_references = [one for one, keys in self._keys.items() if keys]
-
-    def size_of(self, one: Text, on_the_way: tuple[Text, ...]) -> int:
-        if one not in self._keys:
-            return len(one.text) + 1
-        if one in self._sizes:
-            return self._sizes[one]
-        if one in on_the_way:
-            last = on_the_way[-1]
-            raise RefusedError(
-                f"{last.where}: {'.'.join(last.path)}: Recursive interpolation detected: its "
-                "${...} leads back to itself"
-            )
-        if len(on_the_way) > _DEEPEST:
-            raise RefusedError(
-                f"{one.where}: {'.'.join(one.path)} is at the end of more than {_DEEPEST} "
-                "${...} that stand for each other; write out what is needed"
-            )
-        size = len(one.text)
-        for key in self._keys[one]:
-            size += _COST
-            for other in self._targets(path_of(key)) if key else ():
-                size += self.size_of(other, (*on_the_way, one))
-                if size > _MOST:
-                    break
-        self._sizes[one] = size
-        return size
-
-    def _targets(self, path: Path) -> list[Text]:
-        above = [one for end in range(1, len(path)) for one in self._at.get(path[:end], ())]
-        return self._below.get(path, []) + above
+def _target(tree: Any, path: Keys) -> Iterable[tuple[Keys, Any]]:
+    """All that a key stands for; the whole of the text that its path leads through."""
+    node, end = node_at(tree, path)
+    if end == len(path):
+        return leaves_of(node, path)
+    return [] if isinstance(node, dict | list) else [(path[:end], node)]

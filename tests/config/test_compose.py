@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from own_configs import write_own
 
 from qlora_builders.config.browse import find_configs, validate
-from qlora_builders.config.compose import compose, config_folders, save_config
+from qlora_builders.config.compose import compose, save_config
+from qlora_builders.config.own_files import config_folders
 from qlora_builders.config.schema import (
     EvaluateConfig,
     FinetuneConfig,

@@ -12,7 +12,7 @@ from own_configs import write_own
 
 from qlora_builders.config.compose import compose, draft
 from qlora_builders.config.knobs import knobs
-from qlora_builders.config.overrides import groups
+from qlora_builders.config.own_files import groups
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError
 
