@@ -134,6 +134,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder, "tree")
         shutil.copytree(options.tree, tree, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        for target in dict.fromkeys(one.target for one in drawn):
+            result, by = run_tests(tree, TARGETS[target][1], options.seconds)
+            if result == "caught":
+                parser.exit(1, f"the tests of {target} fail without any change: {by}\n")
         for one in drawn:
             sound = (tree / one.file).read_text("utf-8")
             (tree / one.file).write_text(one.text, "utf-8")

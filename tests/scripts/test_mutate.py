@@ -51,8 +51,8 @@ def test_mutations_are_of_one_line_and_of_no_message() -> None:
         assert any(text in lines[one.line - 1][1] for text in WANTED[one.kind, one.line])
 
 
-@pytest.mark.parametrize(("tested", "result"), [(True, "caught"), (False, "survived")])
-def test_a_mutation_is_caught_if_a_test_fails(tmp_path: Path, tested: bool, result: str) -> None:
+def write_tree(tmp_path: Path, test_of_limit: str) -> Path:
+    """A project of one module, which says 3, and one test; the path of the module."""
     module = tmp_path / "qlora_builders" / "models" / "components.py"
     module.parent.mkdir(parents=True)
     module.write_text("LIMIT = 3\n")
@@ -61,17 +61,29 @@ def test_a_mutation_is_caught_if_a_test_fails(tmp_path: Path, tested: bool, resu
     for folder in ("models", "config"):
         (tmp_path / "tests" / folder).mkdir(parents=True)
     test = "from qlora_builders.models.components import LIMIT\n\n\ndef test_it():\n    assert "
-    (tmp_path / "tests/models/test_it.py").write_text(test + ("LIMIT == 3\n" if tested else "1\n"))
+    (tmp_path / "tests/models/test_it.py").write_text(test + test_of_limit)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  fuzz\n  slow\n  gpu\n")
-    options = ["--tree", str(tmp_path), "--target", "plan", "--count", "1"]
-    runs = [
-        subprocess.run(
-            [sys.executable, SCRIPT, *options], capture_output=True, text=True, check=True
-        )
-        for _ in range(2)
-    ]
-    first, second = (json.loads(run.stdout) for run in runs)
+    return module
+
+
+def run(tree: Path) -> subprocess.CompletedProcess[str]:
+    options = ["--tree", str(tree), "--target", "plan", "--count", "1"]
+    return subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("test", "result"), [("LIMIT == 3", "caught"), ("1", "survived")])
+def test_a_mutation_is_caught_if_a_test_fails(tmp_path: Path, test: str, result: str) -> None:
+    module = write_tree(tmp_path, f"{test}\n")
+    first, second = (json.loads(run(tmp_path).stdout) for _ in range(2))
     assert first == second
     assert [one["result"] for one in first["mutations"]] == [result]
-    assert (first["caught"], first["of"]) == (int(tested), 1)
+    assert (first["caught"], first["of"]) == (int(result == "caught"), 1)
     assert module.read_text() == "LIMIT = 3\n"
+
+
+def test_tests_that_fail_anyway_catch_nothing(tmp_path: Path) -> None:
+    write_tree(tmp_path, "LIMIT == 4\n")
+    ended = run(tmp_path)
+    assert ended.returncode == 1
+    assert "the tests of plan fail without any change" in ended.stderr
+    assert ended.stdout == ""
