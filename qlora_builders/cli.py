@@ -87,7 +87,7 @@ def load_recipe(path: Path) -> Callable[[Any], object]:
 def _launch(verb: str, words: Sequence[str]) -> int:
     """A training verb in several processes, once the config is known to be right."""
     from qlora_builders.config.entry import run_recipe, with_errors
-    from qlora_builders.distributed.launch import launch
+    from qlora_builders.distributed.ranks import launch
 
     def run() -> int:
         options, rest = _launch_options(verb, words)

@@ -22,6 +22,6 @@ ON_ERROR = ("raise", "skip")
 PACKINGS = ("none", "best_fit")
 
 LR_SHAPES = ("cosine", "linear", "constant")
-CHECKPOINTING_MODES = ("none", "selective", "full", "offload")  # see modules/checkpointing.py
+CHECKPOINTING_MODES = ("none", "selective", "full", "offload")  # see modules/layers.py
 COMPILE_MODES = ("auto", "on", "off")
 DPO_LOSSES = ("sigmoid", "hinge")

@@ -24,8 +24,7 @@ from qlora_builders.analysis.memory import (
 from qlora_builders.checkpoint import read_arch
 from qlora_builders.config.checks import in_bytes
 from qlora_builders.config.entry import run_recipe
-from qlora_builders.config.plan import plan_rules, train_patterns
-from qlora_builders.config.schema import EstimateConfig
+from qlora_builders.config.schema import EstimateConfig, plan_rules, train_patterns
 from qlora_builders.console import PlainConsole, plain_table
 from qlora_builders.models import get_arch, llama
 from qlora_builders.runs import build_optimizer

@@ -17,10 +17,9 @@ from pathlib import Path
 from rich.table import Table
 
 from qlora_builders.checkpoint import read_arch
-from qlora_builders.checkpoint.weight_figures import WeightFigures, together, weight_figures
+from qlora_builders.checkpoint.merge_report import WeightFigures, together, weight_figures
 from qlora_builders.config.entry import run_recipe
-from qlora_builders.config.plan import plan_rules, train_patterns
-from qlora_builders.config.schema import FinetuneConfig
+from qlora_builders.config.schema import FinetuneConfig, plan_rules, train_patterns
 from qlora_builders.console import PlainConsole, plain_table, table_console
 from qlora_builders.models import SummaryRow, get_arch, linear_slots, llama, summarize
 from qlora_builders.modules import CausalLM

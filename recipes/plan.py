@@ -5,7 +5,7 @@
 One pass over rows of `data.train` measures how much each layer's weight matters, every NF4 setting
 is tried on every layer, and the plan is chosen that should change the model's predictions least.
 Then it is measured on `data.eval`, beside every uniform setting that fits the budget. A uniform one
-is written where it is as good: see `plan_comparison.decide`.
+is written where it is as good: see `precision.decide`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from qlora_builders.analysis.plan_comparison import HeldOut, Measured, decide
 from qlora_builders.analysis.precision import (
     PLAIN,
     SETTINGS,
     Choice,
+    HeldOut,
+    Measured,
     Options,
     choose,
+    decide,
     measure_options,
     to_rules,
     total_bytes,

@@ -10,13 +10,13 @@ import torch
 
 from qlora_builders import load_checkpoint, names, save_checkpoint
 from qlora_builders.checkpoint.formats import FORMATS, detect_format
-from qlora_builders.config.knobs import Knob, knobs
+from qlora_builders.config.sections import Knob, knobs
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.data import Batches, Tokenizer, build_dataset
 from qlora_builders.errors import CheckpointError, QLoRAError
 from qlora_builders.kernels.nf4_reference import FORMAT_NUMBERS
-from qlora_builders.modules import checkpointing
+from qlora_builders.modules import layers
 from qlora_builders.tensor import to_nf4
 from qlora_builders.training.device import compile_layers, resolve_dtype
 from qlora_builders.training.objectives import LOSSES
@@ -63,7 +63,7 @@ def test_tables_have_the_names() -> None:
     assert tuple(SHAPES) == names.LR_SHAPES
     assert tuple(LOSSES) == names.DPO_LOSSES
     assert set(FORMAT_NUMBERS) == set(names.SCALE_FORMATS)
-    assert listed_in(checkpointing.__doc__) == names.CHECKPOINTING_MODES
+    assert listed_in(layers.__doc__) == names.CHECKPOINTING_MODES
     assert listed_in(compile_layers.__doc__) == names.COMPILE_MODES
 
 

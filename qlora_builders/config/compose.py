@@ -23,17 +23,20 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.omegaconf import register_default_resolvers
 
 from qlora_builders.config.checks import check, check_values, required
-from qlora_builders.config.knobs import knobs
 from qlora_builders.config.overrides import key_of, known_keys, no_value, parse_override
 from qlora_builders.config.own_files import (
     GLOBAL,
+    Keys,
     OwnConfig,
     all_groups,
+    check_references,
     config_folders,
     groups,
+    node_at,
     own_configs,
+    path_of,
 )
-from qlora_builders.config.references import Keys, check_references, node_at, path_of
+from qlora_builders.config.sections import knobs
 from qlora_builders.config.shipped import demo_path, shipped_dir
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError, did_you_mean

@@ -20,8 +20,8 @@ from qlora_builders.config.checks import name_problems, path_problems, value_of
 from qlora_builders.config.compose import compose, draft, to_yaml
 from qlora_builders.config.help import OPTIONS, help_text
 from qlora_builders.config.instantiate import allow_prefixes, resolve_component
-from qlora_builders.config.knobs import knobs
 from qlora_builders.config.overrides import FILE_WORDS, OWN_FILE, quote
+from qlora_builders.config.sections import knobs
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError, QLoRAError, nearest
 from qlora_builders.visible import visible

@@ -13,8 +13,8 @@ from typing import Any, get_origin
 from omegaconf import OmegaConf
 
 from qlora_builders.config.compose import compose_tree, config_folders
-from qlora_builders.config.knobs import Knob, knobs
 from qlora_builders.config.own_files import group_options, groups
+from qlora_builders.config.sections import Knob, knobs
 from qlora_builders.config.verbs import VERBS, Verb
 
 _TRAINS, _IS_SWEPT = attrgetter("trains"), attrgetter("swept")

@@ -16,8 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 
-from qlora_builders.config.knobs import knobs
 from qlora_builders.config.own_files import GLOBAL, fault_of_option, groups, load_yaml
+from qlora_builders.config.sections import knobs
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_builders.config.knobs import knob
 from qlora_builders.config.sections import (
+    PRESETS,
     REQUIRED,
     AdapterConfig,
     CheckpointConfig,
@@ -32,6 +32,7 @@ from qlora_builders.config.sections import (
     base_dtype_knob,
     compute_dtype_knob,
     device_knob,
+    knob,
     quantize_knob,
     shard_size_knob,
 )
@@ -259,3 +260,32 @@ class ReportConfig:
     output: str | None = knob(
         None, "HTML file; null: report.html in the run's folder, here for several", path="other"
     )
+
+
+def plan_rules(cfg: FinetuneConfig) -> list[dict[str, Any]]:
+    """The rules of the method, then the user's; the last one that matches a slot decides it."""
+    return [*preset_rules(cfg.method), *cfg.components]
+
+
+def train_patterns(cfg: FinetuneConfig) -> list[str]:
+    """Patterns of the parameters that train beside the adapters."""
+    rows = [f"embed_tokens[{','.join(map(str, cfg.train_tokens))}]"] if cfg.train_tokens else []
+    return [*(["**"] if cfg.method.name == "full" else []), *cfg.train, *rows]
+
+
+def preset_rules(method: MethodConfig) -> list[dict[str, Any]]:
+    """The plan that `method=NAME` is short for; options at null are left to the components."""
+    if method.name == "full":
+        return [{"match": "**", "kind": "linear", "trainable": True}]
+
+    def given(names: tuple[str, ...]) -> dict[str, Any]:
+        values = {name: getattr(method, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    adapter, base = PRESETS[method.name]
+    names = method.targets
+    targets = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
+    adapted = {"match": f"layers.*.*.{targets}", "kind": method.name, **given(adapter + base)}
+    if not base:
+        return [adapted]
+    return [{"match": "layers.**", "kind": "frozen_nf4", **given(base)}, adapted]

@@ -19,10 +19,10 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from qlora_builders.config.checks import flatten
 from qlora_builders.config.entry import draft_run
 from qlora_builders.config.overrides import OVERRIDE, key_of
 from qlora_builders.config.own_files import config_folders, group_options
-from qlora_builders.config.resume import flatten
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError
 

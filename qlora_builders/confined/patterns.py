@@ -1,8 +1,15 @@
-"""Regexes of `adapter_config.json`: one of them can take longer than anybody waits."""
+"""Regexes of `adapter_config.json`, one of which can take longer than anybody waits; and YAML.
+
+YAML names a part once and repeats it by aliases, so ten lines can stand for a billion values, and
+OmegaConf writes all of them out.
+"""
 
 from __future__ import annotations
 
 import re
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]  # a dependency of omegaconf
 
 
 def problems(patterns: list[str]) -> list[str | None]:
@@ -30,3 +37,22 @@ def matches(patterns: list[str], names: list[str], whole: bool) -> list[list[str
 def _match(pattern: re.Pattern[str], name: str, whole: bool) -> str | None:
     found = pattern.fullmatch(name) if whole else pattern.match(name)
     return None if found is None else found.groupdict().get("index") or ""
+
+
+def yaml_values(text: str, most: int) -> int:
+    """Values of the document with every alias written out; `most + 1` for any more.
+
+    Raises:
+        yaml.YAMLError, ValueError: if it is not YAML.
+        RecursionError: if it is nested too deeply.
+    """
+    left: list[Any] = [yaml.load(text, yaml.SafeLoader)]
+    values = 0
+    while left and values <= most:
+        value = left.pop()
+        values += 1
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            left += value
+    return values

@@ -3,6 +3,9 @@
 There is one such process for each process that asks, started when it is first needed as a fresh
 interpreter: a fork of this one would have the locks of torch's threads without the threads. It ends
 with this process. One that ran into a limit is not used again.
+
+A request is `HEAD` and a pickle; it is from the parent and so trusted. An answer is two lengths,
+JSON, and bytes for arrays of numbers; it is never unpickled.
 """
 
 from __future__ import annotations
@@ -12,16 +15,17 @@ import os
 import pickle
 import select
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_builders.confined.wire import CHUNK, HEAD, LENGTHS, Request
 from qlora_builders.errors import QLoRAError
 from qlora_builders.files.reading import parse_json
 
@@ -276,3 +280,49 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+HEAD = struct.Struct("<QdQQ")  # length; limits: seconds, bytes of memory, bytes of the answer
+LENGTHS = struct.Struct("<QQ")
+CHUNK = 2**20  # bytes per read
+
+
+class WithBytes(NamedTuple):
+    """What a function returns whose answer has more than JSON."""
+
+    value: Any
+    data: bytes
+
+
+class Request(NamedTuple):
+    """`function` is `module.name` of this package.
+
+    Its first argument is the object kept as `handle`, if there is one, unless it `makes` that: then
+    it returns the object to keep and the value to answer. `dropped` are handles that nobody has any
+    more. `rebase`: what the function leaves in memory does not count against later requests.
+    """
+
+    function: str
+    arguments: tuple[Any, ...]
+    handle: int | None = None
+    makes: bool = False
+    rebase: bool = False
+    dropped: tuple[int, ...] = ()
+
+
+# ---- a conversation as text, as both processes name it ----------------------------------------
+
+Message = Mapping[str, Any]
+Span = tuple[int, int]  # characters [start, end)
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """
+    `spans` are the assistant's characters, end-of-turn tokens included. `needs_eos` is set when
+    the text ends with an assistant turn that the template does not close: the caller appends EOS.
+    """
+
+    text: str
+    spans: list[Span]
+    needs_eos: bool

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from qlora_builders.confined.wire import WithBytes
+from qlora_builders.confined.process import WithBytes
 
 
 def load(file: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:

@@ -29,7 +29,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from qlora_builders.confined.wire import CHUNK, HEAD, LENGTHS, Request, WithBytes
+from qlora_builders.confined.process import CHUNK, HEAD, LENGTHS, Request, WithBytes
 
 _LONGEST_MESSAGE = 4000  # characters of an error
 _STATM = Path("/proc/self/statm")  # pages; the first number is the address space

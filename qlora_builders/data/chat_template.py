@@ -7,8 +7,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from qlora_builders.confined.process import Kept, Limits, OverrunError, RaisedError
-from qlora_builders.confined.wire import Message, RenderedChat, Span
+from qlora_builders.confined.process import (
+    Kept,
+    Limits,
+    Message,
+    OverrunError,
+    RaisedError,
+    RenderedChat,
+    Span,
+)
 from qlora_builders.errors import DataError, UnsafeTemplateError
 
 LIMITS = Limits(2.0, 128 * 10**6, 8 * 10**6)  # of one conversation; and to compile
@@ -93,7 +100,7 @@ class ChatTemplate:
             DataError: if the template fails, or rewrites a turn so that its place cannot be found.
         """
         arguments = (messages, stop_strings, train_on, tools)
-        return _rendered(self._ask("assistant_mask.spans_answer", *arguments))
+        return _rendered(self._ask("chat.spans_answer", *arguments))
 
     def render_each(
         self, conversations: Sequence[Conversation], *, stop_strings: Sequence[str]
@@ -102,7 +109,7 @@ class ChatTemplate:
         requests = [(c.messages, stop_strings, c.train_on, c.tools) for c in conversations]
         limits = _limits(*(c.messages for c in conversations))
         try:
-            answers = self._compiled.ask("assistant_mask.each", requests, limits=limits).value
+            answers = self._compiled.ask("chat.each", requests, limits=limits).value
         except (RaisedError, OverrunError):
             answers = [None] * len(requests)
         found: list[RenderedChat | DataError] = []
@@ -126,7 +133,7 @@ class ChatTemplate:
 
         Empty when the template cannot render a question and an answer, or rewrites the answer.
         """
-        text: str = self._ask("assistant_mask.end_of_turn_text")
+        text: str = self._ask("chat.end_of_turn_text")
         return text
 
     def _ask(self, function: str, *arguments: Any) -> Any:

@@ -29,8 +29,7 @@ from qlora_builders.data.formats import (
     rendered,
     to_parts,
 )
-from qlora_builders.data.token_backend import Encoding, Ids, Mask
-from qlora_builders.data.tokenizer import Tokenizer
+from qlora_builders.data.tokenizer import Encoding, Ids, Mask, Tokenizer
 from qlora_builders.errors import DataError, UnsafeError, counted, did_you_mean
 from qlora_builders.names import ON_ERROR
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_builders.confined.wire import RenderedChat, Span
+from qlora_builders.confined.process import RenderedChat, Span
 from qlora_builders.data.chat_template import Conversation
 from qlora_builders.data.files import Row
 from qlora_builders.data.messages import (

@@ -1,11 +1,12 @@
 """What evaluate measures of a model, and which models it compares how."""
 
-from qlora_builders.evaluation.candidates import Candidate, find_candidates
 from qlora_builders.evaluation.measure import (
+    Candidate,
     Figure,
     comparison_table,
     differences,
     figure_table,
+    find_candidates,
     measure_answers,
     measure_rows,
 )

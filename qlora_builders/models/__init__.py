@@ -1,7 +1,14 @@
 """Builders: arch rows, component plans, and the Llama assembled from both."""
 
 from qlora_builders.models.components import ComponentRule, resolve
-from qlora_builders.models.families import FAMILIES, family_config
+from qlora_builders.models.families import (
+    FAMILIES,
+    LLAMA_ARCHS,
+    LlamaArch,
+    RopeScaling,
+    family_config,
+    get_arch,
+)
 from qlora_builders.models.generation import check_prompt, generate, generate_batch, max_steps
 from qlora_builders.models.llama import (
     BaseCheckpoint,
@@ -12,7 +19,6 @@ from qlora_builders.models.llama import (
     other_modules,
     slot_name,
 )
-from qlora_builders.models.llama_archs import LLAMA_ARCHS, LlamaArch, RopeScaling, get_arch
 from qlora_builders.models.summary import SummaryRow, summarize
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_builders.errors import QLoRAError
-from qlora_builders.models.llama_archs import LlamaArch
+from qlora_builders.models.families import LlamaArch
 from qlora_builders.modules import CausalLM, KVCache
 
 _COLD = 1e-5  # dividing by less could overflow, and the likeliest token is certain anyway

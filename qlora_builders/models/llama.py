@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from qlora_builders.errors import PlanError
 from qlora_builders.models.components import ComponentRule, build_linear, resolve
-from qlora_builders.models.llama_archs import LlamaArch, get_arch
+from qlora_builders.models.families import LlamaArch, get_arch
 from qlora_builders.models.slot_patterns import match_names, token_ids
 from qlora_builders.modules import (
     ACTIVATIONS,

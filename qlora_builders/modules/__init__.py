@@ -10,8 +10,15 @@ from qlora_builders.modules.attention import (
     rope_frequencies,
 )
 from qlora_builders.modules.decoder import CausalLM, Decoder
-from qlora_builders.modules.layers import ACTIVATIONS, DecoderLayer, FeedForward, RMSNorm
-from qlora_builders.modules.linear import FrozenLinear, FrozenNF4Linear, Linear
+from qlora_builders.modules.layers import (
+    ACTIVATIONS,
+    DecoderLayer,
+    FeedForward,
+    RMSNorm,
+    TokenEmbedding,
+    TokenHead,
+)
+from qlora_builders.modules.linear import FrozenLinear, FrozenNF4Linear, Linear, quantize_
 from qlora_builders.modules.lora import (
     LoRALinear,
     adapters_disabled,
@@ -28,8 +35,6 @@ from qlora_builders.modules.loss import (
     sequence_log_probs,
     trained_rows,
 )
-from qlora_builders.modules.quantize import quantize_
-from qlora_builders.modules.token_rows import TokenEmbedding, TokenHead
 
 __all__ = [
     "ACTIVATIONS",

@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_builders.modules.attention import KVCache, Mask
-from qlora_builders.modules.checkpointing import input_on_host
-from qlora_builders.modules.documents import find_documents
-from qlora_builders.modules.layers import DecoderLayer
+from qlora_builders.modules.attention import KVCache, Mask, find_documents
+from qlora_builders.modules.layers import DecoderLayer, TokenEmbedding, TokenHead, input_on_host
 from qlora_builders.modules.lora import LoRALinear
 from qlora_builders.modules.loss import chunked_next_token_loss, sequence_log_probs
-from qlora_builders.modules.token_rows import TokenEmbedding, TokenHead
 
 
 class Decoder(nn.Module):

@@ -1,17 +1,90 @@
-"""A decoder layer, and what it has besides attention. [b, s, hidden] -> [b, s, hidden]"""
+"""A decoder layer, what it has besides attention ([b, s, hidden] -> [b, s, hidden]), and trained
+rows of the embedding.
+
+A few rows of the embedding, those of new tokens, train in memory for those rows alone: float32
+parameters of their own that stand in for the embedding's, which stays frozen and as it was. Where
+head and embedding are one weight, both use the same rows. The names of the module and its parameter
+are PEFT's.
+
+Activation checkpointing (https://arxiv.org/abs/1604.06174) is what a layer keeps for backward:
+
+none       everything autograd asks for
+selective  the layer's input and the attention's output; the rest is computed again
+full       the layer's input
+offload    as full, with the input in pinned host memory until backward
+
+Shapes: b = batch, s = sequence, n = trained tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from qlora_builders.modules.attention import KVCache, Mask
-from qlora_builders.modules.checkpointing import run_checkpointed
+from qlora_builders.modules.attention import DOCUMENT_ATTENTION, KVCache, Mask
+from qlora_builders.modules.linear import Linear
+from qlora_builders.tensor import linear
+
+aten = torch.ops.aten
+_KEPT_OPS = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    DOCUMENT_ATTENTION,
+}
+
+
+def run_checkpointed(mode: str, function: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    """`function(x, *args)`, keeping for backward what `mode` says; "offload" is as "full" here."""
+    if mode == "none" or not torch.is_grad_enabled():
+        return function(x, *args)
+    if mode == "selective":
+        contexts = partial(create_selective_checkpoint_contexts, _policy)
+        return checkpoint(function, x, *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(function, x, *args, use_reentrant=False)
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = op in _KEPT_OPS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def input_on_host(x: Tensor) -> Iterator[None]:
+    """Where backward asks for `x`, it is kept in host memory: around a layer that keeps its input.
+
+    Copies run in the order of the stream, so neither direction has to wait for the host.
+    """
+    pointer, shape = x.data_ptr(), x.shape  # the hooks live as long as the graph: not x itself
+
+    def pack(saved: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        if saved.data_ptr() != pointer or saved.shape != shape:
+            return saved  # shared by all layers, or a parameter
+        host = torch.empty_like(saved, device="cpu", pin_memory=saved.is_cuda)
+        return saved.device, host.copy_(saved, non_blocking=True)
+
+    def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        device, host = packed
+        return host.to(device, non_blocking=True)
+
+    with saved_tensors_hooks(pack, unpack):
+        yield
+
 
 Activation = Callable[[Tensor], Tensor]
 # Hugging Face's names for `hidden_act`
@@ -141,3 +214,77 @@ class _GatedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_up = activated.detach().mul_(grad)
         return None, grad_gate, grad_up
+
+
+class TokenRows(nn.Module):
+    """The trained rows: `trainable_tokens_delta` [n, hidden], whole ones in spite of its name."""
+
+    token_ids: Tensor  # [n]
+    row_of: Tensor  # [vocab]: the row of a token, n for those that do not train
+
+    def __init__(
+        self, tokens: Sequence[int], vocab_size: int, dim: int, device: torch.device | str | None
+    ) -> None:
+        super().__init__()
+        self.tokens = tuple(tokens)
+        self.vocab_size = vocab_size
+        rows = torch.zeros(len(self.tokens), dim, device=device, dtype=torch.float32)
+        self.trainable_tokens_delta = nn.Parameter(rows)
+        for name in ("token_ids", "row_of"):
+            self.register_buffer(name, None, persistent=False)
+        self._index(rows.device)
+
+    def _index(self, device: torch.device) -> None:
+        self.token_ids = torch.tensor(self.tokens, device=device)
+        row_of = torch.full((self.vocab_size,), len(self.tokens), device=device)
+        row_of[self.token_ids] = torch.arange(len(self.tokens), device=device)
+        self.row_of = row_of
+
+    @torch.no_grad()
+    def init_from(self, weight: Tensor) -> None:
+        """Start as the rows of an embedding's weight [vocab, hidden]."""
+        self._index(weight.device)
+        rows = weight[self.token_ids].float()
+        self.trainable_tokens_delta = nn.Parameter(rows)
+
+    def put_into(self, weight: Tensor) -> Tensor:
+        """A copy of a weight [vocab, hidden] with the trained rows in place of its own."""
+        return weight.index_copy(0, self.token_ids, self.trainable_tokens_delta.to(weight))
+
+
+class TokenEmbedding(nn.Embedding):
+    """`nn.Embedding` with a frozen weight and some rows that train. [b, s] -> [b, s, hidden]"""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        tokens: Sequence[int],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
+        self.weight.requires_grad_(False)
+        self.token_adapter = TokenRows(tokens, num_embeddings, embedding_dim, device)
+        if not self.weight.is_meta:
+            self.token_adapter.init_from(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        own = super().forward(input)  # [b, s, hidden]
+        row = self.token_adapter.row_of[input]  # [b, s]
+        rows = self.token_adapter.trainable_tokens_delta
+        trains = row < len(rows)
+        trained = F.embedding(row.clamp(max=len(rows) - 1), rows)  # [b, s, hidden]
+        return torch.where(trains[..., None], trained.to(own.dtype), own)
+
+
+class TokenHead(Linear):
+    """A head tied to a `TokenEmbedding`: the logits of the trained tokens are of their rows."""
+
+    token_adapter: TokenRows
+
+    def forward(self, input: Tensor) -> Tensor:
+        logits = linear(input, self.weight, self.bias)  # [..., vocab]
+        own = linear(input, self.token_adapter.trainable_tokens_delta, None)  # [..., n]
+        return logits.index_copy_(-1, self.token_adapter.token_ids, own)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_builders.errors import TrainingError
-from qlora_builders.modules.checkpointing import run_checkpointed
+from qlora_builders.modules.layers import run_checkpointed
 
 IGNORE_INDEX = -100  # label of a token that is not trained on
 

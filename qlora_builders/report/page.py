@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_builders import __version__
+from qlora_builders.config.checks import flatten
 from qlora_builders.config.compose import compose_tree, to_config
-from qlora_builders.config.knobs import knobs
-from qlora_builders.config.resume import flatten
+from qlora_builders.config.sections import knobs
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.data import spell_asked
 from qlora_builders.files.outputs import check_writable, write_whole

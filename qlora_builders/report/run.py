@@ -21,10 +21,10 @@ import torch
 import yaml  # type: ignore[import-untyped]  # a dependency of omegaconf
 
 from qlora_builders.checkpoint import adapter_plan, read_adapter, read_arch
+from qlora_builders.checkpoint.merge_report import WeightFigures, weight_figures
 from qlora_builders.checkpoint.peft.read import AdapterInfo
 from qlora_builders.checkpoint.peft.write import PREFIX
-from qlora_builders.checkpoint.weight_figures import WeightFigures, weight_figures
-from qlora_builders.config.resume import flatten
+from qlora_builders.config.checks import flatten
 from qlora_builders.errors import ConfigError, QLoRAError
 from qlora_builders.files.outputs import (
     CONFIG_FILE,

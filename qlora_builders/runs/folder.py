@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_builders.errors import CheckpointError, ConfigError
-from qlora_builders.files.folders import clean_up, remove_directory
-from qlora_builders.files.manifest import check_manifest
+from qlora_builders.files.folders import check_manifest, clean_up, remove_directory
 from qlora_builders.files.outputs import (
     CONFIG_FILE,
     RESULTS,

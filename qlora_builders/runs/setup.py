@@ -16,10 +16,9 @@ import torch
 from qlora_builders.analysis.preflight import check_run
 from qlora_builders.checkpoint import load_checkpoint
 from qlora_builders.checkpoint.base_record import base_record, differing_keys
+from qlora_builders.config.checks import check_same_curve, curve_config, refuse_to_resume
 from qlora_builders.config.instantiate import instantiate
-from qlora_builders.config.plan import plan_rules, train_patterns
-from qlora_builders.config.resume import check_same_curve, curve_config, refuse_to_resume
-from qlora_builders.config.schema import FinetuneConfig
+from qlora_builders.config.schema import FinetuneConfig, plan_rules, train_patterns
 from qlora_builders.config.sections import DataConfig
 from qlora_builders.data import Batches, TokenizedDataset, Tokenizer, build_dataset
 from qlora_builders.distributed import Ranks, sharding

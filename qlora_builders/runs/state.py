@@ -53,8 +53,7 @@ from qlora_builders.distributed.sharding import (
     write_parts,
 )
 from qlora_builders.errors import CheckpointError
-from qlora_builders.files.folders import atomic_directory
-from qlora_builders.files.manifest import MANIFEST_FILE, write_manifest
+from qlora_builders.files.folders import MANIFEST_FILE, atomic_directory, write_manifest
 from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.tensor.sharded import compute_device, copy_whole_, is_sharded

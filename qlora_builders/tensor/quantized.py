@@ -8,7 +8,7 @@ What they hold are plain tensors, their fields. Those are stored data, not numbe
   transposed. `quantized_linear` is what training uses: only the fields are kept for backward.
 
 Anything else raises. A type declares its format and its kernels, and all of this is its own, with
-`state_dict` hooks (`modules/quantize.py`), sharding (`sharded.py`) and a layout in files
+`state_dict` hooks (`modules/linear.py`), sharding (`sharded.py`) and a layout in files
 (`layouts.py`).
 """
 

@@ -12,7 +12,7 @@ from archs import tiny_arch
 from torch import Tensor
 
 from qlora_builders import llama
-from qlora_builders.analysis.plan_comparison import (
+from qlora_builders.analysis.precision import (
     Figures,
     HeldOut,
     Measured,

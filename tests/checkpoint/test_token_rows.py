@@ -22,8 +22,7 @@ from qlora_builders.checkpoint import (
     save_adapter,
     save_merged,
 )
-from qlora_builders.config.plan import train_patterns
-from qlora_builders.config.schema import FinetuneConfig
+from qlora_builders.config.schema import FinetuneConfig, train_patterns
 from qlora_builders.data import Batch
 from qlora_builders.errors import CheckpointError, PlanError
 from qlora_builders.models import llama, summarize

@@ -15,8 +15,8 @@ from own_configs import write_own
 
 from qlora_builders.config.entry import BROKEN_PIPE, run_recipe
 from qlora_builders.config.instantiate import resolve_component
-from qlora_builders.config.knobs import knobs
 from qlora_builders.config.schema import FinetuneConfig
+from qlora_builders.config.sections import knobs
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import DataError, optional_import
 

@@ -6,7 +6,7 @@ import pytest
 from archs import tiny_arch
 
 from qlora_builders.config.compose import compose
-from qlora_builders.config.plan import plan_rules, train_patterns
+from qlora_builders.config.schema import plan_rules, train_patterns
 from qlora_builders.config.sections import PRESETS
 from qlora_builders.models import llama
 from qlora_builders.models.components import KINDS, takes

@@ -9,7 +9,7 @@ import pytest
 from own_configs import write_own
 
 from qlora_builders.config.compose import compose, compose_tree
-from qlora_builders.config.references import check_references
+from qlora_builders.config.own_files import check_references
 from qlora_builders.errors import ConfigError
 
 

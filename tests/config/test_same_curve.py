@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from qlora_builders.config.checks import check_same_curve, curve_config
 from qlora_builders.config.compose import compose
-from qlora_builders.config.knobs import knobs
-from qlora_builders.config.resume import check_same_curve, curve_config
 from qlora_builders.config.schema import FinetuneConfig
+from qlora_builders.config.sections import knobs
 from qlora_builders.errors import ConfigError
 
 FREE = {

@@ -6,7 +6,6 @@ import pytest
 
 from qlora_builders.checkpoint.merge_report import MAX_ERROR
 from qlora_builders.config.checks import check, in_bytes, required
-from qlora_builders.config.knobs import knobs
 from qlora_builders.config.schema import (
     EvaluateConfig,
     FinetuneConfig,
@@ -14,6 +13,7 @@ from qlora_builders.config.schema import (
     MergeConfig,
     QuantizeConfig,
 )
+from qlora_builders.config.sections import knobs
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.names import WRITTEN_FORMATS

@@ -11,8 +11,8 @@ import pytest
 from own_configs import write_own
 
 from qlora_builders.config.compose import compose, draft
-from qlora_builders.config.knobs import knobs
 from qlora_builders.config.own_files import groups
+from qlora_builders.config.sections import knobs
 from qlora_builders.config.verbs import VERBS
 from qlora_builders.errors import ConfigError
 

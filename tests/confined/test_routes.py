@@ -16,7 +16,8 @@ from qlora_builders.config import own_files
 from qlora_builders.config.own_files import load_yaml
 from qlora_builders.config.shipped import demo_path
 from qlora_builders.confined.process import Limits
-from qlora_builders.data import Tokenizer, build_dataset, token_backend
+from qlora_builders.data import Tokenizer, build_dataset
+from qlora_builders.data import tokenizer as tokenizers_of
 from qlora_builders.errors import CheckpointError, ConfigError, DataError, UnsafeError
 
 SMALL = Limits(0.3, 128_000_000, 4_000_000)
@@ -24,7 +25,7 @@ SMALL = Limits(0.3, 128_000_000, 4_000_000)
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (peft_config, own_files, token_backend):
+    for module in (peft_config, own_files, tokenizers_of):
         monkeypatch.setattr(module, "LIMITS", SMALL)
 
 
@@ -114,7 +115,7 @@ def test_a_row_on_which_the_tokenizer_fails_is_named_and_can_be_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Onig gives up after ten million retries, which is a panic in Rust."""
-    monkeypatch.setattr(token_backend, "LIMITS", Limits(30.0))
+    monkeypatch.setattr(tokenizers_of, "LIMITS", Limits(30.0))
     tokenizer = Tokenizer.from_dir(tokenizer_with(tmp_path, pre_tokenizer=split("(a|a)+b")))
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("ok", TEXT, "fine")))

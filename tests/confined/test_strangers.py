@@ -10,9 +10,9 @@ import pytest
 
 from qlora_builders.config.own_files import load_yaml
 from qlora_builders.confined.process import Limits, OverrunError, ask
-from qlora_builders.data import token_backend
+from qlora_builders.data import tokenizer
 from qlora_builders.data.chat_template import ChatTemplate
-from qlora_builders.data.token_backend import TokenBackend
+from qlora_builders.data.tokenizer import TokenBackend
 from qlora_builders.errors import ConfigError, DataError
 
 SMALL = Limits(0.5, 128_000_000, 4_000_000)
@@ -113,7 +113,7 @@ def write(file: Path, parts: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokenizers(name: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_backend, "LIMITS", SMALL)
+    monkeypatch.setattr(tokenizer, "LIMITS", SMALL)
     write(file, TOKENIZERS[name])
     texts = ["ab" * 30_000] * 2
     if name in HARMLESS:

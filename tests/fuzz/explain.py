@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from qlora_builders.config.resume import flatten
+from qlora_builders.config.checks import flatten
 from qlora_builders.tensor import to_nf4
 from qlora_builders.tensor.layouts import BNB_JSON
 

@@ -17,7 +17,7 @@ from read_kinds import CHATS, TEXTS
 from safetensors.torch import load as load_safetensors
 from tokenizers import Tokenizer
 
-from qlora_builders.config.resume import flatten
+from qlora_builders.config.checks import flatten
 
 # ---- tokenizers ---------------------------------------------------------------------------------
 

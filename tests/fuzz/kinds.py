@@ -25,7 +25,7 @@ from mutate_weights import (
     change_values,
 )
 
-from qlora_builders.files.manifest import MANIFEST_FILE, write_manifest
+from qlora_builders.files.folders import MANIFEST_FILE, write_manifest
 
 JSON: tuple[Mutator, ...] = (text_or_json,)
 LINES: tuple[Mutator, ...] = (in_lines,)

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from qlora_builders.checkpoint import load_checkpoint, load_with_adapter, read_adapter
+from qlora_builders.config.checks import flatten
 from qlora_builders.config.compose import compose
-from qlora_builders.config.plan import plan_rules
-from qlora_builders.config.resume import flatten
+from qlora_builders.config.schema import plan_rules
 from qlora_builders.data import Tokenizer, build_dataset
 from qlora_builders.models import LlamaArch, llama
 from qlora_builders.modules import LoRALinear

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from qlora_builders.modules.documents import (
+from qlora_builders.modules.attention import (
     Documents,
     attend_in_documents,
     document_attention,

@@ -13,7 +13,7 @@ import pytest
 from recipe_runs import F32
 
 from qlora_builders import cli
-from qlora_builders.evaluation import candidates as module
+from qlora_builders.evaluation import measure as module
 
 ONE = "what comes after one"
 

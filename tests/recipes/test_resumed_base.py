@@ -16,7 +16,7 @@ import torch
 from recipe_runs import train
 from safetensors.torch import load_file, save_file
 
-from qlora_builders.files.manifest import write_manifest
+from qlora_builders.files.folders import write_manifest
 from qlora_builders.runs import loop, setup
 
 Finetune = Callable[..., int]

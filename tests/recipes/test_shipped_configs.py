@@ -9,7 +9,7 @@ import pytest
 from qlora_builders import LLAMA_ARCHS, cli
 from qlora_builders.checkpoint import read_arch
 from qlora_builders.config.compose import compose
-from qlora_builders.config.plan import plan_rules, train_patterns
+from qlora_builders.config.schema import plan_rules, train_patterns
 from qlora_builders.config.shipped import shipped_dir
 from qlora_builders.models import get_arch, llama
 from qlora_builders.training.optimizers import trainable_parameters

@@ -20,7 +20,7 @@ from qlora_builders import (
     save_adapter,
     save_checkpoint,
 )
-from qlora_builders.checkpoint.weight_figures import WeightFigures, together, weight_figures
+from qlora_builders.checkpoint.merge_report import WeightFigures, together, weight_figures
 from qlora_builders.errors import CheckpointError
 from qlora_builders.kernels.nf4_reference import NF4_CODEBOOK
 from qlora_builders.modules import LoRALinear

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qlora_builders.errors import CheckpointError, ConfigError
-from qlora_builders.files.manifest import write_manifest
+from qlora_builders.files.folders import write_manifest
 from qlora_builders.files.outputs import how_to_go_on, last_checkpoint, step_folders
 from qlora_builders.runs.folder import (
     Start,

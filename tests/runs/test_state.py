@@ -16,7 +16,7 @@ import torch
 from qlora_builders import LlamaArch, llama, load_checkpoint, save_checkpoint
 from qlora_builders.checkpoint import load_with_adapter
 from qlora_builders.errors import CheckpointError
-from qlora_builders.files.manifest import check_manifest, crc32
+from qlora_builders.files.folders import check_manifest, crc32
 from qlora_builders.modules import CausalLM
 from qlora_builders.runs import state
 from qlora_builders.runs.folder import read_step
