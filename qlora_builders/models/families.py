@@ -135,9 +135,8 @@ class LlamaArch:
 
     Attributes:
         model_type: a key of `FAMILIES`.
-        sliding_window: positions that a token sees, with its own, in the `sliding_layers`; None: all
-            layers have no window.
-        sliding_layers: None: all.
+        sliding_window: positions that a token sees, with its own; None: all.
+        sliding_layers: those with the window; None: all.
         nope_layers: those without rotary embedding.
         attention_multiplier: of attention's logits; None: 1 / sqrt(head_dim).
 

@@ -50,7 +50,6 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = embed_tokens
         self.layers = nn.ModuleList(layers)
-        self.windows = [cast(Attention, layer.self_attn).window for layer in layers]
         self.norm = norm
         self.rotary = rotary
         self.compute_dtype = compute_dtype
@@ -71,23 +70,23 @@ class Decoder(nn.Module):
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids cannot be combined with a KV cache")
         past, s = 0 if cache is None else cache.length, input_ids.shape[1]
-        windows = set(self.windows)
+        windows = [cast(Attention, layer.self_attn).window for layer in self.layers]
         masks: dict[int | None, Mask]
         if cache is not None and cache.rows is not None:
             position_ids = cache.rows[:, None]
-            masks = {window: cache.row_mask(window) for window in windows}
+            masks = {window: cache.row_mask(window) for window in set(windows)}
         else:
             if position_ids is None:
                 position_ids = _positions(input_ids, document_ids, past)
             masks = {
                 window: _attention_mask(document_ids, window, s=s, past=past, like=input_ids)
-                for window in windows
+                for window in set(windows)
             }
         x = self.embed_tokens(input_ids).to(self.compute_dtype)
         x = scaled(x, self.embedding_multiplier)
         cos, sin = self.rotary(position_ids, self.compute_dtype)
         mode = self.activation_checkpointing
-        for layer, window in zip(self.layers, self.windows, strict=True):
+        for layer, window in zip(self.layers, windows, strict=True):
             with input_on_host(x) if mode == "offload" else nullcontext():
                 x = layer(x, cos, sin, masks[window], cache, mode)
         if cache is not None:

@@ -23,7 +23,7 @@ EVERYTHING = [{"match": "**", "kind": "linear", "trainable": True}]
 
 
 def random_config(family: str, seed: int) -> dict[str, Any]:
-    """As transformers names it: sizes, biases, RoPE and windows by chance, short enough to count."""
+    """By transformers' names: sizes, biases, RoPE and windows by chance, short enough to count."""
     rng = random.Random(f"{family}:{seed}")
     heads, head_dim = rng.choice([2, 4, 6]), rng.choice([6, 8, 12])
     layers = rng.choice([1, 2, 3, 5])
