@@ -28,7 +28,9 @@ class Family:
             `max_window_layers` on, those without RoPE; None: the family has no such key.
         rope_theta: where config.json says none.
         has_output_bias: whether `attention_bias` is of o_proj too.
-        has_qk_norm: RMSNorm of every head of queries and keys before they are rotated.
+        qk_norm: RMSNorm of queries and keys before they are rotated: of every head by itself, or of
+            all of a token's at once; None: there is none.
+        norms_after: the norms of a layer are of what attention and MLP give, not of what they get.
     """
 
     architecture: str
@@ -38,7 +40,8 @@ class Family:
     windows: Literal["all", "last", "without rope"] | None = None
     rope_theta: float = 10_000.0
     has_output_bias: bool = True
-    has_qk_norm: bool = False
+    qk_norm: Literal["heads", "width"] | None = None
+    norms_after: bool = False
 
 
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 2**15, "sliding_window": 4096}
@@ -66,7 +69,7 @@ FAMILIES: dict[str, Family] = {
         defaults={**_QWEN, "head_dim": 128},
         fixed={"mlp_bias": False},
         windows="last",
-        has_qk_norm=True,
+        qk_norm="heads",
     ),
     "smollm3": Family(
         architecture="SmolLM3ForCausalLM",
@@ -88,6 +91,13 @@ FAMILIES: dict[str, Family] = {
             "attention_multiplier",
             "logits_scaling",
         ),
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        defaults={"rms_norm_eps": 1e-5},
+        fixed={"mlp_bias": False},
+        qk_norm="width",
+        norms_after=True,
     ),
 }
 

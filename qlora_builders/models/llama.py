@@ -35,8 +35,6 @@ from qlora_builders.modules import (
 )
 from qlora_builders.names import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-
 
 @dataclass(frozen=True)
 class BaseCheckpoint:
@@ -161,7 +159,13 @@ def _decoder_layer(
     at, hidden, inner = f"layers.{index}", arch.hidden_size, arch.intermediate_size
     q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     bias, mlp_bias = arch.attention_bias, arch.mlp_bias
-    of_heads = {name: norm(f"{at}.self_attn.{name}", arch.head_dim) for name in _head_norms(arch)}
+    widths = (q_size, kv_size) if arch.family.qk_norm == "width" else (arch.head_dim,) * 2
+    norms = {name: norm(f"{at}.{name}") for name in _norms(arch) if "." not in name}
+    qk_norms = {
+        name: norm(f"{at}.self_attn.{name}", width)
+        for name, width in zip(("q_norm", "k_norm"), widths, strict=True)
+        if arch.family.qk_norm
+    }
     return DecoderLayer(
         self_attn=Attention(
             q_proj=linear(f"{at}.self_attn.q_proj", hidden, q_size, bias),
@@ -170,7 +174,7 @@ def _decoder_layer(
             o_proj=linear(
                 f"{at}.self_attn.o_proj", q_size, hidden, bias and arch.family.has_output_bias
             ),
-            **of_heads,
+            **qk_norms,
             num_heads=arch.num_heads,
             num_kv_heads=arch.num_kv_heads,
             head_dim=arch.head_dim,
@@ -186,14 +190,16 @@ def _decoder_layer(
             down_proj=linear(f"{at}.mlp.down_proj", inner, hidden, mlp_bias),
             activation=ACTIVATIONS[arch.hidden_act],
         ),
-        input_layernorm=norm(f"{at}.input_layernorm"),
-        post_attention_layernorm=norm(f"{at}.post_attention_layernorm"),
+        **norms,
         residual_multiplier=arch.residual_multiplier,
     )
 
 
-def _head_norms(arch: LlamaArch) -> tuple[str, ...]:
-    return ("q_norm", "k_norm") if arch.family.has_qk_norm else ()
+def _norms(arch: LlamaArch) -> list[str]:
+    """Of a layer."""
+    before, after = "input_layernorm", "post_feedforward_layernorm"
+    own = ["post_attention_layernorm", after if arch.family.norms_after else before]
+    return sorted(own) + ["self_attn.q_norm", "self_attn.k_norm"] * bool(arch.family.qk_norm)
 
 
 def linear_slots(arch: LlamaArch) -> list[str]:
@@ -219,8 +225,7 @@ def slot_name(parameter: str) -> str:
 
 def other_modules(arch: LlamaArch) -> list[str]:
     """Names of the modules with parameters outside the linear slots: what `train` may name."""
-    names = [*_NORMS, *(f"self_attn.{name}" for name in _head_norms(arch))]
-    norms = [f"layers.{index}.{name}" for index in range(arch.num_layers) for name in names]
+    norms = [f"layers.{index}.{name}" for index in range(arch.num_layers) for name in _norms(arch)]
     return ["embed_tokens", *norms, "norm"]
 
 

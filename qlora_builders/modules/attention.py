@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -185,13 +185,19 @@ def _each(
 Mask = Tensor | Documents | None
 
 
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """Every stretch of x [..., n * width] that is as long as the norm's weight by itself."""
+    weight = cast(Tensor, norm.weight)
+    return norm(x.unflatten(-1, (-1, len(weight)))).flatten(-2)
+
+
 class Attention(nn.Module):
     """softmax(q k^T * scale) v over finished projections.
 
     Args:
         q_proj: [b, s, hidden] -> [b, s, h * d]; o_proj the reverse.
         k_proj, v_proj: [b, s, hidden] -> [b, s, g * d].
-        q_norm, k_norm: of each head before it is rotated, [..., d] -> [..., d]; None: none.
+        q_norm, k_norm: before rotating, of each head [..., d] or of all at once; None: none.
         num_heads: query heads; each kv head serves num_heads / num_kv_heads of them.
         layer: index of this layer in a KV cache.
         scale: of the logits; None: 1 / sqrt(d).
@@ -245,11 +251,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [b, s, hidden]; cos, sin [b, 1, s, d]. x's positions are appended to the cache's."""
         b, s, _ = x.shape
-        q = self.q_proj(x).view(b, s, self.num_heads, self.head_dim)
-        k = self.k_proj(x).view(b, s, self.num_kv_heads, self.head_dim)
+        q, k = self.q_proj(x), self.k_proj(x)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)  # [b, h, s, d], [b, g, s, d]
+            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
+        q = q.view(b, s, self.num_heads, self.head_dim).transpose(1, 2)  # [b, h, s, d]
+        k = k.view(b, s, self.num_kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(b, s, self.num_kv_heads, self.head_dim).transpose(1, 2)
         if self.use_rope:
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)

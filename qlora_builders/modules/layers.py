@@ -110,15 +110,20 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 class DecoderLayer(nn.Module):
-    """x + self_attn(norm(x)), then x + mlp(norm(x)); each addend times `residual_multiplier`."""
+    """x + self_attn(norm(x)), then x + mlp(norm(x)); each addend times `residual_multiplier`.
+
+    With a `post_feedforward_layernorm` instead of an `input_layernorm` the norms come after:
+    x + norm(self_attn(x)), then x + norm(mlp(x)).
+    """
 
     def __init__(
         self,
         *,
         self_attn: nn.Module,
         mlp: nn.Module,
-        input_layernorm: nn.Module,
+        input_layernorm: nn.Module | None = None,
         post_attention_layernorm: nn.Module,
+        post_feedforward_layernorm: nn.Module | None = None,
         residual_multiplier: float = 1.0,
     ) -> None:
         super().__init__()
@@ -126,6 +131,7 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
         self.input_layernorm = input_layernorm
         self.post_attention_layernorm = post_attention_layernorm
+        self.post_feedforward_layernorm = post_feedforward_layernorm
         self.residual_multiplier = residual_multiplier
 
     def forward(
@@ -142,6 +148,11 @@ class DecoderLayer(nn.Module):
     def _forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None
     ) -> Tensor:
+        if self.input_layernorm is None:
+            assert self.post_feedforward_layernorm is not None
+            attended = self.self_attn(x, cos, sin, mask=mask, cache=cache)
+            x = x + self.post_attention_layernorm(attended)
+            return x + self.post_feedforward_layernorm(self.mlp(x))
         attended = self.self_attn(self.input_layernorm(x), cos, sin, mask=mask, cache=cache)
         x = x + scaled(attended, self.residual_multiplier)
         return x + scaled(self.mlp(self.post_attention_layernorm(x)), self.residual_multiplier)

@@ -62,7 +62,7 @@ def random_config(family: str, seed: int) -> dict[str, Any]:
     if family in ("llama", "mistral", "qwen3"):
         config["head_dim"] = head_dim
         config["hidden_size"] = rng.choice([24, 36, 48])
-    if family in ("llama", "qwen3", "smollm3", "granite"):
+    if family in ("llama", "qwen3", "smollm3", "granite", "olmo2"):
         config["attention_bias"] = rng.random() < 0.5
     if family in ("llama", "smollm3", "granite"):
         config["mlp_bias"] = rng.random() < 0.3

@@ -334,14 +334,16 @@ def function_keys(arch: LlamaArch) -> dict[str, Any]:
     """
     keys = {name: getattr(arch, key.field) for name, key in (KEYS | FAMILY_KEYS).items()}
     del keys["max_position_embeddings"]
-    keys["sliding_window"] = [arch.window(layer) for layer in range(arch.num_layers)]
-    keys["no_rope_layers"] = list(arch.nope_layers)
+    keys["sliding_window"] = arch.sliding_window
+    keys["sliding_layers"] = arch.sliding_layers and list(arch.sliding_layers)
+    keys["nope_layers"] = list(arch.nope_layers)
     scaling = arch.rope_scaling
     rope_type = "default" if scaling is None else scaling.rope_type
     keys["rope_scaling.rope_type"] = rope_type
     for key in {key: None for keys in _ROPE_KEYS.values() for key in keys}:
         used = key in _ROPE_KEYS.get(rope_type, ())
-        keys[f"rope_scaling.{key}"] = getattr(scaling, key) if used else None
+        value = getattr(scaling, key) if used else None
+        keys[f"rope_scaling.{key}"] = list(value) if isinstance(value, tuple) else value
     return keys
 
 
