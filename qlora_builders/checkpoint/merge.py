@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qlora_builders.checkpoint.base_record import ALLOW, hash_tensors
 from qlora_builders.checkpoint.formats import FORMATS, read_tensors
-from qlora_builders.checkpoint.formats.base import CheckpointFormat
-from qlora_builders.checkpoint.formats.bnb_4bit import BNB_4BIT
+from qlora_builders.checkpoint.formats.hf import CheckpointFormat
+from qlora_builders.checkpoint.formats.quantized import BNB_4BIT
 from qlora_builders.checkpoint.merge_report import (
     MAX_ERROR,
     LayerError,
@@ -103,7 +103,7 @@ def save_merged(
     """
     row = written_format(format)
     plan = _MergePlan(model, base, dtype, allow_base_mismatch, formats=_formats(model, row))
-    if row.parts is not None:
+    if row.pack is not None:
         merged = plan.build()
         report = plan.check(merged, max_error)
         save_checkpoint(
@@ -228,7 +228,7 @@ class _MergePlan:
             raise CheckpointError(
                 f"{self.base}: holds 4-bit weights ({listed(quantized)}); give 16- or 32-bit ones"
             )
-        if own is None or FORMATS[own.format].parts is not None or self.allow_base_mismatch:
+        if own is None or FORMATS[own.format].pack is not None or self.allow_base_mismatch:
             return originals  # the weights themselves are compared as they come
         found = hash_tensors(originals.values(), tied=self.model.tie_word_embeddings)
         if found != own.content_hash:
@@ -288,7 +288,7 @@ def _plus_bias(source: LazyTensor, module: Any, dtype: torch.dtype) -> LazyTenso
 
 def _formats(model: CausalLM, row: CheckpointFormat) -> dict[str, Format]:
     """slot -> format of the merged model's weight, where it is quantized."""
-    if row.parts is None:
+    if row.pack is None:
         return {}
     slots = linear_slots(model.spec.arch)
     held = {slot: format_of(model.get_parameter(f"{hf_name(slot)}.weight")) for slot in slots}
