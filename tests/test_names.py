@@ -59,7 +59,7 @@ def test_tables_have_the_names() -> None:
     assert sorted(FORMATS) == sorted(names.CHECKPOINT_FORMATS)
     written = {name for name, row in FORMATS.items() if row.is_written}
     assert written == set(names.WRITTEN_FORMATS)
-    assert {name for name in written if FORMATS[name].parts} == set(names.QUANTIZED_FORMATS)
+    assert {name for name in written if FORMATS[name].pack} == set(names.QUANTIZED_FORMATS)
     assert tuple(SHAPES) == names.LR_SHAPES
     assert tuple(LOSSES) == names.DPO_LOSSES
     assert set(FORMAT_NUMBERS) == set(names.SCALE_FORMATS)

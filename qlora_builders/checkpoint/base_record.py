@@ -79,7 +79,9 @@ class ContentHash:
             digest.update(tensor.format.identity.encode())
             parts = list(tensor.fields)
         for part in parts:
-            digest.update(_sample(part))
+            data = part.contiguous().view(-1).view(torch.uint8)
+            windows = [data[start:stop] for start, stop in _windows(data.numel())]
+            digest.update(torch.cat(windows).cpu().numpy().tobytes())
         self._digests[name] = digest.hexdigest()
 
     def add_unread(self, tensor: LazyTensor) -> None:
@@ -96,13 +98,6 @@ class ContentHash:
 
     def hexdigest(self) -> str:
         return hashlib.sha256(json.dumps(sorted(self._digests.items())).encode()).hexdigest()
-
-
-def _sample(tensor: Tensor) -> bytes:
-    data = tensor.contiguous().view(-1).view(torch.uint8)
-    windows = [data[start:stop] for start, stop in _windows(data.numel())]
-    sample: bytes = torch.cat(windows).cpu().numpy().tobytes()
-    return sample
 
 
 def _windows(nbytes: int) -> list[tuple[int, int]]:
@@ -156,20 +151,37 @@ def read_base_record(directory: Path) -> BaseRecord | None:
     dtype = content.get("dtype")
     if dtype not in DTYPES:
         raise CheckpointError(f"{file}: dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    checkpoint, nf4 = content.get("checkpoint"), content.get("nf4")
     try:
-        checkpoint, nf4 = content.get("checkpoint"), content.get("nf4")
-        record = BaseRecord(
-            components=tuple(map(ComponentRule.parse, _list(content["components"]))),
-            train=tuple(_list(content["train"], str)),
+        slots = None
+        if nf4 is not None:
+            slots = {
+                slot: {name: value for name, value in group.items() if name != "slots"}
+                for group in _checked(nf4, list, dict)
+                for slot in _checked(group["slots"], list, str)
+            }
+        return BaseRecord(
+            components=tuple(map(ComponentRule.parse, _checked(content["components"], list))),
+            train=tuple(_checked(content["train"], list, str)),
             dtype=getattr(torch, dtype),
-            checkpoint=None if checkpoint is None else _base_checkpoint(checkpoint),
-            config=_mapping(content.get("config", {})),
-            nf4=None if nf4 is None else _slots_of_groups(_list(nf4, dict)),
+            checkpoint=None
+            if checkpoint is None
+            else BaseCheckpoint(**_checked(checkpoint, dict, str)),
+            config=_checked(content.get("config", {}), dict),
+            nf4=slots,
         )
     except (PlanError, KeyError, TypeError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(f"{file}: not a record of a base: {reason}") from error
-    return record
+
+
+def _checked(value: Any, kind: type, of: type = object) -> Any:
+    """A list or mapping of such elements."""
+    elements = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, kind) or not all(isinstance(element, of) for element in elements):
+        name = "list" if kind is list else "mapping"
+        raise TypeError(f"{value!r:.80} is not a {name} of {of.__name__}")
+    return value
 
 
 def check_base(
@@ -213,15 +225,12 @@ def check_base(
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A message for every key that both have, with another value."""
-    return [
-        f"{key} of config.json: trained with {_spell(before[key])}, here {_spell(now[key])}"
-        for key in sorted(before.keys() & now)
-        if before[key] != now[key]
-    ]
-
-
-def _spell(value: Any) -> str:
-    return "not set" if value is None else f"{value}"
+    problems = []
+    for key in sorted(before.keys() & now):
+        if before[key] != now[key]:
+            was, is_now = ("not set" if d[key] is None else d[key] for d in (before, now))
+            problems.append(f"{key} of config.json: trained with {was}, here {is_now}")
+    return problems
 
 
 def _nf4_slots(model: CausalLM) -> dict[str, dict[str, Any]]:
@@ -234,28 +243,3 @@ def _nf4_slots(model: CausalLM) -> dict[str, dict[str, Any]]:
         for name, format in formats.items()
         if format is not None
     }
-
-
-def _slots_of_groups(groups: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {
-        slot: {name: value for name, value in group.items() if name != "slots"}
-        for group in groups
-        for slot in _list(group["slots"], str)
-    }
-
-
-def _base_checkpoint(value: Any) -> BaseCheckpoint:
-    _list(list(value.values()) if isinstance(value, dict) else value, str)
-    return BaseCheckpoint(**value)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{value!r:.80} is not a mapping")
-    return value
-
-
-def _list(value: Any, of: type = object) -> list[Any]:
-    if not isinstance(value, list) or not all(isinstance(element, of) for element in value):
-        raise TypeError(f"{value!r:.80} is not a list of {of.__name__}")
-    return value

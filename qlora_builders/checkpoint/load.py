@@ -1,9 +1,14 @@
-"""Checkpoint directories to models: built on meta, then filled tensor by tensor."""
+"""Checkpoint directories to models: built on meta, then filled tensor by tensor.
+
+A parameter is plain or quantized, and whole or sharded over ranks, of which each reads and
+quantizes what it will hold. Threads read ahead while one is quantized.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +33,8 @@ from qlora_builders.checkpoint.peft.read import (
     load_adapter_info,
     read_adapter,
 )
-from qlora_builders.checkpoint.placing import place, stream
 from qlora_builders.checkpoint.save import base_parameters
-from qlora_builders.checkpoint.tensor_files import LazyTensor
+from qlora_builders.checkpoint.tensor_files import LazyTensor, is_finite, stream
 from qlora_builders.errors import CheckpointError, PlanError, listed
 from qlora_builders.models import (
     BaseCheckpoint,
@@ -42,8 +46,16 @@ from qlora_builders.models import (
     slot_name,
 )
 from qlora_builders.modules import DEFAULT_INIT, LOFTQ, CausalLM, LoRALinear, TokenEmbedding
-from qlora_builders.tensor import QuantizedTensor, is_quantized
-from qlora_builders.tensor.sharded import held_rows, is_sharded, local_part
+from qlora_builders.tensor import QuantizedTensor, format_of, is_quantized, plain, quantize
+from qlora_builders.tensor.sharded import (
+    held_elements,
+    held_rows,
+    is_sharded,
+    local_part,
+    quantize_held,
+    shard_quantized,
+    with_local,
+)
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -112,14 +124,13 @@ def load_checkpoint(
 
 def _check_shardable(model: CausalLM) -> None:
     """What starts from whole weights has nothing to start from where a rank holds a share."""
+    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
     whole = {
-        "use_dora": lambda m: isinstance(m, LoRALinear) and m.lora_magnitude_vector is not None,
-        "init_lora_weights": lambda m: (
-            getattr(m, "init_lora_weights", DEFAULT_INIT) != DEFAULT_INIT
-        ),
-        "train_tokens": lambda m: isinstance(m, TokenEmbedding),
+        "use_dora": any(m.lora_magnitude_vector is not None for m in adapters),
+        "init_lora_weights": any(m.init_lora_weights != DEFAULT_INIT for m in adapters),
+        "train_tokens": isinstance(model.model.embed_tokens, TokenEmbedding),
     }
-    used = [name for name, uses in whole.items() if any(map(uses, model.modules()))]
+    used = [name for name, is_used in whole.items() if is_used]
     if used:
         raise PlanError(
             f"{', '.join(used)} cannot be used with sharded weights; train on one device"
@@ -182,37 +193,35 @@ def _load_weights(
     for name, tensor in tensors.items():
         _check_shape(tensor, parameters[name].shape, where)
     rules = resolve(model.spec.components, linear_slots(model.spec.arch))
-    places = {
-        name: place(tensor, parameters[name], device)
-        for name, tensor in tensors.items()
-        if not (tied and name == HEAD)
-    }
     content = ContentHash()
 
     def consume(part: LazyTensor, value: Tensor) -> None:
-        tensor, own = tensors[part.name], parameters[part.name]
+        name = part.name
+        tensor, own, rule = tensors[name], parameters[name], rules.get(slot_name(name))
         if value.shape == tensor.shape:
-            content.add(tensor.name, value)
+            content.add(name, value)
         else:
             content.add_unread(tensor)
-        rule = rules.get(slot_name(tensor.name))
         if rule is not None and rule.format is not None and is_quantized(value):
             _check_stored(tensor, value, rule)
         try:
-            made = places[tensor.name].make(value)
-        except CheckpointError:
-            raise
+            made = _made(part, value, own, device)
         except ValueError as error:
-            raise CheckpointError(f"{tensor.source}: {tensor.name}: {error}") from error
-        module_name, _, leaf = tensor.name.rpartition(".")
-        module = model.get_submodule(module_name)
+            raise CheckpointError(f"{tensor.source}: {name}: {error}") from error
+        if format_of(own) is None and not is_finite(local_part(made)):
+            raise CheckpointError(
+                f"{tensor.source}: {name} holds NaN or infinity in {made.dtype}; the file is "
+                "damaged, or its numbers need a wider dtype"
+            )
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
         setattr(module, leaf, nn.Parameter(made, requires_grad=own.requires_grad))
         _start_from(module, tensor, value)
 
     stream(
-        [place.part for place in places.values()],
+        [_needed(t, parameters[n]) for n, t in tensors.items() if not (tied and n == HEAD)],
         consume,
-        transient=lambda part: places[part.name].transient,
+        transient=lambda part: _is_transient(part, parameters[part.name], device),
     )
     if tied and HEAD in tensors:
         _check_tied(tensors[HEAD], model.get_parameter(EMBEDDING))
@@ -220,6 +229,63 @@ def _load_weights(
     if tied and isinstance(model.lm_head, LoRALinear):
         model.lm_head.init_from_base()
     return content.hexdigest()
+
+
+def _needed(tensor: LazyTensor, parameter: Tensor) -> LazyTensor:
+    """What of a tensor this rank reads. Not every file can be read in parts; all is needed of a
+    weight that is stored quantized, and of one whose codes depend on the whole."""
+    format = format_of(parameter)
+    is_whole = tensor.load_rows is None or tensor.quantized or (format and format.needs_whole)
+    if is_whole or not is_sharded(parameter):
+        return tensor
+    if format is None:
+        start, stop = held_rows(parameter)
+    else:
+        first, last = held_elements(parameter)
+        columns = parameter.shape[1:].numel()
+        start, stop = first // columns, -(-last // columns)
+    shape = torch.Size((stop - start, *tensor.shape[1:]))
+    assert tensor.load_rows is not None
+    return replace(tensor, shape=shape, load=partial(tensor.load_rows, start, stop), map=None)
+
+
+def _is_transient(part: LazyTensor, parameter: Tensor, device: torch.device) -> bool:
+    """Whether what takes the parameter's place is other memory than what was read."""
+    if is_sharded(parameter) or device.type != "cpu":
+        return True
+    if format_of(parameter) is not None:
+        return not part.quantized
+    return bool(part.quantized) or part.dtype != parameter.dtype
+
+
+def _made(part: LazyTensor, value: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
+    """What takes the parameter's place, plain or quantized, whole or this rank's share, of what was
+    read. Stored codes stay as they are.
+
+    Raises:
+        ValueError: for what cannot be quantized.
+    """
+    format, dtype = format_of(parameter), parameter.dtype
+    if not is_sharded(parameter):
+        if format is None:
+            return plain(value.to(device)).to(dtype)
+        return (
+            value.to(device) if is_quantized(value) else quantize(value.to(device, dtype), format)
+        )
+    is_whole = part.shape == parameter.shape
+    if format is None:
+        rows = slice(*held_rows(parameter)) if is_whole else slice(None)
+        return with_local(parameter, plain(value)[rows].to(device, dtype, copy=True))
+    weight: Any = value.to(device)
+    if is_quantized(weight):
+        return shard_quantized(parameter, weight)
+    if format.needs_whole:
+        return shard_quantized(parameter, quantize(weight.to(dtype), format))
+    start, stop = held_elements(parameter)
+    columns = parameter.shape[1:].numel()
+    before = start if is_whole else start % columns  # elements that were read for another rank
+    elements = weight.flatten()[before : before + stop - start]
+    return shard_quantized(parameter, quantize_held(parameter, elements))
 
 
 def _start_from(module: nn.Module, tensor: LazyTensor, value: Tensor) -> None:
@@ -241,14 +307,12 @@ def _check_stored(tensor: LazyTensor, stored: QuantizedTensor, rule: ComponentRu
     assert rule.format is not None
     own: dict[str, Any] = {"base": stored.format.name, **stored.format.options}
     asked = {"base": rule.format.name} | {n: v for n, v in rule.options.items() if n in own}
-    differing = [name for name, v in asked.items() if own[name] != v]
+    differing = [name for name, value in asked.items() if own[name] != value]
     if differing:
+        is_so, wanted = (", ".join(f"{n}={d[n]}" for n in differing) for d in (own, asked))
         raise CheckpointError(
-            f"{tensor.source}: {tensor.name} is stored in {stored.title} with "
-            + ", ".join(f"{name}={own[name]}" for name in differing)
-            + f", but rule {rule.match!r} asks for "
-            + ", ".join(f"{name}={asked[name]}" for name in differing)
-            + "; leave the option out, or start from 16-bit weights"
+            f"{tensor.source}: {tensor.name} is stored in {stored.title} with {is_so}, but rule "
+            f"{rule.match!r} asks for {wanted}; leave the option out, or start from 16-bit weights"
         )
 
 

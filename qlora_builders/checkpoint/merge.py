@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_builders.checkpoint.base_record import ALLOW, hash_tensors
 from qlora_builders.checkpoint.formats import FORMATS, read_tensors
-from qlora_builders.checkpoint.formats.base import CheckpointFormat
-from qlora_builders.checkpoint.formats.bnb_4bit import BNB_4BIT
+from qlora_builders.checkpoint.formats.hf import CheckpointFormat
+from qlora_builders.checkpoint.formats.quantized import BNB_4BIT
 from qlora_builders.checkpoint.merge_report import (
     MAX_ERROR,
     LayerError,
@@ -66,7 +65,7 @@ def merge_adapter(
         MergeError: if rounding loses more of the update than `max_error`.
         CheckpointError: if the model has no adapter, or `base` is not its checkpoint.
     """
-    plan = _MergePlan(model, base, dtype, allow_base_mismatch)
+    plan = _MergePlan(model, base, dtype, allow_base_mismatch, formats={})
     merged = plan.build()
     plan.check(merged, max_error)
     return merged
@@ -103,7 +102,7 @@ def save_merged(
     """
     row = written_format(format)
     plan = _MergePlan(model, base, dtype, allow_base_mismatch, formats=_formats(model, row))
-    if row.parts is not None:
+    if row.pack is not None:
         merged = plan.build()
         report = plan.check(merged, max_error)
         save_checkpoint(
@@ -123,29 +122,30 @@ def save_merged(
         return plan.check(streamed_model(temporary), max_error)
 
 
-@dataclass
 class _MergePlan:
     """Every parameter of the merged model, computed and measured when it is loaded."""
 
-    model: CausalLM
-    base: str | Path
-    dtype: torch.dtype | None
-    allow_base_mismatch: bool
-    formats: dict[str, Format] = field(default_factory=dict)  # slot -> format of the output
-    measured: dict[str, LayerError] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.adapters = adapters_of(self.model)
-        if not self.adapters:
+    def __init__(
+        self,
+        model: CausalLM,
+        base: str | Path,
+        dtype: torch.dtype | None,
+        allow_base_mismatch: bool,
+        formats: dict[str, Format],  # slot -> format of the output
+    ) -> None:
+        self.model, self.base, self.dtype, self.formats = model, base, dtype, formats
+        self.measured: dict[str, LayerError] = {}
+        adapters = adapters_of(model)
+        if not adapters:
             raise CheckpointError("the model has no LoRA adapter to merge; load one first")
-        self.arch = _merged_arch(self.model, self.adapters)
-        loftq = sorted(n for n, m in self.adapters.items() if m.init_lora_weights == LOFTQ)
-        if self.base != DEQUANTIZED and loftq:
+        self.arch = _merged_arch(model, adapters)
+        loftq = sorted(n for n, m in adapters.items() if m.init_lora_weights == LOFTQ)
+        if base != DEQUANTIZED and loftq:
             raise CheckpointError(
                 f"adapters that started as LoftQ correct their quantized base ({listed(loftq)}); "
-                f"{self.base} needs no correction, so merge with base={DEQUANTIZED}"
+                f"{base} needs no correction, so merge with base={DEQUANTIZED}"
             )
-        self.originals = None if self.base == DEQUANTIZED else self._find_originals()
+        self.originals = None if base == DEQUANTIZED else self._find_originals(allow_base_mismatch)
 
     def build(self) -> CausalLM:
         rules = [ComponentRule.of_format(slot, format) for slot, format in self.formats.items()]
@@ -168,48 +168,12 @@ class _MergePlan:
 
     def tensors(self) -> Iterator[LazyTensor]:
         for name, parameter in base_parameters(self.model).items():
-            if self.arch.tie_word_embeddings and name == "lm_head.weight":
-                continue
-            dtype = self.dtype or parameter.dtype
-            source = lazy_parameter(name, parameter, None)
-            if self.originals is not None and not parameter.requires_grad:
-                source = self._original(source, parameter.device)
-            owner, _, leaf = name.rpartition(".")
-            adapter = self.adapters.get(owner)
-            if name == "model.embed_tokens.weight":
-                source = _with_token_rows(source, self.model.model.embed_tokens)
-            if adapter is not None and leaf == "bias":
-                yield _plus_bias(source, adapter, dtype)
-            else:
-                yield self._weight(source, parameter, adapter, dtype)
-        yield from self._new_biases()
-
-    def _weight(
-        self, source: LazyTensor, parameter: Tensor, adapter: LoRALinear | None, dtype: torch.dtype
-    ) -> LazyTensor:
-        """Added in float32 and rounded once."""
-        slot = slot_name(source.name)
-
-        @torch.no_grad()
-        def load() -> Tensor:
-            weight = source.load()
-            if adapter is None:
-                return self._stored(weight, slot, dtype)
-            delta = adapter.lora_delta(weight)
-            written = self._stored(weight.float() + delta, slot, dtype)
-            trained = lazy_parameter(source.name, parameter, None).load()
-            self._check_relation(source.name, weight, trained)
-            self.measured[slot] = measure_layer(slot, weight, trained, delta, written)
-            return written
-
-        return replace(source, dtype=dtype, load=load)
-
-    def _stored(self, weight: Tensor, slot: str, dtype: torch.dtype) -> Tensor:
-        weight = weight.to(dtype)
-        return quantize(weight, self.formats[slot]) if slot in self.formats else weight
-
-    def _new_biases(self) -> Iterator[LazyTensor]:
-        """Where a lora_bias gave a whole group of slots a bias: its share, or zeros."""
+            if not (self.arch.tie_word_embeddings and name == "lm_head.weight"):
+                trained = lazy_parameter(name, parameter, None)
+                is_frozen = self.originals is not None and not parameter.requires_grad
+                source = self._original(trained, parameter.device) if is_frozen else trained
+                yield self._merged(source, trained)
+        # where a lora_bias gave a whole group of slots a bias: its share, or zeros
         for slot in linear_slots(self.arch):
             attention, mlp = ".self_attn." in slot, ".mlp." in slot
             if slot.endswith("o_proj"):
@@ -217,20 +181,49 @@ class _MergePlan:
             needed = (attention and self.arch.attention_bias) or (mlp and self.arch.mlp_bias)
             module = self.model.get_submodule(hf_name(slot))
             if needed and module.bias is None:
-                dtype, device = self.dtype or module.weight.dtype, module.weight.device
-                zeros = torch.zeros(module.out_features, dtype=dtype, device=device)
-                yield _plus_bias(
-                    lazy_parameter(f"{hf_name(slot)}.bias", zeros, None), module, dtype
-                )
+                weight = module.weight
+                zeros = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+                bias = lazy_parameter(f"{hf_name(slot)}.bias", zeros, None)
+                yield self._merged(bias, bias)
 
-    def _find_originals(self) -> dict[str, LazyTensor]:
+    def _merged(self, source: LazyTensor, trained: LazyTensor) -> LazyTensor:
+        """What is added is added in float32 and rounded once.
+
+        Args:
+            source: what is added to.
+            trained: the model's own tensor of that name.
+        """
+        owner, _, leaf = source.name.rpartition(".")
+        module, slot = self.model.get_submodule(owner), slot_name(source.name)
+        dtype = self.dtype or trained.dtype
+
+        @torch.no_grad()
+        def load() -> Tensor:
+            weight, delta = source.load(), None
+            if isinstance(module, TokenEmbedding):
+                weight = module.token_adapter.put_into(weight)
+            if isinstance(module, LoRALinear):
+                delta = module.lora_bias_delta() if leaf == "bias" else module.lora_delta(weight)
+            written = (weight if delta is None else weight.float() + delta).to(dtype)
+            if slot in self.formats:
+                written = quantize(written, self.formats[slot])
+            if delta is not None and leaf == "weight":
+                before = trained.load()
+                if self.originals is not None:
+                    self._check_relation(source.name, weight, before)
+                self.measured[slot] = measure_layer(slot, weight, before, delta, written)
+            return written
+
+        return replace(source, dtype=dtype, load=load)
+
+    def _find_originals(self, allow_base_mismatch: bool) -> dict[str, LazyTensor]:
         originals, own = read_tensors(self.base), self.model.spec.base
         quantized = sorted(name for name, tensor in originals.items() if tensor.quantized)
         if quantized:
             raise CheckpointError(
                 f"{self.base}: holds 4-bit weights ({listed(quantized)}); give 16- or 32-bit ones"
             )
-        if own is None or FORMATS[own.format].parts is not None or self.allow_base_mismatch:
+        if own is None or FORMATS[own.format].pack is not None or allow_base_mismatch:
             return originals  # the weights themselves are compared as they come
         found = hash_tensors(originals.values(), tied=self.model.tie_word_embeddings)
         if found != own.content_hash:
@@ -260,8 +253,6 @@ class _MergePlan:
 
     def _check_relation(self, name: str, weight: Tensor, trained: Tensor) -> None:
         """A hash cannot tell which 16-bit checkpoint a quantized one was made from; this can."""
-        if self.originals is None:
-            return
         change = (weight.float() - trained.float()).norm() / trained.float().norm()
         if not change <= _MAX_BASE_CHANGE:
             raise CheckpointError(
@@ -270,27 +261,9 @@ class _MergePlan:
             )
 
 
-def _with_token_rows(source: LazyTensor, embedding: Any) -> LazyTensor:
-    if not isinstance(embedding, TokenEmbedding):
-        return source
-    rows = embedding.token_adapter
-    return replace(source, load=lambda: rows.put_into(source.load()).detach())
-
-
-def _plus_bias(source: LazyTensor, module: Any, dtype: torch.dtype) -> LazyTensor:
-    delta = module.lora_bias_delta() if isinstance(module, LoRALinear) else None
-
-    @torch.no_grad()
-    def load() -> Tensor:
-        bias = source.load()
-        return (bias if delta is None else bias.float() + delta).to(dtype)
-
-    return replace(source, dtype=dtype, load=load)
-
-
 def _formats(model: CausalLM, row: CheckpointFormat) -> dict[str, Format]:
     """slot -> format of the merged model's weight, where it is quantized."""
-    if row.parts is None:
+    if row.pack is None:
         return {}
     slots = linear_slots(model.spec.arch)
     held = {slot: format_of(model.get_parameter(f"{hf_name(slot)}.weight")) for slot in slots}

@@ -278,7 +278,7 @@ def logit_agreement(
         output: Tensor = model(ids if device.type == "meta" else ids.to(device))
         return output.cpu()
 
-    with float32_eval(adapted), float32_eval(merged):
+    with _float32_eval(adapted), _float32_eval(merged):
         expected, got = logits(adapted), logits(merged)
         with adapters_disabled(adapted):
             bare = logits(adapted)
@@ -291,7 +291,7 @@ def logit_agreement(
 
 
 @contextmanager
-def float32_eval(model: CausalLM) -> Iterator[None]:
+def _float32_eval(model: CausalLM) -> Iterator[None]:
     """Bfloat16 activations are noisier than what is measured here."""
     training, dtype = model.training, model.model.compute_dtype
     model.eval()
@@ -310,13 +310,10 @@ def streamed_model(directory: Path) -> CausalLM:
 
     def fill(module: nn.Module, names: dict[str, str]) -> None:
         for leaf, name in names.items():
-            tensor = tensors[name].load()
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+            setattr(module, leaf, nn.Parameter(tensors[name].load(), requires_grad=False))
 
-    def empty(module: nn.Module, names: dict[str, str]) -> None:
-        for leaf in names:
-            meta = module.get_parameter(leaf).to("meta")
-            setattr(module, leaf, nn.Parameter(meta, requires_grad=False))
+    def empty(module: nn.Module, *_: object) -> None:
+        module.to("meta")
 
     for prefix, module in model.named_modules():
         names = {leaf: f"{prefix}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
@@ -324,5 +321,5 @@ def streamed_model(directory: Path) -> CausalLM:
             names = {"weight": "model.embed_tokens.weight"}
         if names:
             module.register_forward_pre_hook(lambda module, _, names=names: fill(module, names))
-            module.register_forward_hook(lambda module, _, __, names=names: empty(module, names))
+            module.register_forward_hook(empty)
     return model

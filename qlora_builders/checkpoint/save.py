@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.checkpoint.formats import FORMATS
-from qlora_builders.checkpoint.formats.base import CheckpointFormat
-from qlora_builders.checkpoint.formats.hf import config_from_arch, read_config
+from qlora_builders.checkpoint.formats.hf import (
+    CONFIG_FILE,
+    CheckpointFormat,
+    config_from_arch,
+    read_config,
+)
+from qlora_builders.checkpoint.formats.quantized import lazy_parts
 from qlora_builders.checkpoint.tensor_files import MAX_SHARD_BYTES, STEM, LazyTensor, write_shards
 from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.files.folders import atomic_directory
@@ -65,7 +70,7 @@ def save_checkpoint(
 
     Args:
         model: built by `llama` or `load_checkpoint`.
-        format: "hf" upcasts quantized weights. "nf4" and "native" (`formats/native.py`)
+        format: "hf" upcasts quantized weights. "nf4" and "native" (`formats/quantized.py`)
             and "bnb-4bit" (which transformers and bitsandbytes load) keep their codes; all but
             "native" write NF4 only.
         dtype: of the plain tensors written; by default each parameter's own.
@@ -84,15 +89,15 @@ def save_checkpoint(
         )
     parameters = hf_parameters(model)
     tensors = [lazy_parameter(name, parameter, dtype) for name, parameter in parameters.items()]
-    quantization, main_dtype = None, _main_dtype(tensors, dtype)
-    if row.parts is not None:
-        tensors, quantization = _keep_codes(model, parameters, tensors, row, main_dtype)
-    with atomic_directory(path, marker="config.json") as directory:
+    quantization, dtype = None, dtype or _main_dtype(tensors)
+    if row.pack is not None:
+        tensors, quantization = _keep_codes(model, parameters, tensors, row, dtype)
+    with atomic_directory(path, marker=CONFIG_FILE) as directory:
         write_hf_files(
             tensors,
             directory,
             arch=model.spec.arch,
-            dtype=main_dtype,
+            dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             companions=companions,
             quantization=quantization,
@@ -108,14 +113,14 @@ def _keep_codes(
     dtype: torch.dtype,
 ) -> tuple[list[LazyTensor], dict[str, Any]]:
     """The tensors with quantized weights in their parts, and config.json's quantization_config."""
-    assert row.parts is not None
+    assert row.pack is not None
     assert row.quantization is not None
     weights = {name: p for name, p in parameters.items() if format_of(p) is not None}
     check_types([weight.format for weight in weights.values()], row)
     written: list[LazyTensor] = []
     for tensor in tensors:
         weight = weights.get(tensor.name)
-        written += [tensor] if weight is None else row.parts(tensor.name, weight)
+        written += [tensor] if weight is None else lazy_parts(tensor.name, weight, row.pack)
     linears = [hf_name(slot) for slot in linear_slots(model.spec.arch)]
     left = [name for name in linears if f"{name}.weight" not in weights]
     return written, row.quantization(list(weights.values()), left, dtype)
@@ -161,9 +166,9 @@ def lazy_parameter(name: str, parameter: Tensor, dtype: torch.dtype | None) -> L
     return LazyTensor(name, parameter.shape, out_dtype, load)
 
 
-def _main_dtype(tensors: Sequence[LazyTensor], dtype: torch.dtype | None) -> torch.dtype:
+def _main_dtype(tensors: Sequence[LazyTensor]) -> torch.dtype:
     """config.json names one dtype: that of the largest tensor, where parameters differ."""
-    return dtype or max(tensors, key=lambda tensor: tensor.nbytes).dtype
+    return max(tensors, key=lambda tensor: tensor.nbytes).dtype
 
 
 def write_hf_files(
@@ -184,29 +189,19 @@ def write_hf_files(
         quantization: config.json's `quantization_config`.
         stem: of the weight files' names.
     """
-    config = config_from_arch(arch, _main_dtype(tensors, dtype))
-    if companions is not None and (Path(companions) / "config.json").is_file():
-        config = _merge_configs(read_config(Path(companions)), config)
+    config = config_from_arch(arch, dtype or _main_dtype(tensors))
+    if companions is not None:
+        source = Path(companions)
+        # what says nothing about the weights (token ids and the like) stays as it is there; both
+        # spellings of a key that transformers renamed go, or it would read the stale one
+        stale = ("dtype", "rope_parameters", "quantization_config")
+        if (source / CONFIG_FILE).is_file():
+            original = read_config(source)
+            config = {k: v for k, v in original.items() if k not in stale} | config
+        for name in _COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
     if quantization is not None:
         config["quantization_config"] = quantization
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in _companion_files(companions):
-        shutil.copyfile(file, directory / file.name)
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     write_shards(tensors, directory, max_shard_bytes=max_shard_bytes, stem=stem)
-
-
-def _merge_configs(original: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Ours, and from the original what says nothing about the weights (token ids and the like).
-
-    Both spellings of a key that transformers renamed must go, or it would read the stale one.
-    """
-    stale = ("dtype", "rope_parameters", "quantization_config")
-    return {k: v for k, v in original.items() if k not in stale} | ours
-
-
-def _companion_files(directory: str | Path | None) -> Iterator[Path]:
-    if directory is not None:
-        for name in _COMPANIONS:
-            file = Path(directory) / name
-            if file.is_file():
-                yield file

@@ -13,7 +13,9 @@ import json
 import mmap
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -29,6 +31,7 @@ from qlora_builders.tensor.layouts import tensor_bytes
 
 STEM = "model"  # model.safetensors, or model-00001-of-00002.safetensors with an index
 MAX_SHARD_BYTES = 5 * 10**9
+READERS = 2
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -50,6 +53,12 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the library
 _PART_BYTES = 2**24  # copied at once
 _MADV_POPULATE_READ = 22  # Linux 5.14
+# dtype -> integers of the same size, bits of infinity: NaN has larger ones, all else smaller
+_BITS = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F80_0000),
+}
 
 
 @dataclass(frozen=True)
@@ -98,9 +107,12 @@ def find_tensors(directory: Path, *, stem: str = STEM) -> dict[str, Path]:
                 raise CheckpointError(
                     f"{index}: {name} points to {file!r}; shards must lie beside the index"
                 )
-        missing = sorted({f for f in weight_map.values() if not _is_file(directory / f)})
+        # isfile of os.path: too long a name is no error there
+        missing = {f for f in weight_map.values() if not os.path.isfile(directory / f)}
         if missing:
-            raise CheckpointError(f"{index}: shards missing: {listed(missing)}; download again")
+            raise CheckpointError(
+                f"{index}: shards missing: {listed(sorted(missing))}; download again"
+            )
         return {name: directory / file for name, file in weight_map.items()}
     single = directory / f"{stem}.safetensors"
     if not single.is_file():
@@ -109,13 +121,6 @@ def find_tensors(directory: Path, *, stem: str = STEM) -> dict[str, Path]:
             f"with safetensors weights, got {listed(sorted(f.name for f in directory.iterdir()))}"
         )
     return dict.fromkeys(read_header(single), single)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # no file can have so long a name
-        return False
 
 
 def open_tensors(
@@ -161,6 +166,7 @@ def read_header(file: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
     Raises:
         CheckpointError: if the file cannot be read or is not such a file.
     """
+    found = {}
     try:
         with open_plain(file) as handle:  # a pipe would wait for ever
             length = int.from_bytes(handle.read(8), "little")
@@ -171,7 +177,12 @@ def read_header(file: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
         content = parse_json(text)
         with safe_open(file, framework="pt"):
             content.pop("__metadata__", None)
-        return {name: _entry(name, item) for name, item in content.items()}
+        for name, item in content.items():
+            if set(item) != {"dtype", "shape", "data_offsets"}:
+                raise ValueError(f"{name}: expected the keys dtype, shape and data_offsets")
+            if item["dtype"] not in DTYPES:
+                raise ValueError(f"{name}: dtype {item['dtype']!r} is unknown")
+            found[name] = DTYPES[item["dtype"]], torch.Size(item["shape"])
     except SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise CheckpointError(
@@ -179,26 +190,17 @@ def read_header(file: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
-
-
-def _entry(name: str, item: dict[str, Any]) -> tuple[torch.dtype, torch.Size]:
-    if set(item) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name}: expected the keys dtype, shape and data_offsets")
-    if item["dtype"] not in DTYPES:
-        raise ValueError(f"{name}: dtype {item['dtype']!r} is unknown")
-    return DTYPES[item["dtype"]], torch.Size(item["shape"])
+    return found
 
 
 def _read(file: Path, name: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     whole = torch.empty(shape, dtype=dtype)
-    if not whole.nbytes:
-        return whole
-    lines = whole.view(shape[0] if shape else 1, -1)
-    rows = max(1, _PART_BYTES * len(lines) // whole.nbytes)
-    for start in range(0, len(lines), rows):
-        stop = min(start + rows, len(lines))
-        part = _read_rows(file, name, start, stop)
-        lines[start:stop] = part.view(stop - start, -1)
+    if whole.nbytes:
+        lines = whole.view(shape[0] if shape else 1, -1)
+        rows = max(1, _PART_BYTES * len(lines) // whole.nbytes)
+        for start in range(0, len(lines), rows):
+            stop = min(start + rows, len(lines))
+            lines[start:stop] = _read_rows(file, name, start, stop).view(stop - start, -1)
     return whole
 
 
@@ -213,27 +215,78 @@ def _read_rows(file: Path, name: str, start: int, stop: int) -> Tensor:
 
 
 def _map(open_file: Callable[[], Any], file: Path, name: str) -> Tensor:
-    """In pages that processes share and can be evicted, read from the disk when this returns."""
+    """In pages that processes share and can be evicted, read from the disk when this returns: many
+    at a time, and an error of the disk is an error here, where a later touch would be a signal."""
     try:
         mapped: Tensor = open_file().get_tensor(name)
         if sys.platform == "linux":
-            _read_in(mapped)
+            start = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            size = mapped.data_ptr() + mapped.nbytes - start
+            # releases the GIL, which mmap.madvise does not
+            madvise = ctypes.CDLL(None, use_errno=True).madvise
+            populate = ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_POPULATE_READ
+            code = ctypes.get_errno() if madvise(*populate) else 0
+            if code not in (0, errno.EINVAL):  # an older kernel
+                raise OSError("it has shrunk" if code == errno.EFAULT else os.strerror(code))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{file}: {name} cannot be read: {error}") from error
     # kernels expect elements where the alignment of their type has them
     return mapped if mapped.data_ptr() % mapped.dtype.itemsize == 0 else mapped.clone()
 
 
-def _read_in(memory: Tensor) -> None:
-    """Fetches the pages at once, many at a time; an error of the disk is an error here, where a
-    later touch of the page would be a signal."""
-    start = memory.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    size = memory.data_ptr() + memory.nbytes - start
-    madvise = ctypes.CDLL(None, use_errno=True).madvise  # releases the GIL; mmap.madvise does not
-    done = madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_POPULATE_READ)
-    if done == 0 or (code := ctypes.get_errno()) == errno.EINVAL:  # an older kernel
-        return
-    raise OSError("it has shrunk" if code == errno.EFAULT else os.strerror(code))
+def stream(
+    tensors: Sequence[LazyTensor],
+    consume: Callable[[LazyTensor, Tensor], None],
+    *,
+    transient: Callable[[LazyTensor], bool],
+) -> None:
+    """Call `consume` with every tensor, in the order given, in this thread.
+
+    Others are loaded meanwhile: at most `READERS` of them, and only while all that is loaded and
+    not consumed, this one included, is no larger than the largest tensor. Tensors that are
+    `transient` (what `consume` keeps of them is other memory) are pages of their file.
+    """
+    budget = max((tensor.nbytes for tensor in tensors), default=0)
+    waiting = deque(tensors)
+    loading: deque[tuple[LazyTensor, Future[Tensor]]] = deque()
+    in_memory = 0
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            while waiting or loading:
+                while (
+                    waiting
+                    and len(loading) <= READERS
+                    and (not loading or in_memory + waiting[0].nbytes <= budget)
+                ):
+                    tensor = waiting.popleft()
+                    in_memory += tensor.nbytes
+                    mapped = tensor.map if tensor.mappable or transient(tensor) else None
+                    loading.append((tensor, pool.submit(mapped or tensor.load)))
+                tensor, future = loading.popleft()
+                consume(tensor, future.result())
+                del future
+                in_memory -= tensor.nbytes
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN or infinity, in a tensor of any floating dtype.
+
+    On CPUs by the bits: 0.19 s for 415 MB of bfloat16 on two busy cores, where `torch.aminmax`
+    takes 1.0 s and `torch.isfinite(...).all()` 9 s.
+    """
+    tensor = tensor.detach()
+    if tensor.numel() == 0:
+        return True
+    if not tensor.is_cpu or tensor.dtype not in _BITS:
+        return bool(torch.stack(tensor.aminmax()).isfinite().all())
+    dtype, infinity = _BITS[tensor.dtype]
+    bits = tensor.view(dtype).numpy()
+    unsigned = bits.view(f"u{bits.dtype}")  # in which negative numbers are the larger ones
+    sign = 1 << (8 * bits.dtype.itemsize - 1)
+    return int(bits.max()) < infinity and int(unsigned.max()) < sign + infinity
 
 
 # ---- out ----------------------------------------------------------------------------------------
@@ -244,26 +297,24 @@ def write_shards(
 ) -> None:
     """Write `STEM.safetensors`, or shards with an index; one tensor is in memory at a time."""
     shards: list[list[LazyTensor]] = [[]]
-    size = 0
+    size = total = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
         size += tensor.nbytes
+        total += tensor.nbytes
+    if len(shards) == 1:
+        write_file(shards[0], directory / f"{stem}.safetensors")
+        return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        file = f"{stem}.safetensors"
-        if len(shards) > 1:
-            file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         write_file(shard, directory / file)
-        weight_map.update({tensor.name: file for tensor in shard})
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / f"{stem}.safetensors.index.json").write_text(
-            json.dumps(index, indent=2) + "\n"
-        )
+        weight_map |= {tensor.name: file for tensor in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -277,28 +328,18 @@ def write_file(tensors: Iterable[LazyTensor], file: Path) -> None:
     """One safetensors file, each tensor loaded when its turn comes and dropped when written."""
     # the widest first, so that every tensor begins at a multiple of its element size
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header = _header([(t.name, t.dtype, t.shape) for t in ordered], {"format": "pt"})
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        described = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        header[tensor.name] = described | {"data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # data begin at a cache line, for those who map the file
     with file.open("wb") as handle:
-        handle.write(header)
+        handle.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
             plain = tensor.load()
             assert (plain.shape, plain.dtype) == (tensor.shape, tensor.dtype), tensor.name
             handle.write(tensor_bytes(plain))
             del plain  # before the next is loaded
-
-
-def _header(
-    tensors: Sequence[tuple[str, torch.dtype, torch.Size]], metadata: Mapping[str, str]
-) -> bytes:
-    """Length and JSON for tensors that follow in this order; the data begin 64-byte aligned, as a
-    cache line, for those who map the file."""
-    content: dict[str, Any] = {"__metadata__": dict(metadata)}
-    position = 0
-    for name, dtype, shape in tensors:
-        end = position + shape.numel() * dtype.itemsize
-        offsets = [position, end]
-        content[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
-        position = end
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    return len(text).to_bytes(8, "little") + text

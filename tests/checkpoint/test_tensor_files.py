@@ -21,11 +21,13 @@ from test_native_nf4 import PLAN
 from torch import Tensor
 
 from qlora_builders.checkpoint import load_checkpoint, save_checkpoint, stored_plan, tensor_files
-from qlora_builders.checkpoint.placing import READERS, is_finite, stream
 from qlora_builders.checkpoint.tensor_files import (
+    READERS,
     LazyTensor,
     find_tensors,
+    is_finite,
     open_tensors,
+    stream,
     write_shards,
     write_tensors,
 )

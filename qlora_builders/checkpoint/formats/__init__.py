@@ -1,4 +1,4 @@
-"""The formats of base weights, a file and a row each, and what a directory holds.
+"""The formats of base weights, a row each, and what a directory holds.
 
 Every row gives Hugging Face names; what is behind a name is read when it is loaded.
 """
@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from qlora_builders.checkpoint.formats.base import CONFIG_FILE, CheckpointFormat
-from qlora_builders.checkpoint.formats.bnb_4bit import BNB_4BIT
-from qlora_builders.checkpoint.formats.hf import HF, read_config
+from qlora_builders.checkpoint.formats.hf import CONFIG_FILE, HF, CheckpointFormat, read_config
 from qlora_builders.checkpoint.formats.meta import META
-from qlora_builders.checkpoint.formats.native import NATIVE, NF4
+from qlora_builders.checkpoint.formats.quantized import BNB_4BIT, NATIVE, NF4
 from qlora_builders.checkpoint.tensor_files import LazyTensor
 from qlora_builders.errors import CheckpointError, did_you_mean
 from qlora_builders.models import ComponentRule, LlamaArch, slot_name

@@ -1,4 +1,4 @@
-"""Hugging Face directories, and a config.json <-> `LlamaArch`.
+"""What a checkpoint format is, and the first of them: Hugging Face's, config.json <-> `LlamaArch`.
 
 A table of `Key`s says what each key of a checkpoint's JSON file may hold, and one reader reads all.
 Files of checkpoints come from anywhere: what is of another type, or beyond any model there could
@@ -8,20 +8,55 @@ be, is refused by name before anything is built by it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from qlora_builders.checkpoint.formats.base import CONFIG_FILE, CheckpointFormat
-from qlora_builders.checkpoint.tensor_files import open_tensors
+from qlora_builders.checkpoint.tensor_files import STEM, LazyTensor, open_tensors
 from qlora_builders.errors import CheckpointError, QLoRAError
 from qlora_builders.files.reading import read_json_object
 from qlora_builders.models import FAMILIES, LlamaArch, RopeScaling, family_config
 
+CONFIG_FILE = "config.json"
 REQUIRED: Any = object()
+_Quantization = Callable[[Sequence[Any], Sequence[str], torch.dtype], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFormat:
+    """A row of `formats.FORMATS`.
+
+    Attributes:
+        arch, tensors: of a directory; tensors have Hugging Face names, and are read when loaded.
+        marker: a file that tells such a directory.
+        quant_method: config.json's, where several formats have that file; None: not quantized.
+        check: raises CheckpointError for a quantization_config of that method which cannot be read.
+        is_written: `save_checkpoint` writes it.
+        pack: a quantized weight as the tensors that the files hold of it, by what they add to its
+            name; without it such weights are written plain.
+        types: of quantized weights that it can hold; None: all.
+        quantization: (weights, names of plain linears, their dtype) -> quantization_config.
+        stem: of the weight files' names.
+    """
+
+    name: str
+    arch: Callable[[Path], LlamaArch]
+    tensors: Callable[[Path], dict[str, LazyTensor]]
+    marker: str = CONFIG_FILE
+    quant_method: str | None = None
+    check: Callable[[dict[str, Any], Path], None] = lambda config, source: None
+    is_written: bool = True
+    pack: Callable[[Any], dict[str, Tensor]] | None = None
+    types: tuple[str, ...] | None = None
+    quantization: _Quantization | None = None
+    stem: str = STEM
+
+
+# ---- a checkpoint's JSON -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,28 +116,49 @@ def read_keys(keys: Mapping[str, Key], content: Mapping[str, Any], source: str) 
     Raises:
         CheckpointError: naming the first key that is missing or holds something else.
     """
+    values = {}
     missing = sorted(k for k, key in keys.items() if key.default is REQUIRED and k not in content)
     if missing:
         raise CheckpointError(f"{source}: missing keys: {', '.join(missing)}")
-    return {key.field: _read(name, key, content, source) for name, key in keys.items()}
+    for name, key in keys.items():
+        value = content.get(name, key.default)
+        if name not in content or (value is None and key.null):
+            value = key.default
+        elif not key.holds(value):
+            raise CheckpointError(f"{source}: {name} is {value!r}; expected {key.allowed}")
+        elif key.kind is float:
+            value = float(value)
+        elif key.kind is list:
+            value = tuple(map(float, value))
+        values[key.field] = value
+    return values
 
 
-def _read(name: str, key: Key, content: Mapping[str, Any], source: str) -> Any:
-    value = content.get(name, key.default)
-    if name not in content or (value is None and key.null):
-        return key.default
-    if not key.holds(value):
-        raise CheckpointError(f"{source}: {name} is {value!r}; expected {key.allowed}")
-    if key.kind is list:
-        return tuple(map(float, value))
-    return float(value) if key.kind is float else value
+def make_arch(keys: Mapping[str, Key], values: dict[str, Any], source: str) -> LlamaArch:
+    """With what a file need not say: the number of key-value heads, and how large a head is.
 
-
-def in_words_of(keys: Mapping[str, Key], message: object) -> str:
-    """A message about fields, with the names that the file has for them."""
+    Raises:
+        CheckpointError: for fields that do not fit each other, by the names that the file has.
+    """
     names = {key.field: name for name, key in keys.items()}
-    return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(message))
+    num_heads, hidden_size = values["num_heads"], values["hidden_size"]
+    if values["num_kv_heads"] is None:
+        values["num_kv_heads"] = num_heads
+    if values["head_dim"] is None:
+        if hidden_size % num_heads:
+            raise CheckpointError(
+                f"{source}: {names['hidden_size']} is {hidden_size} and {names['num_heads']} "
+                f"{num_heads}; without head_dim the first must be a multiple of the second"
+            )
+        values["head_dim"] = hidden_size // num_heads
+    try:
+        return LlamaArch(**values)
+    except QLoRAError as error:
+        message = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(error))
+        raise CheckpointError(f"{source}: {message}") from error
 
+
+# ---- config.json ---------------------------------------------------------------------------------
 
 THETA = Key(field="rope_theta", kind=float, default=10_000.0, above=0, high=1e30)
 # key -> what it may hold; defaults, and where null stands for one, are transformers' of LlamaConfig
@@ -199,18 +255,10 @@ def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> 
     except QLoRAError as error:
         raise CheckpointError(f"{source}: {error}") from error
     values = read_keys(KEYS, config, source)
-    if values["num_kv_heads"] is None:
-        values["num_kv_heads"] = values["num_heads"]
-    if values["head_dim"] is None:
-        names = ("hidden_size", "num_attention_heads")
-        hidden_size, num_heads = values["hidden_size"], values["num_heads"]
-        values["head_dim"] = head_dim_of(hidden_size, num_heads, names=names, source=source)
     values["rope_theta"], values["rope_scaling"] = _rope(config, source)
     values |= _of_family(config, values["num_layers"], source)
-    try:
-        return LlamaArch(**values, model_type=config.get("model_type", "llama"))
-    except QLoRAError as error:
-        raise CheckpointError(f"{source}: {in_words_of(KEYS, error)}") from error
+    values["model_type"] = config.get("model_type", "llama")
+    return make_arch(KEYS, values, source)
 
 
 def _of_family(config: dict[str, Any], num_layers: int, source: str) -> dict[str, Any]:
@@ -252,22 +300,16 @@ def _nope_layers(config: dict[str, Any], num_layers: int, source: str) -> tuple[
         name = "no_rope_layer_interval"
         every = read_keys({name: key}, config, source)["interval"]
         return tuple(range(every - 1, num_layers, every))
-    if not isinstance(flags, list) or len(flags) < num_layers or not {*flags} <= {0, 1}:
+    if (
+        not isinstance(flags, list)
+        or len(flags) < num_layers
+        or any(f not in (0, 1) for f in flags)
+    ):
         raise CheckpointError(
             f"{source}: no_rope_layers is {flags!r:.200}; expected a list of {num_layers}, each "
             "of them 1 for a layer with RoPE or 0"
         )
     return tuple(index for index, rope in enumerate(flags[:num_layers]) if not rope)
-
-
-def head_dim_of(hidden_size: int, num_heads: int, *, names: tuple[str, str], source: str) -> int:
-    """Where a file does not say it; `names` are the file's of the two numbers."""
-    if hidden_size % num_heads:
-        raise CheckpointError(
-            f"{source}: {names[0]} is {hidden_size} and {names[1]} {num_heads}; without head_dim "
-            "the first must be a multiple of the second"
-        )
-    return hidden_size // num_heads
 
 
 def _rope(config: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:

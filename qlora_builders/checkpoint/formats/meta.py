@@ -22,30 +22,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_builders.checkpoint.formats.base import CheckpointFormat
 from qlora_builders.checkpoint.formats.hf import KEYS as HF_KEYS
-from qlora_builders.checkpoint.formats.hf import REQUIRED, Key, head_dim_of, in_words_of, read_keys
+from qlora_builders.checkpoint.formats.hf import (
+    REQUIRED,
+    CheckpointFormat,
+    Key,
+    make_arch,
+    read_keys,
+)
 from qlora_builders.checkpoint.tensor_files import LazyTensor
-from qlora_builders.errors import CheckpointError, QLoRAError, listed
+from qlora_builders.errors import CheckpointError, listed
 from qlora_builders.files.reading import open_plain, read_json_object
 from qlora_builders.models import LLAMA_ARCHS, LlamaArch, RopeScaling
 
 _PARAMS_FILE = "params.json"
-_TOP_NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-}
-_LAYER_NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
+# name -> Hugging Face's, and the axis along which the files share it; None: all hold it whole
+_NAMES = {
+    "tok_embeddings": ("model.embed_tokens", 0),  # or 1
+    "norm": ("model.norm", None),
+    "output": ("lm_head", 0),
+    "layers.*.attention.wq": ("model.layers.*.self_attn.q_proj", 0),
+    "layers.*.attention.wk": ("model.layers.*.self_attn.k_proj", 0),
+    "layers.*.attention.wv": ("model.layers.*.self_attn.v_proj", 0),
+    "layers.*.attention.wo": ("model.layers.*.self_attn.o_proj", 1),
+    "layers.*.feed_forward.w1": ("model.layers.*.mlp.gate_proj", 0),
+    "layers.*.feed_forward.w2": ("model.layers.*.mlp.down_proj", 1),
+    "layers.*.feed_forward.w3": ("model.layers.*.mlp.up_proj", 0),
+    "layers.*.attention_norm": ("model.layers.*.input_layernorm", None),
+    "layers.*.ffn_norm": ("model.layers.*.post_attention_layernorm", None),
 }
 KEYS = {
     "dim": HF_KEYS["hidden_size"],
@@ -57,50 +61,38 @@ KEYS = {
     "rope_theta": HF_KEYS["rope_theta"],
     "use_scaled_rope": Key(field="scaled", kind=bool, default=False, null=True),
 }
-_ROW_SPLIT = ("wq", "wk", "wv", "w1", "w3", "output")
-_COLUMN_SPLIT = ("wo", "w2")
-_MATRICES = (*_ROW_SPLIT, *_COLUMN_SPLIT, "tok_embeddings")
-
-
-def _read_arch(directory: Path) -> LlamaArch:
-    """
-    Raises:
-        CheckpointError: if a file is missing or unreadable, or says something unsupported.
-    """
-    return _arch(_params(directory), _shapes(directory), directory / _PARAMS_FILE)
+# file name -> tensor name -> shape and dtype
+_Shapes = dict[str, dict[str, tuple[torch.Size, torch.dtype]]]
 
 
 def _read(directory: Path) -> dict[str, LazyTensor]:
     """Hugging Face name -> lazy tensor.
 
     Raises:
-        CheckpointError: as `_read_arch`, or for tensors that the files do not all hold, or
-            whose slices do not make up a whole.
+        CheckpointError: for files that cannot be read or say something unsupported, tensors that
+            they do not all hold, or whose slices do not make up a whole.
     """
-    params = _params(directory)
-    shapes = _shapes(directory)
-    arch = _arch(params, shapes, directory / _PARAMS_FILE)
-    heads = {"wq": arch.num_heads, "wk": arch.num_kv_heads}
+    arch, shapes = _described(directory)
     files = list(shapes)
+    source = directory / files[0]
     found = {}
     for name, (shape, dtype) in shapes[files[0]].items():
         if name == "rope.freqs":
             continue
-        part = name.removesuffix(".weight").rpartition(".")[2]
-        if part in _MATRICES and len(shape) != 2:
-            raise CheckpointError(
-                f"{directory / files[0]}: {name} has shape {list(shape)}; expected a matrix"
-            )
+        key, axis = _renamed(name)
+        if axis is not None and len(shape) != 2:
+            raise CheckpointError(f"{source}: {name} has shape {list(shape)}; expected a matrix")
         slices = [shapes[file].get(name, (None, None))[0] for file in files]
         if any(other != shape for other in slices):
             raise CheckpointError(f"{directory}: {name} has shapes {slices} in {listed(files)}")
-        axis = _split_axis(part, shape, arch.hidden_size)
+        if key == "model.embed_tokens.weight" and shape[1] != arch.hidden_size:
+            axis = 1
         whole = list(shape)
         if axis is not None:
             whole[axis] *= len(files)
-        load = partial(_load, directory, files, name, axis, heads.get(part))
-        key = _hf_name(name)
-        source = directory / files[0]
+        part = key.removesuffix(".weight").rpartition(".")[2]
+        heads = {"q_proj": arch.num_heads, "k_proj": arch.num_kv_heads}.get(part)
+        load = partial(_load, [directory / file for file in files], name, axis, heads)
         found[key] = LazyTensor(key, torch.Size(whole), dtype, load, source)
     extra = sorted({name for held in shapes.values() for name in held} - set(shapes[files[0]]))
     if extra:
@@ -108,64 +100,26 @@ def _read(directory: Path) -> dict[str, LazyTensor]:
     return found
 
 
-def _hf_name(name: str) -> str:
-    """A name that is not known stays, so that loading reports it."""
-    layer = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
-    if layer is not None and layer[2] in _LAYER_NAMES:
-        return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.weight"
-    top = name.removesuffix(".weight")
-    return f"{_TOP_NAMES[top]}.weight" if top in _TOP_NAMES else name
+def _renamed(name: str) -> tuple[str, int | None]:
+    """And its axis. A name that is not known stays, so that loading reports it."""
+    layer = re.match(r"layers\.(\d+)\.", name)
+    index = layer[1] if layer else "*"
+    general = name.removesuffix(".weight").replace(f"layers.{index}.", "layers.*.", 1)
+    if general == name or general not in _NAMES:
+        return name, None
+    theirs, axis = _NAMES[general]
+    return theirs.replace("*", index) + ".weight", axis
 
 
-def _split_axis(part: str, shape: torch.Size, hidden_size: int) -> int | None:
-    """None for what every file holds in full."""
-    if part in _COLUMN_SPLIT:
-        return 1
-    if part == "tok_embeddings":
-        return 0 if shape[-1] == hidden_size else 1
-    return 0 if part in _ROW_SPLIT else None
-
-
-def _load(
-    directory: Path, files: Sequence[str], name: str, axis: int | None, heads: int | None
-) -> Tensor:
-    used = files if axis is not None else files[:1]
-    slices = [_open(directory / file)[name] for file in used]
-    whole = slices[0].clone() if axis is None else torch.cat(slices, dim=axis)
-    return whole if heads is None else _half_split(whole, heads)
-
-
-def _half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head from x0 y0 x1 y1 ... to x0 x1 ... y0 y1 ...; [heads * head_dim, in]."""
-    pairs = weight.view(heads, -1, 2, weight.shape[1])
-    return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-# ---- files --------------------------------------------------------------------------------------
-
-
-def _params(directory: Path) -> dict[str, Any]:
-    file = directory / _PARAMS_FILE
-    params = read_json_object(file, expected="a directory in Meta's layout")
-    params = params.get("model", params)
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{file}: model is {params!r}; expected an object")
-    return params
-
-
-def _shapes(directory: Path) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
-    """File name -> tensor name -> shape and dtype."""
-    files = sorted(file.name for file in directory.glob("consolidated.*.pth"))
-    wanted = [f"consolidated.{index:02d}.pth" for index in range(len(files))]
-    if not files or files != wanted:
-        raise CheckpointError(
-            f"{directory}: expected consolidated.00.pth, consolidated.01.pth, ...; "
-            f"found {listed(files)}"
-        )
-    return {
-        file: {name: (t.shape, t.dtype) for name, t in _open(directory / file).items()}
-        for file in files
-    }
+def _load(files: Sequence[Path], name: str, axis: int | None, heads: int | None) -> Tensor:
+    if axis is None:
+        return _open(files[0])[name].clone()
+    whole = torch.cat([_open(file)[name] for file in files], dim=axis)
+    if heads is None:
+        return whole
+    # rows of each head from x0 y0 x1 y1 ... to x0 x1 ... y0 y1 ...; [heads * head_dim, in]
+    pairs = whole.view(heads, -1, 2, whole.shape[1])
+    return pairs.transpose(1, 2).reshape(whole.shape)
 
 
 def _open(file: Path) -> dict[str, Tensor]:
@@ -183,54 +137,51 @@ def _open(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-# ---- architecture -------------------------------------------------------------------------------
-
-
-def _arch(
-    params: dict[str, Any],
-    shapes: dict[str, dict[str, tuple[torch.Size, torch.dtype]]],
-    file: Path,
-) -> LlamaArch:
+def _described(directory: Path) -> tuple[LlamaArch, _Shapes]:
+    file = directory / _PARAMS_FILE
+    params: Any = read_json_object(file, expected="a directory in Meta's layout")
+    params = params.get("model", params)
+    if not isinstance(params, dict):
+        raise CheckpointError(f"{file}: model is {params!r}; expected an object")
+    files = sorted(file.name for file in directory.glob("consolidated.*.pth"))
+    if not files or files != [f"consolidated.{index:02d}.pth" for index in range(len(files))]:
+        raise CheckpointError(
+            f"{directory}: expected consolidated.00.pth, consolidated.01.pth, ...; "
+            f"found {listed(files)}"
+        )
+    shapes = {
+        name: {key: (t.shape, t.dtype) for key, t in _open(directory / name).items()}
+        for name in files
+    }
     if params.get("moe") or params.get("quantization_args") or params.get("lora_args"):
         raise CheckpointError(f"{file}: mixture-of-experts and quantized models are not supported")
-    first_file, first = next(iter(shapes.items()))
-    sizes = {}
-    for name in ("layers.0.feed_forward.w1.weight", "output.weight"):
-        if name not in first or len(first[name][0]) != 2:
-            raise CheckpointError(f"{file.parent / first_file}: no matrix {name}")
-        sizes[name] = first[name][0][0] * len(shapes)
     values = read_keys(KEYS, params, str(file))
-    scaled, heads, dim = values.pop("scaled"), values["num_heads"], values["hidden_size"]
-    if values["num_kv_heads"] is None:
-        values["num_kv_heads"] = heads
-    if values["head_dim"] is None:
-        values["head_dim"] = head_dim_of(dim, heads, names=("dim", "n_heads"), source=str(file))
-    try:
-        arch = LlamaArch(
-            vocab_size=sizes["output.weight"],
-            intermediate_size=sizes["layers.0.feed_forward.w1.weight"],
-            max_position_embeddings=4096,
-            **values,
-        )
-    except QLoRAError as error:
-        raise CheckpointError(f"{file}: {in_words_of(KEYS, error)}") from error
-    if arch.num_kv_heads % len(shapes):
+    first = shapes[files[0]]
+    for name, field in (
+        ("layers.0.feed_forward.w1.weight", "intermediate_size"),
+        ("output.weight", "vocab_size"),
+    ):
+        if name not in first or len(first[name][0]) != 2:
+            raise CheckpointError(f"{directory / files[0]}: no matrix {name}")
+        values[field] = first[name][0][0] * len(files)
+    scaled = values.pop("scaled")
+    arch = make_arch(KEYS, values | {"max_position_embeddings": 4096}, str(file))
+    if arch.num_kv_heads % len(files):
         raise CheckpointError(
-            f"{file.parent}: {arch.num_kv_heads} key-value heads in {len(shapes)} files; "
+            f"{directory}: {arch.num_kv_heads} key-value heads in {len(files)} files; "
             "take the release with fewer files, or the Hugging Face one"
         )
-    return _with_positions(arch, scaled=scaled)
+    return _with_positions(arch, scaled=scaled), shapes
 
 
 def _with_positions(arch: LlamaArch, *, scaled: bool) -> LlamaArch:
-    def sizes(other: LlamaArch) -> tuple:
-        return (
-            other.vocab_size, other.hidden_size, other.intermediate_size, other.num_layers,
-            other.num_heads, other.num_kv_heads, other.rope_theta,
-        )  # fmt: skip
-
+    sizes = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+        "num_kv_heads", "rope_theta",
+    )  # fmt: skip
     for row in LLAMA_ARCHS.values():
-        if sizes(row) == sizes(arch) and scaled == (row.rope_scaling is not None):
+        same = all(getattr(row, size) == getattr(arch, size) for size in sizes)
+        if same and scaled == (row.rope_scaling is not None):
             return replace(row, norm_eps=arch.norm_eps)
     if scaled:
         scaling = RopeScaling(rope_type="llama3", factor=8.0)
@@ -239,5 +190,9 @@ def _with_positions(arch: LlamaArch, *, scaled: bool) -> LlamaArch:
 
 
 META = CheckpointFormat(
-    name="meta", arch=_read_arch, tensors=_read, marker=_PARAMS_FILE, is_written=False
+    name="meta",
+    arch=lambda directory: _described(directory)[0],
+    tensors=_read,
+    marker=_PARAMS_FILE,
+    is_written=False,
 )

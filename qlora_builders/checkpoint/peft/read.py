@@ -38,8 +38,12 @@ from qlora_builders.checkpoint.peft.write import (
     adapters_of,
     trained_parameters,
 )
-from qlora_builders.checkpoint.placing import is_finite
-from qlora_builders.checkpoint.tensor_files import LazyTensor, open_tensors, read_header
+from qlora_builders.checkpoint.tensor_files import (
+    LazyTensor,
+    is_finite,
+    open_tensors,
+    read_header,
+)
 from qlora_builders.errors import CheckpointError, did_you_mean, listed
 from qlora_builders.models import ComponentRule, hf_name, linear_slots, slot_name
 from qlora_builders.modules import CausalLM, LoRALinear, TokenEmbedding
