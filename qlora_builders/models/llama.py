@@ -89,8 +89,7 @@ def llama(
     plan = resolve(rules, linear_slots(arch))
     tokens = _resolve_tokens(train, arch, plan)
     trained = set(_resolve_train([p for p in train if token_ids(p) is None], arch))
-    if arch.tie_word_embeddings:
-        _check_tied_head(plan["lm_head"], embedding_trains="embed_tokens" in trained)
+    _check_tied_head(arch, plan["lm_head"], embedding_trains="embed_tokens" in trained)
 
     def linear(name: str, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
         options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
@@ -272,8 +271,10 @@ def _resolve_tokens(
     return tokens
 
 
-def _check_tied_head(rule: ComponentRule, *, embedding_trains: bool) -> None:
+def _check_tied_head(arch: LlamaArch, rule: ComponentRule, *, embedding_trains: bool) -> None:
     """The head of a model with tied embeddings can only be what the embedding is too."""
+    if not arch.tie_word_embeddings:
+        return
     shared = f"rule {rule.match!r}: lm_head shares the embedding's weight in this model"
     if rule.base != "none":
         raise PlanError(f"{shared} and cannot be quantized; use kind 'lora' or 'linear' for it")
