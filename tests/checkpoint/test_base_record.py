@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shared import Build, Checkpoints, Logits, Randomize, edit_json
+from shared import Build, Checkpoints, checkpoints, edit_json, logits, randomize_adapters
 from torch import Tensor, nn
 
 from qlora_builders.checkpoint import (
@@ -36,7 +36,7 @@ WAIVER = r"adapter\.allow_base_mismatch=true \(allow_base_mismatch=True in Pytho
 
 
 @pytest.fixture
-def build(checkpoints: Checkpoints) -> Callable[..., CausalLM]:
+def build() -> Callable[..., CausalLM]:
     def model(plan: list = PLAN, dtype: torch.dtype = torch.float32) -> CausalLM:
         return load_checkpoint(checkpoints(), plan, dtype=dtype)
 
@@ -44,7 +44,7 @@ def build(checkpoints: Checkpoints) -> Callable[..., CausalLM]:
 
 
 @pytest.fixture
-def adapter(build: Build, randomize_adapters: Randomize, tmp_path: Path) -> Path:
+def adapter(build: Build, tmp_path: Path) -> Path:
     model = build()
     randomize_adapters(model)
     save_adapter(model, tmp_path / "adapter")
@@ -111,7 +111,7 @@ def test_a_change_between_the_sampled_bytes_goes_unseen() -> None:
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied"])
-def test_single_and_sharded_files_are_the_same_base(checkpoints: Checkpoints, variant: str) -> None:
+def test_single_and_sharded_files_are_the_same_base(variant: str) -> None:
     tied = variant == "tied"
     single, sharded = checkpoints(variant), checkpoints(variant, sharded=True)
     assert stored_hash(single, tied=tied) == stored_hash(sharded, tied=tied)
@@ -129,7 +129,7 @@ def test_a_stored_copy_of_a_tied_head_does_not_count(own_copy: Checkpoints) -> N
     assert load_checkpoint(path).spec.base.content_hash == before
 
 
-def test_a_quantized_copy_is_another_content(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_a_quantized_copy_is_another_content(tmp_path: Path) -> None:
     """But the same NF4 weights in our layout and in bitsandbytes' are the same."""
     rule = {"match": "layers.**", "kind": "frozen_nf4", "scale_format": "bnb"}
     hashes = [stored_hash(checkpoints())]
@@ -146,7 +146,7 @@ def test_a_quantized_copy_is_another_content(checkpoints: Checkpoints, tmp_path:
 # ---- the record ---------------------------------------------------------------------------------
 
 
-def test_record(adapter: Path, checkpoints: Checkpoints) -> None:
+def test_record(adapter: Path) -> None:
     record = json.loads((adapter / "qlora_base.json").read_text())
     assert record["checkpoint"] == {
         "format": "hf",
@@ -206,7 +206,7 @@ def test_a_record_that_cannot_be_understood(
 
 
 def test_a_plan_that_is_not_that_of_the_weights(
-    checkpoints: Checkpoints, adapter: Path, monkeypatch: pytest.MonkeyPatch
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found out before the base is loaded, or a rank from a damaged file allocated."""
     edit_json(adapter / "qlora_base.json", {"components": [PLAN[0], PLAN[1] | {"rank": 10**12}]})
@@ -221,7 +221,7 @@ def test_a_plan_that_is_not_that_of_the_weights(
 # ---- another base -------------------------------------------------------------------------------
 
 
-def test_other_weights(adapter: Path, own_copy: Checkpoints, logits: Logits) -> None:
+def test_other_weights(adapter: Path, own_copy: Checkpoints) -> None:
     """A fine-tuned sibling: every name and shape fits."""
     path = own_copy()
     file = path / "model.safetensors"
@@ -298,7 +298,7 @@ def test_a_record_without_the_config_is_readable(adapter: Path, own_copy: Checkp
     load_with_adapter(path, adapter)
 
 
-def test_what_the_caller_names_is_not_compared(checkpoints: Checkpoints, adapter: Path) -> None:
+def test_what_the_caller_names_is_not_compared(adapter: Path) -> None:
     load_with_adapter(checkpoints(), adapter, quantize="none", dtype=torch.bfloat16)
     with pytest.raises(CheckpointError, match=OTHER):
         load_with_adapter(checkpoints(dtype=torch.bfloat16), adapter, quantize="none")

@@ -12,7 +12,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shared import SIZES, Logits, assert_same_files, edit_json
+from shared import SIZES, assert_same_files, edit_json, logits
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -222,12 +222,7 @@ PLANS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_loads_ours_and_gives_our_logits(
-    plain: Callable[[bool], Path],
-    logits: Logits,
-    tmp_path: Path,
-    plan: str,
-    dtype: torch.dtype,
-    tied: bool,
+    plain: Callable[[bool], Path], tmp_path: Path, plan: str, dtype: torch.dtype, tied: bool
 ) -> None:
     ours = load_checkpoint(plain(tied), PLANS[plan], dtype=dtype)
     save_checkpoint(ours, tmp_path / "ours", format="bnb-4bit", companions=plain(tied))

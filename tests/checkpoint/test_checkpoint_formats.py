@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from shared import Checkpoints
+from shared import checkpoints
 
 from qlora_builders.checkpoint import (
     load_checkpoint,
@@ -21,9 +21,7 @@ NF4 = [{"match": "layers.**", "kind": "frozen_nf4"}]
 
 
 @pytest.fixture(scope="module")
-def directories(
-    checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same model in each format that we write."""
     path = tmp_path_factory.mktemp("formats")
     model = load_checkpoint(checkpoints(), NF4)

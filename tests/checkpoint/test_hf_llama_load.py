@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared import Checkpoints, Logits, Reference, edit_json, edit_tensors
+from shared import Checkpoints, checkpoints, edit_json, edit_tensors, logits, reference
 from torch import Tensor
 
 from qlora_builders.checkpoint import load_checkpoint, read_arch
@@ -34,9 +34,7 @@ def stored_tensors(path: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("variant", ["gqa", "tied", "biased", "linear_rope"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_plain_logits_equal_transformers(
-    checkpoints: Checkpoints, reference: Reference, logits: Logits, variant: str, sharded: bool
-) -> None:
+def test_plain_logits_equal_transformers(variant: str, sharded: bool) -> None:
     path = checkpoints(variant, sharded=sharded)
     assert (len(list(path.glob("*.safetensors"))) > 2) == sharded
     model = load_checkpoint(path, dtype=torch.float32)
@@ -45,7 +43,7 @@ def test_plain_logits_equal_transformers(
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes(checkpoints: Checkpoints, stored: torch.dtype, dtype: torch.dtype) -> None:
+def test_dtypes(stored: torch.dtype, dtype: torch.dtype) -> None:
     """Each tensor is the stored one, cast once or quantized from that."""
     path = checkpoints("biased", stored, sharded=True)
     model = load_checkpoint(path, [QLORA], train=["norm"], dtype=dtype)
@@ -71,7 +69,7 @@ def test_dtypes(checkpoints: Checkpoints, stored: torch.dtype, dtype: torch.dtyp
     assert checked == len(expected)
 
 
-def test_plan_and_adapters(checkpoints: Checkpoints) -> None:
+def test_plan_and_adapters() -> None:
     model = load_checkpoint(checkpoints(), [QLORA])
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     assert len(layers) == 14
@@ -89,7 +87,7 @@ def test_plan_and_adapters(checkpoints: Checkpoints) -> None:
     assert layer.bias is not None
 
 
-def test_adapter_init_is_seeded(checkpoints: Checkpoints) -> None:
+def test_adapter_init_is_seeded() -> None:
     path = checkpoints()  # writing it draws random numbers too
     weights = []
     for seed in (1, 1, 2):
@@ -112,7 +110,7 @@ def test_weights_do_not_depend_on_the_file(own_copy: Checkpoints) -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_loading_does_not_import_the_compiler(checkpoints: Checkpoints) -> None:
+def test_loading_does_not_import_the_compiler() -> None:
     """It would take longer, and more memory, than a small model."""
     code = """
         import sys
@@ -127,13 +125,13 @@ def test_loading_does_not_import_the_compiler(checkpoints: Checkpoints) -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_arch_overrides_the_config(checkpoints: Checkpoints) -> None:
+def test_arch_overrides_the_config() -> None:
     path = checkpoints()
     arch = replace(read_arch(path), rope_theta=1e6)
     assert load_checkpoint(path, arch=arch).spec.arch == arch
 
 
-def test_tied_head(checkpoints: Checkpoints, own_copy: Checkpoints) -> None:
+def test_tied_head(own_copy: Checkpoints) -> None:
     file = own_copy("tied") / "model.safetensors"
     embedding = load_file(file)["model.embed_tokens.weight"]
     path = edit_tensors(file, {"lm_head.weight": embedding.clone()})  # some writers store it twice
@@ -247,6 +245,6 @@ def test_missing_shard(own_copy: Checkpoints) -> None:
         load_checkpoint(path)
 
 
-def test_plan_that_does_not_fit(checkpoints: Checkpoints) -> None:
+def test_plan_that_does_not_fit() -> None:
     with pytest.raises(PlanError, match="the layers are 0 to 1"):
         load_checkpoint(checkpoints(), [QLORA | {"match": "layers.2.**"}])

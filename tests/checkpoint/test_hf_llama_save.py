@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared import Checkpoints, Logits, Reference, assert_same_files
+from shared import assert_same_files, checkpoints, logits, reference
 
 from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint, tensor_files
 from qlora_builders.errors import CheckpointError
@@ -21,13 +21,7 @@ NF4 = [{"match": "layers.**", "kind": "frozen_nf4"}]
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 30_000])
 @pytest.mark.parametrize("with_companions", [False, True])
 def test_transformers_gives_our_logits(
-    checkpoints: Checkpoints,
-    reference: Reference,
-    logits: Logits,
-    tmp_path: Path,
-    variant: str,
-    max_shard_bytes: int,
-    with_companions: bool,
+    tmp_path: Path, variant: str, max_shard_bytes: int, with_companions: bool
 ) -> None:
     """Without companions config.json is ours alone."""
     source = checkpoints(variant)
@@ -40,18 +34,18 @@ def test_transformers_gives_our_logits(
     assert read_arch(out) == read_arch(source)
 
 
-def test_plain_round_trip_is_exact(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_plain_round_trip_is_exact(tmp_path: Path) -> None:
     source = checkpoints("biased", torch.bfloat16)
     save_checkpoint(load_checkpoint(source), tmp_path / "out")
     assert_same_files(source / "model.safetensors", tmp_path / "out/model.safetensors")
 
 
-def test_tied_head_is_written_once(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_tied_head_is_written_once(tmp_path: Path) -> None:
     save_checkpoint(load_checkpoint(checkpoints("tied")), tmp_path / "out")
     assert "lm_head.weight" not in load_file(tmp_path / "out/model.safetensors")
 
 
-def test_dtype(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_dtype(tmp_path: Path) -> None:
     model = load_checkpoint(checkpoints(), NF4, train=["norm"])
     save_checkpoint(model, tmp_path / "own")
     stored = load_file(tmp_path / "own/model.safetensors")
@@ -65,7 +59,7 @@ def test_dtype(checkpoints: Checkpoints, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "float16"
 
 
-def test_companions(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_companions(tmp_path: Path) -> None:
     source = checkpoints()
     save_checkpoint(load_checkpoint(source), tmp_path / "out", companions=source)
     names = {
@@ -80,9 +74,7 @@ def test_companions(checkpoints: Checkpoints, tmp_path: Path) -> None:
     assert "dtype" not in config  # the source's: it would contradict torch_dtype
 
 
-def test_config_is_the_models_and_not_the_companions(
-    checkpoints: Checkpoints, tmp_path: Path
-) -> None:
+def test_config_is_the_models_and_not_the_companions(tmp_path: Path) -> None:
     source = checkpoints("biased")
     arch = replace(read_arch(source), rope_theta=1e6, rope_scaling=None)
     model = load_checkpoint(source, arch=arch)
@@ -90,7 +82,7 @@ def test_config_is_the_models_and_not_the_companions(
     assert read_arch(tmp_path / "out") == arch
 
 
-def test_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_refused(tmp_path: Path) -> None:
     qlora = {"match": "layers.*.mlp.*", "kind": "qlora", "rank": 2, "alpha": 2}
     model = load_checkpoint(checkpoints(), [qlora])
     with pytest.raises(CheckpointError, match="has LoRA adapters; write them with save_adapter"):
@@ -104,7 +96,7 @@ def test_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_failure_while_writing_leaves_nothing(
-    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
 ) -> None:
     model = load_checkpoint(checkpoints())
     out = tmp_path / "out"
@@ -130,7 +122,7 @@ def test_failure_while_writing_leaves_nothing(
     assert list(tmp_path.iterdir()) == ([out] if existing else [])
 
 
-def test_existing_checkpoint_is_replaced(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_existing_checkpoint_is_replaced(tmp_path: Path) -> None:
     model = load_checkpoint(checkpoints())
     save_checkpoint(model, tmp_path / "out", max_shard_bytes=30_000)
     save_checkpoint(model, tmp_path / "out")

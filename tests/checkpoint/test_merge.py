@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from shared import QLORA, Build, Checkpoints, Logits, Reference, quiet_peft
+from shared import QLORA, Checkpoints, adapted, checkpoints, logits, quiet_peft, reference
 
 from qlora_builders.checkpoint import (
     load_checkpoint,
@@ -35,9 +35,7 @@ DORA = [rule | {"use_dora": True} if rule["kind"] != "frozen_nf4" else rule for 
 
 @pytest.mark.parametrize("plan", [QLORA, DORA])
 @pytest.mark.parametrize("variant", ["gqa", "biased", "tied"])
-def test_merged_model_computes_base_plus_adapter(
-    adapted: Build, checkpoints: Checkpoints, logits: Logits, variant: str, plan: list
-) -> None:
+def test_merged_model_computes_base_plus_adapter(variant: str, plan: list) -> None:
     model = adapted(variant, plan)
     before = logits(model)
     merged = merge_adapter(model)
@@ -52,13 +50,7 @@ def test_merged_model_computes_base_plus_adapter(
 @pytest.mark.parametrize("variant", ["gqa", "biased", "tied"])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 30_000])
 def test_transformers_loads_the_merged_directory(
-    adapted: Build,
-    checkpoints: Checkpoints,
-    reference: Reference,
-    logits: Logits,
-    tmp_path: Path,
-    variant: str,
-    max_shard_bytes: int,
+    tmp_path: Path, variant: str, max_shard_bytes: int
 ) -> None:
     model = adapted(variant, train=["norm"])
     with torch.no_grad():
@@ -74,14 +66,7 @@ def test_transformers_loads_the_merged_directory(
 
 
 @pytest.mark.parametrize("with_companions", [False, True])
-def test_tied_head_with_an_adapter_is_untied(
-    adapted: Build,
-    checkpoints: Checkpoints,
-    reference: Reference,
-    logits: Logits,
-    tmp_path: Path,
-    with_companions: bool,
-) -> None:
+def test_tied_head_with_an_adapter_is_untied(tmp_path: Path, with_companions: bool) -> None:
     """With companions too, though their config.json ties the weights."""
     model = adapted("tied", LORA_HEAD)
     merged = merge_adapter(model)
@@ -98,7 +83,7 @@ def test_tied_head_with_an_adapter_is_untied(
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_original_weights_as_base(adapted: Build, checkpoints: Checkpoints, sharded: bool) -> None:
+def test_original_weights_as_base(sharded: bool) -> None:
     source = checkpoints("gqa", sharded=sharded)
     model = adapted()
     originals = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
@@ -111,9 +96,7 @@ def test_original_weights_as_base(adapted: Build, checkpoints: Checkpoints, shar
 
 
 @quiet_peft
-def test_dora_onto_the_originals_is_peft_on_them(
-    adapted: Build, checkpoints: Checkpoints, reference: Reference, logits: Logits, tmp_path: Path
-) -> None:
+def test_dora_onto_the_originals_is_peft_on_them(tmp_path: Path) -> None:
     """Lengths are those that were trained, directions those of the originals and the update."""
     plan = [rule for rule in DORA if rule["kind"] != "frozen_nf4"]
     model = adapted("gqa", plan)
@@ -125,7 +108,7 @@ def test_dora_onto_the_originals_is_peft_on_them(
     assert report.logits.error > 0.01  # the originals are another base
 
 
-def test_merged_model_does_not_depend_on_the_file(adapted: Build, own_copy: Checkpoints) -> None:
+def test_merged_model_does_not_depend_on_the_file(own_copy: Checkpoints) -> None:
     path = own_copy()
     merged = merge_adapter(adapted(), base=path)
     before = {name: p.clone() for name, p in merged.named_parameters()}
@@ -135,9 +118,7 @@ def test_merged_model_does_not_depend_on_the_file(adapted: Build, own_copy: Chec
     assert all(torch.equal(p, before[name]) for name, p in merged.named_parameters())
 
 
-def test_trained_parameters_are_not_replaced_by_the_originals(
-    adapted: Build, checkpoints: Checkpoints
-) -> None:
+def test_trained_parameters_are_not_replaced_by_the_originals() -> None:
     rule = {"match": "layers.0.mlp.up_proj", "kind": "linear", "trainable": True}
     model = adapted("gqa", [*QLORA, rule], train=["norm"])
     with torch.no_grad():
@@ -148,16 +129,14 @@ def test_trained_parameters_are_not_replaced_by_the_originals(
     assert torch.equal(merged.get_parameter(UP), model.get_parameter(UP))
 
 
-def test_tied_head_with_an_adapter_onto_the_originals(
-    adapted: Build, checkpoints: Checkpoints, logits: Logits
-) -> None:
+def test_tied_head_with_an_adapter_onto_the_originals() -> None:
     """Nothing is quantized here, so the originals are the base exactly."""
     model = adapted("tied", LORA_HEAD)
     merged = merge_adapter(model, base=checkpoints("tied"))
     torch.testing.assert_close(logits(merged), logits(model), **CLOSE)
 
 
-def test_sum_is_rounded_once(adapted: Build, checkpoints: Checkpoints) -> None:
+def test_sum_is_rounded_once() -> None:
     """Of a float32 original, into bfloat16: as exact as bfloat16 can be."""
     source = checkpoints("gqa")
     model = adapted("gqa", QLORA, dtype=torch.bfloat16)
@@ -167,7 +146,7 @@ def test_sum_is_rounded_once(adapted: Build, checkpoints: Checkpoints) -> None:
     assert torch.equal(merged.get_parameter(DOWN), exact.bfloat16())
 
 
-def test_dtype(adapted: Build, tmp_path: Path) -> None:
+def test_dtype(tmp_path: Path) -> None:
     model = adapted("gqa", QLORA, dtype=torch.bfloat16)
     assert {p.dtype for p in merge_adapter(model).parameters()} == {torch.bfloat16}
     wide = merge_adapter(model, dtype=torch.float32)
@@ -191,14 +170,7 @@ def test_dtype(adapted: Build, tmp_path: Path) -> None:
     ],
 )
 def test_peft_merges_to_the_same_weights(
-    adapted: Build,
-    checkpoints: Checkpoints,
-    reference: Reference,
-    logits: Logits,
-    tmp_path: Path,
-    variant: str,
-    plan: list,
-    base: str,
+    tmp_path: Path, variant: str, plan: list, base: str
 ) -> None:
     model = adapted(variant, plan)
     save_adapter(model, tmp_path / "adapter")
@@ -223,9 +195,7 @@ def test_peft_merges_to_the_same_weights(
 
 
 @pytest.mark.parametrize("match", ["layers.*.self_attn.q_proj", "layers.1.mlp.down_proj"])
-def test_lora_bias_gives_a_llama_biases(
-    adapted: Build, reference: Reference, logits: Logits, tmp_path: Path, match: str
-) -> None:
+def test_lora_bias_gives_a_llama_biases(tmp_path: Path, match: str) -> None:
     """PEFT cannot merge it into a layer without a bias; Hugging Face's Llama can have one."""
     rule = {"match": match, "kind": "qlora", "rank": 4, "alpha": 8, "lora_bias": True}
     model = adapted("gqa", [rule])
@@ -242,7 +212,7 @@ def test_lora_bias_gives_a_llama_biases(
 # ---- errors -------------------------------------------------------------------------------------
 
 
-def test_nothing_that_merges(adapted: Build, checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_nothing_that_merges(tmp_path: Path) -> None:
     model = load_checkpoint(checkpoints(), [{"match": "layers.**", "kind": "frozen_nf4"}])
     with pytest.raises(CheckpointError, match="no LoRA adapter to merge; load one first"):
         merge_adapter(model)
@@ -254,7 +224,7 @@ def test_nothing_that_merges(adapted: Build, checkpoints: Checkpoints, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_base(adapted: Build, checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_wrong_base(tmp_path: Path) -> None:
     """By its hash; where that is waived, by the first tensor that is missing or does not fit."""
     tied = checkpoints("tied")
     with pytest.raises(CheckpointError, match="not the checkpoint that the model was loaded from"):

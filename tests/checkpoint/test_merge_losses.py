@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared import QLORA, Build, Checkpoints, Logits, Reference
+from shared import QLORA, adapted, checkpoints, logits, reference
 from torch import Tensor
 
 from qlora_builders.checkpoint import (
@@ -37,7 +37,7 @@ def shrink(model: CausalLM, relative_delta: float) -> CausalLM:
     return model
 
 
-def test_report(adapted: Build, checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_report(tmp_path: Path) -> None:
     """Every figure by hand, for a layer rounded to bfloat16 on the originals."""
     model = shrink(adapted(), 0.02)
     report = save_merged(model, tmp_path / "out", base=checkpoints(), dtype=torch.bfloat16)
@@ -63,9 +63,7 @@ def test_report(adapted: Build, checkpoints: Checkpoints, tmp_path: Path) -> Non
     assert content["logits"]["top1"] == report.logits.top1
 
 
-def test_logits_of_the_report(
-    adapted: Build, checkpoints: Checkpoints, reference: Reference, tmp_path: Path
-) -> None:
+def test_logits_of_the_report(tmp_path: Path) -> None:
     model = shrink(adapted(), 0.02)
     report = save_merged(model, tmp_path / "out", dtype=torch.bfloat16)
     ids = torch.randint(61, (1, 64), generator=torch.Generator().manual_seed(0))
@@ -83,9 +81,7 @@ def test_logits_of_the_report(
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("variant", ["gqa", "tied", "biased"])
-def test_streamed_model_is_the_loaded_one(
-    checkpoints: Checkpoints, logits: Logits, variant: str, sharded: bool
-) -> None:
+def test_streamed_model_is_the_loaded_one(variant: str, sharded: bool) -> None:
     path = checkpoints(variant, sharded=sharded)
     streamed = streamed_model(path)
     expected = logits(load_checkpoint(path, dtype=torch.float32))
@@ -94,7 +90,7 @@ def test_streamed_model_is_the_loaded_one(
         assert all(parameter.is_meta for parameter in streamed.parameters())
 
 
-def test_an_update_that_rounding_erases_is_refused(adapted: Build, tmp_path: Path) -> None:
+def test_an_update_that_rounding_erases_is_refused(tmp_path: Path) -> None:
     model = shrink(adapted(), 0.002)
     message = r"of the weights is 0\.\d+; the logits are off by .*; allowed: 0\.5\. Nothing was"
     with pytest.raises(MergeError, match=message) as caught:
@@ -122,9 +118,7 @@ def test_an_untrained_adapter_loses_nothing() -> None:
 
 @pytest.mark.parametrize("format", ["nf4", "bnb-4bit"])
 @pytest.mark.parametrize("base", ["dequantized", "original"])
-def test_an_update_that_nf4_erases_is_refused(
-    adapted: Build, checkpoints: Checkpoints, tmp_path: Path, base: str, format: str
-) -> None:
+def test_an_update_that_nf4_erases_is_refused(tmp_path: Path, base: str, format: str) -> None:
     model = shrink(adapted(), 0.01)
     source = checkpoints() if base == "original" else base
     with pytest.raises(
@@ -141,7 +135,7 @@ def test_an_update_that_nf4_erases_is_refused(
 
 @pytest.mark.parametrize(("format", "scale_format"), [("nf4", "geometric"), ("bnb-4bit", "bnb")])
 def test_what_was_accepted_by_name_is_quantized_where_the_model_was(
-    adapted: Build, logits: Logits, tmp_path: Path, format: str, scale_format: str
+    tmp_path: Path, format: str, scale_format: str
 ) -> None:
     model, out = shrink(adapted(), 0.3), tmp_path / "out"
     report = save_merged(model, out, format=format, max_error=3)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared import Checkpoints, Logits, assert_same_bits, assert_same_files, edit_json, edit_tensors
+from shared import assert_same_bits, assert_same_files, checkpoints, edit_json, edit_tensors, logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -38,8 +38,6 @@ PLAN = [
 @pytest.mark.parametrize("variant", ["biased", "tied"])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 10_000])
 def test_reload_is_bit_identical(
-    checkpoints: Checkpoints,
-    logits: Logits,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     variant: str,
@@ -65,9 +63,7 @@ def test_reload_is_bit_identical(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hf_native_hf_native_is_bit_stable(
-    checkpoints: Checkpoints, tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_hf_native_hf_native_is_bit_stable(tmp_path: Path, dtype: torch.dtype) -> None:
     """HF -> NF4 -> native -> HF (upcast) -> NF4 -> native: the files are equal byte for byte."""
     plan = [{"match": "layers.**", "kind": "frozen_nf4"}]
     plan += [{"match": "layers.*.mlp.*", "kind": "frozen_nf4", "scale_format": "none"}]
@@ -86,9 +82,7 @@ def test_hf_native_hf_native_is_bit_stable(
     assert_same_files(*(tmp_path / f"hf-{i}/model.safetensors" for i in (0, 2)))
 
 
-def test_bitsandbytes_scales_survive_the_native_layout(
-    checkpoints: Checkpoints, tmp_path: Path
-) -> None:
+def test_bitsandbytes_scales_survive_the_native_layout(tmp_path: Path) -> None:
     plan = [{"match": "layers.**", "kind": "frozen_nf4", "scale_format": "bnb"}]
     model = load_checkpoint(checkpoints(), plan)
     for i, format in enumerate(("bnb-4bit", "nf4", "bnb-4bit")):
@@ -97,7 +91,7 @@ def test_bitsandbytes_scales_survive_the_native_layout(
     assert_same_files(*(tmp_path / i / "model.safetensors" for i in "02"))
 
 
-def test_what_is_written(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_what_is_written(tmp_path: Path) -> None:
     source = checkpoints("biased")
     model = load_checkpoint(source, PLAN)
     save_checkpoint(model, tmp_path / "nf4", format="nf4", companions=source, dtype=torch.float32)
@@ -121,15 +115,13 @@ def test_what_is_written(checkpoints: Checkpoints, tmp_path: Path) -> None:
     assert tensors["model.layers.0.mlp.up_proj.bias"].dtype == torch.float32
 
 
-def test_other_tools_do_not_take_it_for_a_checkpoint(
-    checkpoints: Checkpoints, tmp_path: Path
-) -> None:
+def test_other_tools_do_not_take_it_for_a_checkpoint(tmp_path: Path) -> None:
     save_checkpoint(load_checkpoint(checkpoints(), PLAN), tmp_path / "nf4", format="nf4")
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
 
 
-def test_plain_plan_dequantizes(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_plain_plan_dequantizes(tmp_path: Path) -> None:
     model = load_checkpoint(checkpoints(), PLAN)
     save_checkpoint(model, tmp_path / "nf4", format="nf4")
     plain = load_checkpoint(tmp_path / "nf4")
@@ -138,7 +130,7 @@ def test_plain_plan_dequantizes(checkpoints: Checkpoints, tmp_path: Path) -> Non
         assert torch.equal(plain.get_parameter(name), expected), name
 
 
-def test_what_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_what_is_refused(tmp_path: Path) -> None:
     plain = load_checkpoint(checkpoints())
     for format in ("nf4", "bnb-4bit"):
         with pytest.raises(CheckpointError, match=f"format is '{format}', but no weight is in NF4"):
@@ -150,7 +142,7 @@ def test_what_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "nf4")
 
 
-def test_damage_is_named(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_damage_is_named(tmp_path: Path) -> None:
     save_checkpoint(load_checkpoint(checkpoints(), PLAN), tmp_path / "nf4", format="nf4")
     file = tmp_path / "nf4/nf4.safetensors"
     name = "model.layers.1.mlp.down_proj.weight.codes"

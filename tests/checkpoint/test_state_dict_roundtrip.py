@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shared import Checkpoints, assert_same_bits
+from shared import assert_same_bits, checkpoints
 
 from qlora_builders.checkpoint import load_checkpoint
 from qlora_builders.models import llama
@@ -25,9 +25,7 @@ PLAIN_PLAN = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("variant", ["biased", "tied"])
-def test_three_round_trips(
-    checkpoints: Checkpoints, variant: str, dtype: torch.dtype, assign: bool
-) -> None:
+def test_three_round_trips(variant: str, dtype: torch.dtype, assign: bool) -> None:
     first = load_checkpoint(checkpoints(variant), PLAN, dtype=dtype)
     model = first
     for _ in range(3):
@@ -40,9 +38,7 @@ def test_three_round_trips(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", ["biased", "tied"])
-def test_same_state_dict_loads_into_the_plain_build(
-    checkpoints: Checkpoints, variant: str, dtype: torch.dtype
-) -> None:
+def test_same_state_dict_loads_into_the_plain_build(variant: str, dtype: torch.dtype) -> None:
     quantized = load_checkpoint(checkpoints(variant), PLAN, dtype=dtype)
     plain = llama(quantized.spec.arch, PLAIN_PLAN, dtype=dtype)
     plain.load_state_dict(quantized.state_dict(), strict=True)
