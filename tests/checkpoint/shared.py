@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from qlora_builders.checkpoint import load_checkpoint
+from qlora_builders.checkpoint import load_checkpoint, stored_plan
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.tensor import NF4Tensor
 
@@ -115,9 +115,23 @@ def logits(model: nn.Module) -> Tensor:
     return getattr(output, "logits", output).float()
 
 
-def assert_close(a: nn.Module, b: nn.Module, **tolerances: float) -> None:
+def assert_close(a: nn.Module, b: nn.Module, *, rtol: float = 1e-5, atol: float = 2e-5) -> None:
     """Their logits."""
-    torch.testing.assert_close(logits(a), logits(b), **{"rtol": 1e-5, "atol": 2e-5} | tolerances)
+    torch.testing.assert_close(logits(a), logits(b), rtol=rtol, atol=atol)
+
+
+def stored(path: Path) -> dict[str, Tensor]:
+    """All tensors of a directory."""
+    return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def as_stored(path: Path, **options: Any) -> CausalLM:
+    """Loaded under the plan that keeps quantized weights as they are."""
+    return load_checkpoint(path, stored_plan(path), **options)
+
+
+def dequantized(tensor: Tensor) -> Tensor:
+    return tensor.dequantize() if isinstance(tensor, NF4Tensor) else tensor
 
 
 def randomize_adapters(model: nn.Module) -> None:
