@@ -57,6 +57,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 32,
         },
     },
+    # every width is a multiple of 64: bitsandbytes' CPU kernel decodes others wrongly
+    "wide": {"intermediate_size": 128, "attention_bias": True},
+    "wide_tied": {"intermediate_size": 128, "attention_bias": True, "tie_word_embeddings": True},
     "linear_rope": {
         "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
     },

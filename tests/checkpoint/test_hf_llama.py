@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from shared import (
     DTYPES,
     FROZEN,
-    VARIANTS,
     Checkpoints,
     assert_close,
     assert_same_bits,
@@ -48,6 +47,7 @@ from qlora_builders.tensor import NF4Tensor, to_nf4
 
 QLORA = {"match": "layers.**", "kind": "qlora", "rank": 4, "alpha": 8}
 UP = "model.layers.1.mlp.up_proj.weight"
+LAYOUTS = ("gqa", "tied", "biased", "linear_rope")
 
 
 def saved(path: Path, rules: tuple = (), *, source: Path | None = None, **options: Any) -> Path:
@@ -59,7 +59,7 @@ def saved(path: Path, rules: tuple = (), *, source: Path | None = None, **option
 # ---- what is loaded -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LAYOUTS)
 @pytest.mark.parametrize("sharded", [False, True])
 def test_plain_logits_equal_transformers(variant: str, sharded: bool) -> None:
     path = checkpoints(variant, sharded=sharded)
@@ -259,7 +259,7 @@ def test_plan_that_does_not_fit() -> None:
 # ---- what is written ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", LAYOUTS)
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 30_000])
 @pytest.mark.parametrize("with_companions", [False, True])
 def test_transformers_gives_our_logits(

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from shared import FROZEN, Checkpoints, assert_same_bits, checkpoints
+from shared import FROZEN, Checkpoints, as_stored, assert_same_bits, checkpoints
 from test_native_nf4 import PLAN
 from torch import Tensor
 
-from qlora_builders.checkpoint import load_checkpoint, save_checkpoint, stored_plan, tensor_files
+from qlora_builders.checkpoint import load_checkpoint, save_checkpoint, tensor_files
 from qlora_builders.checkpoint.tensor_files import (
     READERS,
     LazyTensor,
@@ -98,7 +98,7 @@ def native(tmp_path: Path) -> Path:
 
 
 def load(native: Path, **options: object) -> CausalLM:
-    return load_checkpoint(native, stored_plan(native), dtype=torch.float32, **options)
+    return as_stored(native, dtype=torch.float32, **options)
 
 
 def mapped_here(file: Path) -> int:
