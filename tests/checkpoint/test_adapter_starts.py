@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared import checkpoints, logits
+from shared import FROZEN, assert_close, checkpoints, logits
 
 from qlora_builders.checkpoint import (
     load_adapter,
@@ -23,7 +23,6 @@ from qlora_builders.modules import CausalLM, LoRALinear
 ALL = {"match": "layers.**", "kind": "qlora", "rank": 4, "alpha": 8}
 PISSA, LOFTQ = ALL | {"init_lora_weights": "pissa"}, ALL | {"init_lora_weights": "loftq"}
 HEAD = {"match": "lm_head", "kind": "lora", "rank": 4, "alpha": 8, "init_lora_weights": "pissa"}
-FROZEN = {"match": "layers.**", "kind": "frozen_nf4"}
 
 
 def load(path: Path, *rules: dict) -> CausalLM:
@@ -36,7 +35,7 @@ def test_pissa_starts_as_the_base(variant: str, use_dora: bool) -> None:
     path = checkpoints(variant)
     dora = {"use_dora": use_dora}
     model = load(path, PISSA | dora, HEAD | dora)
-    torch.testing.assert_close(logits(model), logits(load(path, FROZEN)), rtol=1e-4, atol=1e-4)
+    assert_close(model, load(path, FROZEN), rtol=1e-4, atol=1e-4)
     for module in (model.lm_head, model.model.layers[1].mlp.up_proj):
         largest = torch.linalg.svdvals(module.weight.to(torch.float32))[:4]
         part = module.scaling * module.lora_B.weight @ module.lora_A.weight
@@ -87,7 +86,7 @@ def test_pissa_merges() -> None:
             if isinstance(module, LoRALinear):
                 module.lora_B.weight.mul_(1.2)
     merged = merge_adapter(model)
-    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+    assert_close(merged, model, rtol=1e-4, atol=1e-4)
 
 
 # ---- LoftQ belongs to one quantization ----------------------------------------------------------
