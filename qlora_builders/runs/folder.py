@@ -76,32 +76,31 @@ def find_start(
     """
     check_writable(run_dir, "output_dir", folder=True)
     check_writable(run_dir / "checkpoints", "output_dir", folder=True)
-    seen = _marks(run_dir)
-    if _is_taken(run_dir):
-        _check_taken(run_dir, resume, overwrite)
-    if resume is None:
-        start = Start()
-    elif resume == AUTO:
-        start = _newest_start(run_dir, overwrite, check_about)
-    else:
-        start = _named_start(Path(resume), run_dir, check_about)
-    return replace(start, seen=seen)
-
-
-def _check_taken(run_dir: Path, resume: str | None, overwrite: bool) -> None:
-    if resume is None and not overwrite:
+    seen, folders = _marks(run_dir), step_folders(run_dir)
+    is_run = (run_dir / CONFIG_FILE).is_file()
+    if _is_taken(run_dir) and resume is None and not overwrite:
         ways = "choose another"
-        if (run_dir / CONFIG_FILE).is_file():
-            ways = "choose another, or set overwrite=true"
-            if step_folders(run_dir):
-                ways = (
-                    "choose another, go on with its run by training.resume=auto, or set "
-                    "overwrite=true"
-                )
+        ways += ", go on with its run by training.resume=auto" if is_run and folders else ""
+        ways += ", or set overwrite=true" if is_run else ""
         raise ConfigError(f"output_dir={run_dir} is not empty; {ways}")
-    if not (run_dir / CONFIG_FILE).is_file():
+    if _is_taken(run_dir) and not is_run:
         key = "overwrite=true replaces" if overwrite else "training.resume goes on with"
         raise ConfigError(f"output_dir={run_dir} holds no run; {key} only runs")
+    if resume is None:
+        return Start(seen=seen)
+    if resume == AUTO:
+        return replace(_newest_start(run_dir, overwrite, check_about), seen=seen)
+    folder = Path(resume)
+    start = _start_at(folder, check_about)
+    # only what comes last in a directory may go on there; anything else would replace a run
+    last = os.path.realpath(folders[-1]) if folders else None
+    if _is_taken(run_dir) and last != os.path.realpath(folder):
+        on = ", or go on with that run by training.resume=auto" if folders else ""
+        raise ConfigError(
+            f"output_dir={run_dir} holds a run whose last checkpoint is not training.resume="
+            f"{folder}; choose a new output_dir{on}"
+        )
+    return replace(start, seen=seen)
 
 
 def _newest_start(run_dir: Path, overwrite: bool, check_about: CheckAbout) -> Start:
@@ -169,19 +168,6 @@ def _marks(run_dir: Path) -> tuple[Any, ...]:
     return (_is_taken(run_dir), *times, *(folder.name for folder in step_folders(run_dir)))
 
 
-def _named_start(folder: Path, run_dir: Path, check_about: CheckAbout) -> Start:
-    """Only what comes last in a directory may go on there; anything else would replace a run."""
-    start = _start_at(folder, check_about)
-    last = [os.path.realpath(other) for other in step_folders(run_dir)][-1:]
-    if _is_taken(run_dir) and last != [os.path.realpath(folder)]:
-        on = ", or go on with that run by training.resume=auto" if last else ""
-        raise ConfigError(
-            f"output_dir={run_dir} holds a run whose last checkpoint is not training.resume="
-            f"{folder}; choose a new output_dir{on}"
-        )
-    return start
-
-
 @contextmanager
 def run_directory(
     run_dir: Path, start: Start, *, overwrite: bool, keep_last: int
@@ -196,55 +182,43 @@ def run_directory(
         ConfigError: if another process is using it, or has used it since `start` was found.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run_dir, os.O_RDONLY)  # ends with the process, however that ends
     try:
-        with _only_one_process(run_dir):
-            if start.seen not in (None, _marks(run_dir)):
-                raise ConfigError(
-                    f"output_dir={run_dir} was used by another process while this one was loading; "
-                    "nothing was changed: choose another, or start this command again"
-                )
-            _tidy_up(run_dir, start, overwrite=overwrite, keep_last=keep_last)
-            yield
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                raise ConfigError(f"output_dir={run_dir} is in use by another process") from error
+            # some network file systems have no locks; then nothing keeps two runs apart
+        if start.seen not in (None, _marks(run_dir)):
+            raise ConfigError(
+                f"output_dir={run_dir} was used by another process while this one was loading; "
+                "nothing was changed: choose another, or start this command again"
+            )
+        if overwrite:
+            for path in run_dir.iterdir():
+                shutil.rmtree(path) if _is_real_directory(path) else path.unlink()
+        clean_up(run_dir)
+        clean_up(run_dir / "checkpoints")
+        for folder in step_folders(run_dir):
+            if step_of(folder) > start.step:
+                damaged = folder.with_name(folder.name + ".damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                folder.rename(damaged)
+        remove_old_steps(run_dir, keep_last)
+        yield
     except BaseException:
         with suppress(OSError):  # it holds something
             run_dir.rmdir()
         raise
-
-
-def _tidy_up(run_dir: Path, start: Start, *, overwrite: bool, keep_last: int) -> None:
-    if overwrite:
-        for path in run_dir.iterdir():
-            shutil.rmtree(path) if _is_real_directory(path) else path.unlink()
-    clean_up(run_dir)
-    clean_up(run_dir / "checkpoints")
-    for folder in step_folders(run_dir):
-        if step_of(folder) > start.step:
-            damaged = folder.with_name(folder.name + ".damaged")
-            shutil.rmtree(damaged, ignore_errors=True)
-            folder.rename(damaged)
-    remove_old_steps(run_dir, keep_last)
+    finally:
+        os.close(lock)
 
 
 def remove_old_steps(run_dir: Path, keep_last: int) -> None:
     for folder in step_folders(run_dir)[:-keep_last]:
         if _is_real_directory(folder):  # what else has the name is none of ours
             remove_directory(folder)
-
-
-@contextmanager
-def _only_one_process(folder: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however that ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno == errno.EWOULDBLOCK:
-                raise ConfigError(f"output_dir={folder} is in use by another process") from error
-            # some network file systems have no locks; then nothing keeps two runs apart
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _is_real_directory(path: Path) -> bool:

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlora_builders.checkpoint import save_adapter, save_checkpoint
 from qlora_builders.config.compose import save_config
-from qlora_builders.config.schema import FinetuneConfig
 from qlora_builders.console import StopRequest, stop_on_signal
 from qlora_builders.distributed import whole_parameters
 from qlora_builders.errors import CheckpointError, QLoRAError
-from qlora_builders.files.outputs import CONFIG_FILE, how_to_go_on
+from qlora_builders.files.outputs import CONFIG_FILE, ENVIRONMENT_FILE, append_rows, how_to_go_on
 from qlora_builders.modules import CausalLM
 from qlora_builders.report import read_run, write_report
 from qlora_builders.runs.folder import remove_old_steps, run_directory, step_folder
 from qlora_builders.runs.setup import Data, Run, about_run
 from qlora_builders.runs.state import StepState, capture_step, has_adapters, write_step
-from qlora_builders.training.device import (
-    add_environment,
-    describe_environment,
-    resolve_dtype,
-)
+from qlora_builders.training.device import describe_environment, resolve_dtype
 from qlora_builders.training.loggers import MetricsLog, ProgressReport
 from qlora_builders.training.optimizers import check_adapters_learned
 
@@ -43,36 +37,36 @@ class Log:
 
 @contextmanager
 def open_log(run: Run, data: Data, lines: Sequence[str]) -> Iterator[Log]:
-    """Take the run's folder, say `lines`, listen to signals."""
-    ranks, steps_done = run.ranks, run.start.step
+    """Take the run's folder, which only the main rank writes to, say `lines`, listen to signals."""
+    cfg, ranks, folder, start = run.cfg, run.ranks, run.folder, run.start
+    environment = describe_environment(run.device, run.compute_dtype)
     reports = [batches.dataset.report for batches in (data.train, data.eval) if batches]
     skipped = [f"{r.source}: {r.skipped_summary()}" for r in reports if r.skipped_rows]
-    environment = describe_environment(run.device, run.compute_dtype)
     environment |= {"total_steps": data.total_steps, "skipped_rows": skipped}
-    quiet = not ranks.is_main
-    with (
-        _open_folder(run, environment) as metrics,
-        stop_on_signal(ranks.gather) as stop,
-        ProgressReport(data.total_steps, steps_done=steps_done, quiet=quiet) as progress,
-    ):
+    overwrite = start.step == 0 and (cfg.overwrite or ranks.restarts > 0)
+    with ExitStack() as opened:
+        if ranks.is_main:
+            keep_last = cfg.training.keep_last
+            opened.enter_context(
+                run_directory(folder, start, overwrite=overwrite, keep_last=keep_last)
+            )
+            save_config(cfg, folder / CONFIG_FILE)
+            append_rows(folder / ENVIRONMENT_FILE, [{"first_step": start.step, **environment}])
+        metrics = MetricsLog(
+            folder,
+            step=start.step,
+            source=start.run_dir,
+            loggers=run.loggers,
+            writes=ranks.is_main,
+        )
+        opened.callback(metrics.close)
+        stop = opened.enter_context(stop_on_signal(ranks.gather))
+        progress = opened.enter_context(
+            ProgressReport(data.total_steps, steps_done=start.step, quiet=not ranks.is_main)
+        )
         for line in lines:
             progress.say(line)
         yield Log(metrics, progress, stop)
-
-
-@contextmanager
-def _open_folder(run: Run, environment: dict[str, Any]) -> Iterator[MetricsLog]:
-    """The run directory and what goes there all the time, from the main rank alone."""
-    cfg, folder, start, loggers = run.cfg, run.folder, run.start, run.loggers
-    if not run.ranks.is_main:
-        yield MetricsLog(folder, step=start.step, source=start.run_dir, writes=False)
-        return
-    overwrite = start.step == 0 and (cfg.overwrite or run.ranks.restarts > 0)
-    keep_last = cfg.training.keep_last
-    with run_directory(folder, start, overwrite=overwrite, keep_last=keep_last), closing(loggers):
-        save_config(cfg, folder / CONFIG_FILE)
-        add_environment(folder, environment, first_step=start.step)
-        yield MetricsLog(folder, step=start.step, source=start.run_dir, loggers=loggers)
 
 
 class Checkpoints:
@@ -85,8 +79,7 @@ class Checkpoints:
     def __init__(
         self, run: Run, data: Data, model: CausalLM, optimizer: torch.optim.Optimizer, log: Log
     ) -> None:
-        self._run, self._log = run, log
-        self._model, self._optimizer = model, optimizer
+        self._run, self._log, self._model, self._optimizer = run, log, model, optimizer
         self._about = about_run(data, model)
         self._apart = run.cfg.training.async_save
         self._ranks = run.ranks.apart() if self._apart else run.ranks
@@ -94,11 +87,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
 
     def save(self, step: int) -> None:
-        """
-        Raises:
-            CheckpointError: if this checkpoint, or the one before in the background, cannot be
-                written.
-        """
+        """Raises a CheckpointError if it, or the one before it, cannot be written."""
         self.finish()
         run, model = self._run, self._model
         run.ranks.on_main(self._log.metrics.sync)
@@ -119,11 +108,7 @@ class Checkpoints:
             self._write(state)
 
     def finish(self) -> None:
-        """Wait for what is being written.
-
-        Raises:
-            CheckpointError: if it cannot be.
-        """
+        """Wait for what is being written; raises a CheckpointError if it cannot be."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -153,19 +138,19 @@ def save_result(run: Run, model: CausalLM, log: Log) -> None:
         TrainingError: if the adapters have learned nothing.
     """
     check_adapters_learned(model, gather=run.ranks.gather)
-    with whole_parameters(model, run.ranks, only_trained=has_adapters(model)):
-        written = run.ranks.on_main(lambda: _save_trained(model, run.folder, run.cfg))
-    log.progress.say(f"wrote {written}")
+    cfg, adapters = run.cfg, has_adapters(model)
+    base, result = cfg.checkpoint.dir, run.folder / ("adapter" if adapters else "model")
 
+    def save() -> None:
+        if adapters:
+            save_adapter(model, result, base_model=base)
+        else:
+            dtype = resolve_dtype(cfg.training.dtype)
+            save_checkpoint(model, result, dtype=dtype, companions=base)
 
-def _save_trained(model: CausalLM, folder: Path, cfg: FinetuneConfig) -> Path:
-    base = cfg.checkpoint.dir
-    if has_adapters(model):
-        save_adapter(model, folder / "adapter", base_model=base)
-        return folder / "adapter"
-    dtype = resolve_dtype(cfg.training.dtype)
-    save_checkpoint(model, folder / "model", dtype=dtype, companions=base)
-    return folder / "model"
+    with whole_parameters(model, run.ranks, only_trained=adapters):
+        run.ranks.on_main(save)
+    log.progress.say(f"wrote {result}")
 
 
 def show_result(run: Run, log: Log) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from inspect import Parameter, signature
@@ -37,7 +37,7 @@ from qlora_builders.training.device import (
     resolve_dtype,
     set_seed,
 )
-from qlora_builders.training.loggers import Loggers
+from qlora_builders.training.loggers import Logger
 from qlora_builders.training.optimizers import (
     check_same_past,
     lora_plus_groups,
@@ -58,7 +58,7 @@ class Run:
     ranks: Ranks
     folder: Path
     start: Start
-    loggers: Loggers
+    loggers: Sequence[Logger]
     device: torch.device
     compute_dtype: torch.dtype
 
@@ -84,8 +84,22 @@ def begin(cfg: FinetuneConfig, ranks: Ranks) -> Run:
         ConfigError: if the folder holds something else, or the device is not there.
     """
     folder = Path(ranks.on_main(lambda: cfg.output_dir))  # its default holds the time
-    start = ranks.on_main(lambda: _first_step(cfg, folder, ranks))
-    loggers = _make_loggers(cfg, ranks, folder, start)
+    resume, overwrite = cfg.training.resume, cfg.overwrite or ranks.restarts > 0
+    if ranks.restarts and ranks.on_main(lambda: bool(step_folders(folder))):
+        resume, overwrite = AUTO, False  # after a failure it goes on where it was
+    start = ranks.on_main(
+        lambda: find_start(folder, resume=resume, overwrite=overwrite, check_about=_check_about)
+    )
+    about = {"run_dir": folder, "first_step": start.step, "config": asdict(cfg)}
+    loggers: list[Logger] = []
+    for index, node in enumerate(cfg.loggers if ranks.is_main and not cfg.dry_run else []):
+        logger = instantiate(node, "logger", kwargs=about, key=f"loggers[{index}]")
+        if not all(callable(getattr(logger, method, None)) for method in ("log", "close")):
+            raise ConfigError(
+                f"loggers[{index}].component={node['component']} gives a {type(logger).__name__}; "
+                "name a class with log and close"
+            )
+        loggers.append(logger)
     device = resolve_device(cfg.device, local_rank=ranks.local_rank)
     compute_dtype = resolve_compute_dtype(cfg.training.compute_dtype, device)
     set_seed(cfg.training.seed)
@@ -104,10 +118,21 @@ def load_data(run: Run) -> Data:
     tokenizer = Tokenizer.from_dir(
         cfg.tokenizer.path or cfg.checkpoint.dir, now=datetime.fromisoformat(date)
     )
-    train = _load_batches(cfg.data.train, run, tokenizer, shuffle=True)
-    evaluated = None
-    if cfg.data.eval is not None:
-        evaluated = _load_batches(cfg.data.eval, run, tokenizer, shuffle=False)
+
+    def load(source: str, *, shuffle: bool) -> Batches:
+        return Batches(
+            read_dataset(source, tokenizer, cfg.data),
+            batch_size=cfg.training.batch_size,
+            packing=cfg.data.packing,
+            max_seq_len=cfg.data.max_seq_len,
+            seed=cfg.training.seed,
+            shuffle=shuffle,
+            rank=run.ranks.rank,
+            num_ranks=run.ranks.size,
+        )
+
+    train = load(cfg.data.train, shuffle=True)
+    evaluated = None if cfg.data.eval is None else load(cfg.data.eval, shuffle=False)
     total_steps = cfg.training.max_steps
     if total_steps is None:
         total_steps = ceil(train.per_epoch * cfg.training.epochs / cfg.training.grad_accumulation)
@@ -236,43 +261,6 @@ def look_ahead(
     if run.start.step:
         steps = f"{data.total_steps - run.start.step} of {steps}"
     return [*run.start.messages, *checked, about, f"{steps} to do{ends}"]
-
-
-def _first_step(cfg: FinetuneConfig, folder: Path, ranks: Ranks) -> Start:
-    """As the config says; a run that was restarted after a failure goes on where it was."""
-    resume, overwrite = cfg.training.resume, cfg.overwrite or ranks.restarts > 0
-    if ranks.restarts and step_folders(folder):
-        resume, overwrite = AUTO, False
-    return find_start(folder, resume=resume, overwrite=overwrite, check_about=_check_about)
-
-
-def _make_loggers(cfg: FinetuneConfig, ranks: Ranks, folder: Path, start: Start) -> Loggers:
-    about = {"run_dir": folder, "first_step": start.step, "config": asdict(cfg)}
-    nodes = cfg.loggers if ranks.is_main and not cfg.dry_run else []
-    loggers = []
-    for index, node in enumerate(nodes):
-        logger = instantiate(node, "logger", kwargs=about, key=f"loggers[{index}]")
-        if not all(callable(getattr(logger, method, None)) for method in ("log", "close")):
-            raise ConfigError(
-                f"loggers[{index}].component={node['component']} gives a {type(logger).__name__}; "
-                "name a class with log and close"
-            )
-        loggers.append(logger)
-    return Loggers(loggers)
-
-
-def _load_batches(source: str, run: Run, tokenizer: Tokenizer, *, shuffle: bool) -> Batches:
-    cfg = run.cfg
-    return Batches(
-        read_dataset(source, tokenizer, cfg.data),
-        batch_size=cfg.training.batch_size,
-        packing=cfg.data.packing,
-        max_seq_len=cfg.data.max_seq_len,
-        seed=cfg.training.seed,
-        shuffle=shuffle,
-        rank=run.ranks.rank,
-        num_ranks=run.ranks.size,
-    )
 
 
 # ---- what a step checkpoint says about its run, and whether this one may go on from there --------

@@ -24,6 +24,7 @@ import random
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,16 +34,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from qlora_builders.checkpoint.peft.read import load_adapter
-from qlora_builders.checkpoint.peft.write import (
-    AdapterFiles,
-    collect_adapter,
-    write_adapter_files,
-)
-from qlora_builders.checkpoint.save import (
-    hf_parameters,
-    lazy_parameter,
-    write_hf_files,
-)
+from qlora_builders.checkpoint.peft.write import collect_adapter, write_adapter_files
+from qlora_builders.checkpoint.save import hf_parameters, lazy_parameter, write_hf_files
 from qlora_builders.checkpoint.tensor_files import MAX_SHARD_BYTES, open_tensors
 from qlora_builders.distributed import Ranks
 from qlora_builders.distributed.sharding import (
@@ -54,7 +47,6 @@ from qlora_builders.distributed.sharding import (
 )
 from qlora_builders.errors import CheckpointError
 from qlora_builders.files.folders import MANIFEST_FILE, atomic_directory, write_manifest
-from qlora_builders.models import LlamaArch
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.tensor.sharded import compute_device, copy_whole_, is_sharded
 
@@ -72,16 +64,15 @@ class StepState:
     """A run after a step, ready to be written.
 
     Attributes:
-        trained: an adapter, or the whole weights of a model without one; on the main rank.
+        write_trained: writes an adapter, or the whole weights of a model without one, into a
+            folder; on the main rank, unless they are among `parts`.
         whole: optimizer and generators, but for what is in `parts`.
         parts: sharded tensors, of which every rank writes what it holds.
     """
 
     step: int
     about: dict[str, Any]
-    base_model: str
-    arch: LlamaArch
-    trained: AdapterFiles | dict[str, Tensor] | None
+    write_trained: Callable[[Path], None] | None
     whole: dict[str, Any]
     parts: dict[str, Tensor]
 
@@ -104,32 +95,39 @@ def capture_step(
         base_model: path of the base checkpoint.
         copied: copy what trains to host memory, so that training can go on before it is written.
     """
-    state = optimizer.state_dict()
-    parts: dict[str, Tensor] = {
-        f"{_OPTIMIZER}{index}.{key}": value
-        for index, values in state["state"].items()
-        for key, value in values.items()
-        if isinstance(value, Tensor) and is_sharded(value)
-    }
-    state["state"] = {
-        index: {key: v for key, v in values.items() if f"{_OPTIMIZER}{index}.{key}" not in parts}
-        for index, values in state["state"].items()
-    }
-    trained: AdapterFiles | dict[str, Tensor] | None = None
-    if has_adapters(model):
-        trained = collect_adapter(model, base_model=base_model) if is_main else None
-    elif any(is_sharded(parameter) for parameter in model.parameters()):
-        parts |= _trained_weights(model)
-    else:
-        trained = hf_parameters(model)
+    state, parts, adapters = optimizer.state_dict(), dict[str, Tensor](), has_adapters(model)
+    trained = {} if adapters else _trained_weights(model)
+    whole: dict[int, dict[str, Any]] = {index: {} for index in state["state"]}
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and is_sharded(value):
+                parts[f"{_OPTIMIZER}{index}.{key}"] = value
+            else:
+                whole[index][key] = value
+    state["state"] = whole
     if copied:
-        state, parts = _on_host(state), _on_host(parts)
-        if isinstance(trained, AdapterFiles):
-            trained = replace(trained, tensors=_on_host(trained.tensors))
-        elif trained is not None:
-            trained |= _on_host(_trained_weights(model))
-    whole = {"optimizer": state, "random": random_state(compute_device(model))}
-    return StepState(step, dict(about), base_model, model.spec.arch, trained, whole, parts)
+        state, parts, trained = _on_host(state), _on_host(parts), _on_host(trained)
+    write_trained: Callable[[Path], None] | None = None
+    if adapters:
+        if is_main:
+            adapter = collect_adapter(model, base_model=base_model)
+            if copied:
+                adapter = replace(adapter, tensors=_on_host(adapter.tensors))
+            write_trained = partial(write_adapter_files, adapter)
+    elif any(is_sharded(parameter) for parameter in model.parameters()):
+        parts |= trained
+    else:
+        weights = hf_parameters(model) | (trained if copied else {})
+        write_trained = partial(
+            write_hf_files,
+            [lazy_parameter(name, tensor, None) for name, tensor in weights.items()],
+            arch=model.spec.arch,
+            dtype=None,
+            max_shard_bytes=MAX_SHARD_BYTES,
+            companions=base_model,
+        )
+    saved = {"optimizer": state, "random": random_state(compute_device(model))}
+    return StepState(step, dict(about), write_trained, saved, parts)
 
 
 def write_step(folder: Path, state: StepState, ranks: Ranks | None = None) -> None:
@@ -139,12 +137,20 @@ def write_step(folder: Path, state: StepState, ranks: Ranks | None = None) -> No
         CheckpointError: if it cannot be written, or the optimizer's state could not be read back.
     """
     folder, ranks = folder.absolute(), ranks or Ranks()
+
+    def write_whole(directory: Path) -> None:
+        if state.write_trained is not None:
+            state.write_trained(directory)
+        _save_state(state.whole, directory / STATE_FILE)
+        text = json.dumps({"step": state.step, **state.about}, indent=2) + "\n"
+        (directory / INFO_FILE).write_text(text)
+
     try:
         with ExitStack() as opened:
             directory = ranks.on_main(
                 lambda: opened.enter_context(atomic_directory(folder, marker=MANIFEST_FILE))
             )
-            ranks.on_main(lambda: _write_whole(state, directory))
+            ranks.on_main(lambda: write_whole(directory))
             if state.parts:
                 write_parts(directory, state.parts, ranks.group)
             ranks.on_main(lambda: write_manifest(directory))
@@ -210,24 +216,6 @@ def _on_host(tensors: T) -> T:
     """The same structure with copies of all its tensors, in host memory."""
     copies: T = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), tensors)
     return copies
-
-
-def _write_whole(state: StepState, directory: Path) -> None:
-    """What the main rank writes: all but `parts`."""
-    if isinstance(state.trained, AdapterFiles):
-        write_adapter_files(state.trained, directory)
-    elif state.trained is not None:
-        write_hf_files(
-            [lazy_parameter(name, tensor, None) for name, tensor in state.trained.items()],
-            directory,
-            arch=state.arch,
-            dtype=None,
-            max_shard_bytes=MAX_SHARD_BYTES,
-            companions=state.base_model,
-        )
-    _save_state(state.whole, directory / STATE_FILE)
-    text = json.dumps({"step": state.step, **state.about}, indent=2) + "\n"
-    (directory / INFO_FILE).write_text(text)
 
 
 def _save_state(state: dict[str, Any], file: Path) -> None:
@@ -325,7 +313,14 @@ def restore_optimizer(file: Path, state: dict[str, Any], optimizer: torch.optim.
         optimizer.load_state_dict(state)
         for number, (own, group) in enumerate(zip(options, optimizer.param_groups, strict=True)):
             for key, value in own.items():
-                _check_option(f"param_groups[{number}].{key}", value, group[key])
+                name, stored = f"param_groups[{number}].{key}", group[key]
+                if type(value) in (int, float):  # may be a tensor by now, but one number
+                    if not _is_number(stored):
+                        raise ValueError(f"{name} is {stored!r:.80}, not a finite number")
+                elif type(value) is not type(stored) and None not in (value, stored):
+                    raise ValueError(
+                        f"{name} is {type(stored).__name__}, not {type(value).__name__}"
+                    )
         _check_shapes(optimizer)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         reason = error if isinstance(error, ValueError) else repr(error)
@@ -343,32 +338,28 @@ def _item(mapping: Any, key: Any, kind: type, within: str = "") -> Any:
     return mapping[key]
 
 
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _check_optimizer(state: dict[str, Any]) -> None:
-    known: list[int] = []
+    within = "optimizer['param_groups']"
     groups = _item(state, "param_groups", list, "optimizer")
-    for group in groups:
-        numbers = _item(group, "params", list, "optimizer['param_groups']")
-        if not all(type(number) is int for number in numbers):
-            raise ValueError("optimizer['param_groups']['params'] holds what is no int")
-        known += numbers
+    known = [number for group in groups for number in _item(group, "params", list, within)]
+    if not all(type(number) is int for number in known):
+        raise ValueError(f"{within}['params'] holds what is no int")
     if known != list(range(len(known))):
-        raise ValueError("optimizer['param_groups'] does not number its parameters from 0 on")
+        raise ValueError(f"{within} does not number its parameters from 0 on")
     values = _item(state, "state", dict, "optimizer")
     for number in values:
         name = f"optimizer['state'][{number!r}]"
         if isinstance(number, int) and not 0 <= number < len(known):
             raise ValueError(f"{name} is of no parameter; there are {len(known)}")
-        own = _item(values, number, dict, "optimizer['state']")
-        if "step" in own and not _is_count(own["step"]):
+        steps = _item(values, number, dict, "optimizer['state']").get("step", 0)
+        if not (_is_number(steps) and steps >= 0):
             raise ValueError(f"{name}['step'] is no number of steps")
-
-
-def _is_count(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
-            return False
-        value = value.item()
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
 def _check_random(state: dict[str, Any]) -> None:
@@ -397,34 +388,20 @@ def _check_random(state: dict[str, Any]) -> None:
         raise ValueError("random['cuda'] is no tensor of bytes")
 
 
-def _check_option(name: str, own: Any, stored: Any) -> None:
-    """Options may be tensors and change from step to step, but a number stays one."""
-    if type(own) not in (int, float):
-        if type(own) is not type(stored) and None not in (own, stored):
-            raise ValueError(f"{name} is {type(stored).__name__}, not {type(own).__name__}")
-        return
-    if isinstance(stored, Tensor) and stored.numel() == 1:
-        stored = stored.item()
-    if type(stored) not in (int, float) or not math.isfinite(stored):
-        raise ValueError(f"{name} is {stored!r:.80}, not a finite number")
-
-
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
     """Of PyTorch's own optimizers, whose state is there in full after one step."""
     if not f"{type(optimizer).__module__}.".startswith("torch.optim."):
         return
     number = -1
     for group in optimizer.param_groups:
-        wanted: dict[int, dict[str, Any]] = {}  # by the number of axes
+        after_a_step = cache(partial(_state_after_a_step, optimizer, group))
         for parameter in group["params"]:
             number += 1
-            if parameter.ndim not in wanted:
-                wanted[parameter.ndim] = _state_after_a_step(optimizer, group, parameter.ndim)
+            name = f"optimizer['state'][{number}]"
             sides = {1: 1, **dict(zip(_SIDES, parameter.shape, strict=False))}
-            for key, trial in wanted[parameter.ndim].items():
+            for key, trial in after_a_step(parameter.ndim).items():
                 if not isinstance(trial, Tensor):
                     continue
-                name = f"optimizer['state'][{number}]"
                 own = _item(optimizer.state.get(parameter, {}), key, Tensor, name)
                 shape = [sides[size] for size in trial.shape]
                 if list(own.shape) != shape:

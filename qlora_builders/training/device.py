@@ -10,7 +10,6 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from qlora_builders import __version__
 from qlora_builders.console import Gather, alone
 from qlora_builders.errors import ConfigError
-from qlora_builders.files.outputs import ENVIRONMENT_FILE, append_rows
 from qlora_builders.modules import CausalLM
 from qlora_builders.tensor.sharded import compute_device
 
@@ -89,9 +87,8 @@ def bound_heap(model: CausalLM) -> None:
     Other C libraries are left as they are.
     """
     libc = ctypes.CDLL(None)
-    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
-        return
-    if not model.model.norm.weight.is_cpu:
+    known = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    if not (known and model.model.norm.weight.is_cpu):
         return
     if model.model.activation_checkpointing != "none":
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
@@ -137,25 +134,29 @@ def compile_layers(model: CausalLM, mode: str, *, num_tokens: int, gather: Gathe
     Args:
         num_tokens: of the whole run on this rank, for "auto".
     """
-    if mode == "off" or (mode == "auto" and not gather(_pays(model, num_tokens))[0]):
+    if mode == "off":
         return False
+    if mode == "auto":
+        enough = _PAYS_AFTER_SECONDS.get(compute_device(model).type)
+        pays = enough is not None and matmul_seconds(model, num_tokens) > enough
+        if not gather(pays)[0]:
+            return False
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
     dynamo.skip_fsdp_guards = False  # else sizes of a sharded layer are taken for symbolic ones
     for layer in model.model.layers:
         layer.compile(fullgraph=True, dynamic=True, options={"fallback_random": True})
+
+    def require_grad(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.requires_grad_() if torch.is_grad_enabled() else output
+
     # a frozen embedding would give the first layer a graph of its own, without an input gradient
-    model.model.embed_tokens.register_forward_hook(_require_grad)
+    model.model.embed_tokens.register_forward_hook(require_grad)
     return True
 
 
 def is_compiled(model: CausalLM) -> bool:
     return model.model.layers[0]._compiled_call_impl is not None
-
-
-def _pays(model: CausalLM, num_tokens: int) -> bool:
-    enough = _PAYS_AFTER_SECONDS.get(compute_device(model).type)
-    return enough is not None and matmul_seconds(model, num_tokens) > enough
 
 
 def matmul_seconds(model: CausalLM, num_tokens: int) -> float:
@@ -180,15 +181,18 @@ def _multiplications_per_second(model: CausalLM, *, rows: int = 512, size: int =
     return rows * size * size / min(times)
 
 
-def _require_grad(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_() if torch.is_grad_enabled() else output
-
-
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "datasets")
 
 
 def describe_environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:
     """Versions, device and command; no user, host or environment variable."""
+
+    def version_of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
@@ -200,13 +204,8 @@ def describe_environment(device: torch.device, compute_dtype: torch.dtype) -> di
         "python": platform.python_version(),
         "qlora_builders": __version__,
         "cuda": torch.version.cuda,
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: version_of(name) for name in _PACKAGES},
     }
-
-
-def add_environment(run_dir: Path, about: Mapping[str, Any], *, first_step: int) -> None:
-    """Append a line for a process that takes the run from `first_step` on."""
-    append_rows(run_dir / ENVIRONMENT_FILE, [{"first_step": first_step, **about}])
 
 
 def device_name(device: torch.device) -> str:
@@ -215,10 +214,3 @@ def device_name(device: torch.device) -> str:
         properties = torch.cuda.get_device_properties(device)
         return f"{device} {properties.name} ({properties.total_memory / 2**30:.1f} GiB)"
     return f"{device} ({os.cpu_count()} cores)"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -16,9 +16,9 @@ import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -36,27 +36,6 @@ class Logger(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
-
-
-class Loggers:
-    """Several as one; closes all of them, whatever one of them raises."""
-
-    def __init__(self, loggers: Sequence[Logger]) -> None:
-        self.loggers = loggers
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        for logger in self.loggers:
-            logger.log(step, values)
-
-    def close(self) -> None:
-        errors = []
-        for logger in self.loggers:
-            try:
-                logger.close()
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
 
 
 class TensorBoardLogger:
@@ -196,10 +175,10 @@ class MetricsLog:
         *,
         step: int = 0,
         source: Path | None = None,
-        loggers: Loggers | None = None,
+        loggers: Sequence[Logger] = (),
         writes: bool = True,
     ) -> None:
-        self._loggers = loggers or Loggers([])
+        self._loggers = loggers
         self.path = directory / METRICS_FILE
         self.writes = writes
         earlier = (source or directory) / METRICS_FILE
@@ -210,14 +189,11 @@ class MetricsLog:
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def write(self, *, step: int, **values: Any) -> None:
-        """
-        Raises:
-            QLoRAError: if the file cannot be written.
-        """
-        if not self.writes:
-            return
-        append_rows(self.path, [{"step": step, **values}])
-        self._loggers.log(step, values)
+        """Raises a QLoRAError if the file cannot be written."""
+        if self.writes:
+            append_rows(self.path, [{"step": step, **values}])
+            for logger in self._loggers:
+                logger.log(step, values)
 
     def has_eval(self, step: int) -> bool:
         """Whether `step` was evaluated before the run was resumed."""
@@ -227,6 +203,12 @@ class MetricsLog:
         """What was written stays, whatever happens to the machine."""
         with self.path.open() as file:
             os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Close all loggers, whatever one of them raises."""
+        with ExitStack() as stack:
+            for logger in self._loggers:
+                stack.callback(logger.close)
 
 
 def _is_of_a_step(row: Any) -> bool:
@@ -273,25 +255,15 @@ class ProgressReport:
             TextColumn("eta"),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=self.console) if self.console.is_terminal else None
-        self._task = (
-            self._bar.add_task("", total=total_steps, completed=steps_done, figures="")
-            if self._bar
-            else None
-        )
+        self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task("", total=total_steps, completed=steps_done, figures="")
 
     def __enter__(self) -> ProgressReport:
-        if self._bar:
-            self._bar.start()
+        self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar:
+    def __exit__(self, *_: object) -> None:
+        if not self._bar.disable:  # else it would print a line
             self._bar.stop()
 
     def step(self, row: Mapping[str, Any]) -> None:
@@ -301,7 +273,7 @@ class ProgressReport:
             f"loss {row['loss']:.4f}{pair_figures(row)}  lr {row['lr']:.2e}  "
             f"{row['tokens_per_s']:,.0f} tok/s  {row['peak_memory_mib']:,.0f} MiB"
         )
-        if self._bar and self._task is not None:
+        if not self._bar.disable:
             self._bar.update(self._task, completed=step, figures=figures)
             return
         now = time.monotonic()

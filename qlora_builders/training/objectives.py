@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_builders.errors import ConfigError, PlanError, did_you_mean
+from qlora_builders.errors import PlanError
 from qlora_builders.modules import (
     IGNORE_INDEX,
     CausalLM,
@@ -103,19 +103,11 @@ class DPO:
             the less.
         loss_type: a key of `LOSSES`.
         label_smoothing: share of pairs taken to be labelled the wrong way round, below 0.5.
-
-    Raises:
-        ConfigError: for an unknown `loss_type`.
     """
 
     beta: float = 0.1
     loss_type: str = "sigmoid"
     label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.loss_type not in LOSSES:
-            hint = did_you_mean(self.loss_type, LOSSES)
-            raise ConfigError(f"dpo.loss_type is {self.loss_type!r}{hint}")
 
     def count(self, batch: Batch) -> int:
         """Pairs; one without targets stands in on a rank that has none."""
@@ -163,17 +155,10 @@ def check_reference(model: nn.Module) -> None:
         PlanError: if something trains that is no adapter, so that the base would not stay the
             reference.
     """
-    adapters = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, LoRALinear)
-        for parameter in module.parameters()
-    }
-    others = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in adapters
-    ]
+    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    own = {id(parameter) for module in adapters for parameter in module.parameters()}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    others = [name for name, parameter in trained if id(parameter) not in own]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise PlanError(

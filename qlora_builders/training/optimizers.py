@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_builders.console import Gather, alone
-from qlora_builders.errors import ConfigError, PlanError, TrainingError, did_you_mean
+from qlora_builders.errors import ConfigError, PlanError, TrainingError
 from qlora_builders.modules import LoRALinear
 from qlora_builders.tensor.sharded import local_part
 
@@ -35,18 +35,16 @@ def check_adapters_learned(model: nn.Module, *, gather: Gather = alone) -> None:
         TrainingError: if every lora_B is still zero, or what PiSSA started it from, so that the run
             changed nothing.
     """
-    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    learned = any(_learned(module) for module in adapters)
-    if adapters and not any(gather(learned)):
+    learned = []
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            weight, start = local_part(module.lora_B.weight), module.lora_B_init
+            learned.append(bool(weight.any() if start is None else (weight != start).any()))
+    if learned and not any(gather(any(learned))):
         raise TrainingError(
             "all lora_B weights are what they were before training, so the adapter does nothing; "
             "check optimizer.lr and lr_schedule"
         )
-
-
-def _learned(module: LoRALinear) -> bool:
-    weight, start = local_part(module.lora_B.weight), module.lora_B_init
-    return bool(weight.any() if start is None else (weight != start).any())
 
 
 def all_finite(parameters: Iterable[Tensor], *, gather: Gather = alone) -> bool:
@@ -65,11 +63,11 @@ def lora_plus_groups(model: nn.Module, *, lr: float, ratio: float) -> list[dict[
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     fast = [p for name, p in trained if ".lora_B." in name]
+    others = [p for name, p in trained if ".lora_B." not in name]
     if not fast:
         raise ConfigError(
             f"training.lora_plus_ratio={ratio} needs adapters to train; the plan has none"
         )
-    others = [p for name, p in trained if ".lora_B." not in name]
     return [{"params": others, "lr": lr}, {"params": fast, "lr": lr * ratio}]
 
 
@@ -94,16 +92,11 @@ def lr_factor(
     is one before the shape's end, so it still learns something.
 
     Args:
-        name: "cosine", "linear" or "constant".
+        name: a key of `SHAPES`.
         total_steps: optimizer steps of the run.
         warmup_ratio: warm-up as a fraction of total_steps, unless `warmup_steps` is given.
         min_lr_ratio: factor that the shape falls to.
-
-    Raises:
-        ConfigError: for an unknown name.
     """
-    if name not in SHAPES:
-        raise ConfigError(f"lr_schedule.name is {name!r}{did_you_mean(name, SHAPES)}")
     shape = SHAPES[name]
     warmup = math.ceil(warmup_ratio * total_steps) if warmup_steps is None else warmup_steps
 

@@ -95,14 +95,6 @@ def _add(totals: dict[str, float], part: Mapping[str, float]) -> None:
         totals[key] = totals.get(key, 0.0) + value
 
 
-def evaluate_loss(
-    model: CausalLM, batches: Iterable[Batch], *, gather: Gather = alone
-) -> tuple[float, int]:
-    """(mean loss over all target tokens, their number), as `evaluate_objective` finds them."""
-    result = evaluate_objective(model, batches, NextToken(), gather=gather)
-    return result.loss, result.target_tokens
-
-
 @torch.no_grad()
 def evaluate_objective(
     model: CausalLM, batches: Iterable[Batch], objective: Objective, *, gather: Gather = alone

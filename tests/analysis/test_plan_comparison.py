@@ -22,7 +22,8 @@ from qlora_builders.analysis.precision import (
 from qlora_builders.data import Batch
 from qlora_builders.errors import TrainingError
 from qlora_builders.modules import CausalLM
-from qlora_builders.training.step import evaluate_loss
+from qlora_builders.training.objectives import NextToken
+from qlora_builders.training.step import evaluate_objective
 
 ARCH = tiny_arch(
     vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1
@@ -56,9 +57,9 @@ def test_figures_are_the_loss_and_the_divergence() -> None:
     model, changed = build(), build(noise=0.02)
     figures = HeldOut(model, batches(), seed=0).figures(changed)
     for batch, one in zip(batches(), figures, strict=True):
-        loss, tokens = evaluate_loss(changed, [batch])
-        assert one.tokens == tokens
-        assert one.loss == pytest.approx(loss * tokens, rel=1e-5)
+        alone = evaluate_objective(changed, [batch], NextToken())
+        assert one.tokens == alone.target_tokens
+        assert one.loss == pytest.approx(alone.loss * one.tokens, rel=1e-5)
     exact = sum(
         F.kl_div(log_probs(changed, b), log_probs(model, b), log_target=True, reduction="sum")
         for b in batches()
@@ -66,7 +67,8 @@ def test_figures_are_the_loss_and_the_divergence() -> None:
     measured = Measured("", {}, figures)
     tokens = sum(one.tokens for one in figures)
     assert measured.kl == pytest.approx(float(exact) / tokens, rel=0.15)
-    assert measured.loss == pytest.approx(evaluate_loss(changed, batches())[0], rel=1e-5)
+    expected = evaluate_objective(changed, batches(), NextToken()).loss
+    assert measured.loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_unquantized_model_is_at_distance_zero() -> None:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from archs import TINY, tiny_model
+from torch import Tensor
 
-from qlora_builders import LlamaArch, llama
 from qlora_builders.data import Batch
 from qlora_builders.modules import CausalLM
 from qlora_builders.training import device as compile_module
@@ -16,16 +16,6 @@ from qlora_builders.training.device import compile_layers, matmul_seconds
 from qlora_builders.training.optimizers import trainable_parameters
 from qlora_builders.training.step import train_step
 
-ARCH = LlamaArch(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-)
 PLAN = [{"match": "layers.**", "kind": "qlora", "rank": 4, "alpha": 8}]
 # PyTorch's own deprecations, met while it traces
 pytestmark = [
@@ -44,17 +34,12 @@ def _fresh_graphs() -> Iterator[None]:
 
 
 def build(**options: float) -> CausalLM:
-    torch.manual_seed(0)
-    model = llama(ARCH, [{**PLAN[0], **options}], dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model.train()
+    return tiny_model([{**PLAN[0], **options}], num_layers=3).train()
 
 
 def batch(rows: int, length: int) -> Batch:
     generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(ARCH.vocab_size, (rows, length), generator=generator)
+    ids = torch.randint(TINY["vocab_size"], (rows, length), generator=generator)
     return Batch(ids, ids, list(range(rows)))
 
 
@@ -89,31 +74,15 @@ def test_all_layers_and_lengths_share_one_graph_and_the_losses_are_eager_ones() 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["selective", "full", "offload"])
-def test_checkpointing_inside_the_graph(mode: str) -> None:
+@pytest.mark.parametrize("rows", ["dropout", "packed"])
+def test_checkpointing_dropout_and_packing_inside_the_graph(mode: str, rows: str) -> None:
     batches = [batch(2, 12), batch(2, 20), batch(2, 12)]
-    expected = losses(build(), batches)
-    model = build()
+    if rows == "packed":
+        batches = [packed(12, 5), packed(20, 7), packed(16, 3)]
+    dropout = 0.3 if rows == "dropout" else 0.0  # with the numbers of uncompiled layers
+    expected = losses(build(dropout=dropout), batches)
+    model = build(dropout=dropout)
     model.model.activation_checkpointing = mode
-    compile_layers(model, "on", num_tokens=0)
-    assert losses(model, batches) == pytest.approx(expected, rel=1e-5)
-    assert graphs() == 1
-
-
-@pytest.mark.slow
-def test_dropout_draws_the_numbers_of_uncompiled_layers() -> None:
-    batches = [batch(2, 12), batch(2, 12)]
-    expected = losses(build(dropout=0.3), batches)
-    model = build(dropout=0.3)
-    compile_layers(model, "on", num_tokens=0)
-    assert losses(model, batches) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_packed_rows_share_one_graph_whatever_their_documents() -> None:
-    batches = [packed(12, 5), packed(20, 7), packed(16, 3)]
-    expected = losses(build(), batches)
-    model = build()
-    model.model.activation_checkpointing = "selective"
     compile_layers(model, "on", num_tokens=0)
     assert losses(model, batches) == pytest.approx(expected, rel=1e-5)
     assert graphs() == 1

@@ -1,5 +1,9 @@
+"""What a run computes on."""
+
 from __future__ import annotations
 
+import json
+import os
 import platform
 import random
 import subprocess
@@ -11,6 +15,8 @@ import torch
 
 from qlora_builders.errors import ConfigError
 from qlora_builders.training.device import (
+    describe_environment,
+    device_name,
     peak_memory_mib,
     resolve_compute_dtype,
     resolve_device,
@@ -90,3 +96,19 @@ def test_peak_memory_grows_with_what_is_held() -> None:
     before = peak_memory_mib(CPU)
     held = torch.ones(int(before) * 2**18 + 2**26)  # four bytes each: more than the peak so far
     assert peak_memory_mib(CPU) >= held.nbytes / 2**20
+
+
+def test_an_environment_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["qlora", "finetune", "prompt=a b"])
+    monkeypatch.setenv("HF_TOKEN", "secret-token")
+    about = describe_environment(CPU, torch.bfloat16)
+    assert about["command"] == "qlora finetune 'prompt=a b'"
+    assert (about["compute_dtype"], about["torch"]) == ("bfloat16", torch.__version__)
+    assert "secret-token" not in json.dumps(about)
+    assert os.uname().nodename not in about.values()
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_named() -> None:
+    name = torch.cuda.get_device_name(0)
+    assert name in device_name(torch.device("cuda", 0))

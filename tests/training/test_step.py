@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import signal
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from archs import tiny_arch
 from torch import Tensor
 
-from qlora_builders import LlamaArch, llama
+from qlora_builders import llama
 from qlora_builders.config.compose import compose
 from qlora_builders.console import StopRequest, stop_on_signal
 from qlora_builders.errors import PlanError, TrainingError
 from qlora_builders.modules import CausalLM
 from qlora_builders.runs.loop import until_stopped
+from qlora_builders.training.objectives import NextToken, mean_and_error
 from qlora_builders.training.optimizers import trainable_parameters
-from qlora_builders.training.step import evaluate_loss, train_step
+from qlora_builders.training.step import evaluate_objective, train_step
 
-ARCH = LlamaArch(
-    vocab_size=31,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_position_embeddings=32,
-)
+VOCAB = 31
 LORA = [{"match": "layers.**", "kind": "lora", "rank": 2, "alpha": 4}]
 
 
@@ -43,22 +39,28 @@ class Batch:
 
 def make_batch(rows: int, length: int, seed: int, trained_from: int = 1) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(ARCH.vocab_size, (rows, length), generator=generator)
+    ids = torch.randint(VOCAB, (rows, length), generator=generator)
     labels = ids.clone()
     labels[:, :trained_from] = -100
     return Batch(ids, labels, list(range(seed * 10, seed * 10 + rows)))
 
 
-def make_model() -> CausalLM:
+def make_model(**options: float) -> CausalLM:
     torch.manual_seed(0)
-    return llama(ARCH, LORA, dtype=torch.float32)
+    arch = tiny_arch(vocab_size=VOCAB, hidden_size=16, num_layers=1)
+    return llama(arch, [LORA[0] | options], dtype=torch.float32)
+
+
+def evaluate(model: CausalLM, batches: list[Batch]) -> tuple[float, int]:
+    result = evaluate_objective(model, batches, NextToken())
+    return result.loss, result.target_tokens
 
 
 def test_every_target_token_weighs_the_same() -> None:
     short, long = make_batch(1, 4, seed=1), make_batch(2, 12, seed=2, trained_from=3)
     model = make_model()
     optimizer = torch.optim.SGD(trainable_parameters(model), lr=0.0)
-    expected, tokens = evaluate_loss(model, [short, long])
+    expected, tokens = evaluate(model, [short, long])
     result = train_step(model, [short, long], optimizer, clip_grad_norm=None)
     assert tokens == result.target_tokens == 3 + 18
     assert result.loss == pytest.approx(expected, rel=1e-6)
@@ -98,26 +100,22 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_changes_nothing(value: flo
 
 
 def test_evaluation_turns_dropout_off_and_the_mode_back() -> None:
-    torch.manual_seed(0)
-    model = llama(ARCH, [LORA[0] | {"dropout": 0.5}], dtype=torch.float32)
+    model = make_model(dropout=0.5)
     for module in model.modules():
         if hasattr(module, "lora_B"):
             torch.nn.init.normal_(module.lora_B.weight)
     batch = make_batch(2, 8, seed=0)
     model.train()
-    losses = {evaluate_loss(model, [batch])[0] for _ in range(3)}
+    losses = {evaluate(model, [batch])[0] for _ in range(3)}
     assert len(losses) == 1
     assert model.training
 
 
-def test_nothing_to_evaluate_is_an_error() -> None:
+def test_nothing_to_evaluate_or_to_train_is_an_error() -> None:
     with pytest.raises(TrainingError, match="no token to evaluate on"):
-        evaluate_loss(make_model(), [])
-
-
-def test_nothing_to_train_is_an_error() -> None:
+        evaluate(make_model(), [])
     with pytest.raises(PlanError, match="the plan trains nothing; add a rule of kind 'lora'"):
-        trainable_parameters(llama(ARCH))
+        trainable_parameters(llama(tiny_arch()))
 
 
 @pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
@@ -176,3 +174,29 @@ def test_the_default_optimizer_is_adamw_to_float32_rounding() -> None:
     plain = losses(foreach=False)
     assert plain[-1] < 0.99 * plain[0]
     torch.testing.assert_close(losses(fused=True), plain, rtol=1e-6, atol=0)
+
+
+def test_equal_weights_give_the_usual_error_of_a_mean() -> None:
+    values = [0.0, 1.0, 1.0, 0.5, -2.0]
+    mean, error = mean_and_error(values, [1] * 5)
+    assert mean == pytest.approx(statistics.mean(values))
+    assert error == pytest.approx(statistics.stdev(values) / math.sqrt(5))
+
+
+def test_rows_of_many_lengths_give_the_spread_of_repeated_draws() -> None:
+    """The loss per token of 200 rows, drawn 2000 times."""
+    draw = random.Random(0)
+
+    def rows() -> tuple[list[float], list[int]]:
+        lengths = [draw.randint(1, 60) for _ in range(200)]
+        hardness = [draw.gauss(2, 0.5) for _ in lengths]
+        return [h * n for h, n in zip(hardness, lengths, strict=True)], lengths
+
+    found = [mean_and_error(*rows()) for _ in range(2000)]
+    spread = statistics.stdev(mean for mean, _ in found)
+    assert statistics.mean(error for _, error in found) == pytest.approx(spread, rel=0.05)
+    assert statistics.mean(mean for mean, _ in found) == pytest.approx(2, abs=0.01)
+
+
+def test_a_single_part_says_nothing_about_chance() -> None:
+    assert mean_and_error([3.0], [2]) == (1.5, math.inf)
