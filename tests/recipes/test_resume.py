@@ -49,25 +49,12 @@ def finetune(runner: Any, checkpoint: Path, rows: Path) -> Run:
     """Packing, dropout and accumulation; 3 batches an epoch, so no epoch ends with a step."""
 
     def run(folder: Path, *overrides: str, signals: dict[str, int] | None = None) -> dict[str, Any]:
-        argv = [
-            "finetune",
-            f"checkpoint.dir={checkpoint}",
-            f"data.train={rows}",
-            f"data.eval={rows}",
-            "data.packing=best_fit",
-            "data.max_seq_len=100",
-            "method.dropout=0.1",
-            f"training.max_steps={STEPS}",
-            "training.batch_size=2",
-            "training.grad_accumulation=2",
-            "training.compute_dtype=float32",
-            "training.eval_every=4",
-            f"training.save_every={SAVE_EVERY}",
-            "training.keep_last=2",
-            "optimizer.lr=1e-2",
-            f"output_dir={folder}",
-            *overrides,
-        ]
+        argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}"]
+        argv += [f"data.eval={rows}", "data.packing=best_fit", "data.max_seq_len=100"]
+        argv += ["method.dropout=0.1", f"training.max_steps={STEPS}", "training.batch_size=2"]
+        argv += ["training.grad_accumulation=2", "training.compute_dtype=float32"]
+        argv += ["training.eval_every=4", f"training.save_every={SAVE_EVERY}"]
+        argv += ["training.keep_last=2", "optimizer.lr=1e-2", f"output_dir={folder}", *overrides]
         return runner({"argv": argv, "watch": str(folder), "signals": signals or {}})
 
     return run

@@ -56,6 +56,13 @@ def run(trained: Callable[[str, int], Path], tmp_path: Path) -> Path:
     return stop(Path(shutil.copytree(trained("qlora", 3), tmp_path / "run")))
 
 
+def rewrite(file: Path, about: dict[str, Any]) -> None:
+    """Of a step checkpoint, with its manifest."""
+    file.write_text(json.dumps(about))
+    (file.parent / "manifest.json").unlink()
+    write_manifest(file.parent)
+
+
 def stop(run: Path) -> Path:
     shutil.rmtree(run / "adapter")
     shutil.rmtree(run / "checkpoints" / "step_3")
@@ -88,8 +95,9 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["qlora", "full"])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    ("method", "name"), [*(("qlora", name) for name in CHANGES), ("full", "weights")]
+)
 def test_another_base_is_refused_before_anything_is_touched(
     finetune: Finetune,
     trained: Callable[[str, int], Path],
@@ -127,9 +135,7 @@ def test_a_checkpoint_that_does_not_know_its_base_is_compared_by_its_config(
     for folder in (run / "checkpoints").iterdir():
         about = json.loads((folder / "train_state.json").read_text())
         del about["base"]
-        (folder / "train_state.json").write_text(json.dumps(about))
-        (folder / "manifest.json").unlink()
-        write_manifest(folder)
+        rewrite(folder / "train_state.json", about)
     assert finetune("training.resume=auto") == 2  # its base has moved
     assert "/base, but the checkpoint was trained with" in capsys.readouterr().err
     expected = losses(run)
@@ -152,9 +158,7 @@ def test_what_a_checkpoint_says_is_checked(
     finetune: Finetune, run: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     file = run / "checkpoints" / "step_2" / "train_state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | ABOUT[name]))
-    (file.parent / "manifest.json").unlink()
-    write_manifest(file.parent)
+    rewrite(file, json.loads(file.read_text()) | ABOUT[name])
     assert finetune("training.resume=auto") == 0
     output = capsys.readouterr().out
     assert f"a damaged checkpoint is skipped: {file}: " in output
