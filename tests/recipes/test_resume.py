@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from recipe_runs import same_adapter
 
+from qlora_builders.files.folders import write_manifest
 from qlora_builders.runs.folder import find_start
 
 SAVE_EVERY = 3
@@ -219,12 +220,16 @@ def test_a_damaged_checkpoint_is_skipped(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted[0], run)
-    (run / "checkpoints" / "step_9" / "train_state.pt").write_bytes(b"")
+    folder = run / "checkpoints" / "step_9"
+    about = json.loads((folder / "train_state.json").read_text())
+    (folder / "train_state.json").write_text(json.dumps(about | {"compile": "maybe"}))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
     answer = finetune(run, "training.resume=auto")
     assert answer["code"] == 0
     output = answer["output"]
     assert "warning: a damaged checkpoint is skipped: " in output
-    assert "step_9: train_state.pt has 0 bytes" in output
+    assert "step_9/train_state.json: compile is 'maybe'; expected on or off" in output
     assert f"resumed after step 6 from {run / 'checkpoints' / 'step_6'}" in output
     shutil.rmtree(run / "checkpoints" / "step_9.damaged")
     same_run(run, uninterrupted[0])

@@ -56,13 +56,6 @@ def run(trained: Callable[[str, int], Path], tmp_path: Path) -> Path:
     return stop(Path(shutil.copytree(trained("qlora", 3), tmp_path / "run")))
 
 
-def rewrite(file: Path, about: dict[str, Any]) -> None:
-    """Of a step checkpoint, with its manifest."""
-    file.write_text(json.dumps(about))
-    (file.parent / "manifest.json").unlink()
-    write_manifest(file.parent)
-
-
 def stop(run: Path) -> Path:
     shutil.rmtree(run / "adapter")
     shutil.rmtree(run / "checkpoints" / "step_3")
@@ -129,52 +122,23 @@ def test_a_base_that_moved_goes_on_with_the_same_losses(
     assert losses(run) == expected
 
 
-def test_a_checkpoint_that_does_not_know_its_base_is_compared_by_its_config(
+def test_an_older_checkpoint_knows_less(
     finetune: Finetune, run: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Not its base, which is compared by the config then, nor the rates, which the config has."""
     for folder in (run / "checkpoints").iterdir():
         about = json.loads((folder / "train_state.json").read_text())
         del about["base"]
-        rewrite(folder / "train_state.json", about)
+        (folder / "train_state.json").write_text(json.dumps(about))
+        state = torch.load(folder / "train_state.pt", weights_only=True)
+        del state["optimizer"]["param_groups"][0]["initial_lr"]
+        torch.save(state, folder / "train_state.pt")
+        (folder / "manifest.json").unlink()
+        write_manifest(folder)
     assert finetune("training.resume=auto") == 2  # its base has moved
     assert "/base, but the checkpoint was trained with" in capsys.readouterr().err
     expected = losses(run)
     assert finetune("training.resume=auto", f"checkpoint.dir={checkpoint}") == 0
-    assert losses(run) == expected
-
-
-ABOUT: dict[str, dict[str, Any]] = {
-    "no config": {"config": None},
-    "total_steps": {"total_steps": "3"},
-    "past its end": {"total_steps": 1},
-    "compile": {"compile": "maybe"},
-    "date": {"date": "yesterday"},
-    "base": {"base": {"content": 3}},
-}
-
-
-@pytest.mark.parametrize("name", ABOUT)
-def test_what_a_checkpoint_says_is_checked(
-    finetune: Finetune, run: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    file = run / "checkpoints" / "step_2" / "train_state.json"
-    rewrite(file, json.loads(file.read_text()) | ABOUT[name])
-    assert finetune("training.resume=auto") == 0
-    output = capsys.readouterr().out
-    assert f"a damaged checkpoint is skipped: {file}: " in output
-    assert "resumed after step 1" in output
-
-
-def test_rates_are_those_of_the_config_whatever_the_state_says(
-    finetune: Finetune, run: Path
-) -> None:
-    expected, folder = losses(run), run / "checkpoints" / "step_2"
-    state = torch.load(folder / "train_state.pt", weights_only=True)
-    del state["optimizer"]["param_groups"][0]["initial_lr"]
-    torch.save(state, folder / "train_state.pt")
-    (folder / "manifest.json").unlink()
-    write_manifest(folder)
-    assert finetune("training.resume=auto") == 0
     assert losses(run) == expected
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from qlora_builders.errors import CheckpointError, ConfigError
 from qlora_builders.files.folders import write_manifest
 from qlora_builders.files.outputs import how_to_go_on, last_checkpoint, step_folders
+from qlora_builders.runs import setup
 from qlora_builders.runs.folder import (
     Start,
     find_start,
@@ -329,6 +331,26 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 def refuse_bad(about: dict[str, Any]) -> None:
     if about["note"] == "bad":
         raise ValueError("bad note")
+
+
+ABOUT: dict[str, Any] = {"step": 9, "total_steps": 9, "config": {}, "compile": "off"}
+# what a run says about itself, in all of which it is believed, but for:
+UNTRUE: dict[str, tuple[Any, str]] = {
+    "config": (None, "config is None; expected dict"),
+    "total_steps": ("3", "total_steps is '3'; expected int"),
+    "step": (10, "step is 10 of a run of 9"),
+    "compile": ("maybe", "compile is 'maybe'; expected on or off"),
+    "date": ("yesterday", "date is 'yesterday'; expected one such as 2026-12-01T12:00"),
+    "base": ({"content": 3}, "base is {'content': 3}; expected content and config"),
+}
+
+
+@pytest.mark.parametrize("key", UNTRUE)
+def test_what_a_checkpoint_says_is_checked(key: str) -> None:
+    setup._check_about(ABOUT)
+    value, message = UNTRUE[key]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        setup._check_about(ABOUT | {key: value})
 
 
 @pytest.mark.parametrize("name", DAMAGE)
