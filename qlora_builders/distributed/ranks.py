@@ -38,6 +38,8 @@ T = TypeVar("T")
 class Ranks:
     """This process among all processes of the run, and on its machine.
 
+    All ranks must call `apart`, `gather` and `on_main`, in the same order.
+
     Attributes:
         launched: by torchrun or a launcher like it, be it alone.
         restarts: how often the launcher has started the run again after a failure.
@@ -57,10 +59,7 @@ class Ranks:
         return self.rank == 0
 
     def apart(self) -> Ranks:
-        """The same ranks on a line of their own, for a thread beside the one that trains.
-
-        All ranks must call it.
-        """
+        """The same ranks on a line of their own, for a thread beside the one that trains."""
         return replace(self, group=dist.new_group(backend="gloo")) if self.size > 1 else self
 
     def seed_step(self, seed: int, step: int) -> None:
@@ -74,7 +73,7 @@ class Ranks:
             torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, by rank, on every rank. All ranks must call it."""
+        """Everybody's value, by rank, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -82,10 +81,7 @@ class Ranks:
         return values
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What `function()` gives on the main rank, on every rank; its errors too.
-
-        All ranks must call it.
-        """
+        """What `function()` gives on the main rank, on every rank; its errors too."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -121,7 +117,14 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if "RANK" not in os.environ:
         yield Ranks()
         return
-    ranks = _from_environment()
+    environ = os.environ  # https://docs.pytorch.org/docs/stable/elastic/run.html
+    ranks = Ranks(
+        rank=int(environ["RANK"]),
+        size=int(environ["WORLD_SIZE"]),
+        local_rank=int(environ.get("LOCAL_RANK", 0)),
+        launched=True,
+        restarts=int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+    )
     backend = "gloo"
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank)
@@ -139,18 +142,6 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _from_environment() -> Ranks:
-    """https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables"""
-    environ = os.environ
-    return Ranks(
-        rank=int(environ["RANK"]),
-        size=int(environ["WORLD_SIZE"]),
-        local_rank=int(environ.get("LOCAL_RANK", 0)),
-        launched=True,
-        restarts=int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
-    )
-
-
 @contextmanager
 def _one_voice(ranks: Ranks) -> Iterator[None]:
     """An error that several ranks come to is raised by one; the others leave without a word.
@@ -166,15 +157,12 @@ def _one_voice(ranks: Ranks) -> Iterator[None]:
             raise SystemExit(USER_ERROR) from None
         raise
     except RuntimeError as error:
-        if ranks.size > 1 and _is_lost_peer(error):
+        # NCCL raises a class of its own, gloo a RuntimeError that names its file
+        lost = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+        if ranks.size > 1 and lost:
             print(f"rank {ranks.rank}: lost another rank", flush=True)
             raise SystemExit(LOST_PEER) from None
         raise
-
-
-def _is_lost_peer(error: RuntimeError) -> bool:
-    """NCCL raises a class of its own, gloo a RuntimeError that names its file."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def launch(arguments: Sequence[str], *, nproc_per_node: int, max_restarts: int = 0) -> int:

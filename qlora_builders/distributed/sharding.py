@@ -47,7 +47,9 @@ def sharding(
         ConfigError: if `shard` does not divide the number of ranks, or a process alone is asked to
             offload.
     """
-    shard = _shard_size(ranks, shard)
+    if shard is not None and ranks.size % shard:
+        processes = "one process" if ranks.size == 1 else f"{ranks.size} processes"
+        raise ConfigError(f"distributed.shard={shard} does not divide the {processes} of this run")
     if ranks.size == 1 and not ranks.launched:
         if cpu_offload:
             raise ConfigError(
@@ -63,23 +65,11 @@ def make_mesh(ranks: Ranks, device_type: str, *, shard: int | None = None) -> De
 
     Args:
         shard: ranks that share one copy of the model; None: all; 1: each has its own.
-
-    Raises:
-        ConfigError: if `shard` does not divide the number of ranks.
     """
-    shard = _shard_size(ranks, shard)
-    if shard == ranks.size:
-        return init_device_mesh(device_type, (shard,), mesh_dim_names=("shard",))
+    if shard is None or shard == ranks.size:
+        return init_device_mesh(device_type, (ranks.size,), mesh_dim_names=("shard",))
     shape = (ranks.size // shard, shard)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
-
-
-def _shard_size(ranks: Ranks, shard: int | None) -> int:
-    shard = ranks.size if shard is None else shard
-    if ranks.size % shard:
-        processes = "one process" if ranks.size == 1 else f"{ranks.size} processes"
-        raise ConfigError(f"distributed.shard={shard} does not divide the {processes} of this run")
-    return shard
 
 
 def shard_model(model: CausalLM, mesh: DeviceMesh, *, cpu_offload: bool = False) -> None:

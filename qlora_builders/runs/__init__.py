@@ -11,11 +11,9 @@ with open_log(run, data, lines) as log:            # metrics, progress, signals
 show_result(run, log)
 """
 
+from qlora_builders.runs.folder import Data, Log, Run, open_log, save_result, show_result
 from qlora_builders.runs.loop import train
-from qlora_builders.runs.saving import Log, open_log, save_result, show_result
 from qlora_builders.runs.setup import (
-    Data,
-    Run,
     begin,
     build_optimizer,
     load_data,

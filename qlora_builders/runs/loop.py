@@ -21,9 +21,7 @@ from qlora_builders.files.outputs import (
     step_folders,
 )
 from qlora_builders.modules import CausalLM
-from qlora_builders.runs.folder import step_folder
-from qlora_builders.runs.saving import Checkpoints, Log
-from qlora_builders.runs.setup import Data, Run
+from qlora_builders.runs.folder import Checkpoints, Data, Log, Run, step_folder
 from qlora_builders.training.device import peak_memory_mib
 from qlora_builders.training.loggers import pair_figures, step_row
 from qlora_builders.training.objectives import Batch, Objective

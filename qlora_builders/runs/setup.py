@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime
 from inspect import Parameter, signature
 from math import ceil
@@ -15,7 +15,7 @@ import torch
 
 from qlora_builders.analysis.preflight import check_run
 from qlora_builders.checkpoint import load_checkpoint
-from qlora_builders.checkpoint.base_record import base_record, differing_keys
+from qlora_builders.checkpoint.base_record import differing_keys
 from qlora_builders.config.checks import check_same_curve, curve_config, refuse_to_resume
 from qlora_builders.config.instantiate import instantiate
 from qlora_builders.config.schema import FinetuneConfig, plan_rules, train_patterns
@@ -26,7 +26,7 @@ from qlora_builders.errors import ConfigError, counted
 from qlora_builders.files.outputs import step_folders
 from qlora_builders.models import get_arch
 from qlora_builders.modules import CausalLM
-from qlora_builders.runs.folder import AUTO, Start, find_start
+from qlora_builders.runs.folder import AUTO, Data, Run, base_of, find_start
 from qlora_builders.runs.state import load_step
 from qlora_builders.training.device import (
     bound_heap,
@@ -48,33 +48,6 @@ from qlora_builders.training.optimizers import (
 # keys -> what they lead to: the base, which is compared by itself
 _LEAD_TO_BASE = ("checkpoint.dir", "checkpoint.format", "model.arch")
 _ABOUT: dict[str, type] = {"total_steps": int, "config": dict, "compile": str}
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run before anything is loaded."""
-
-    cfg: FinetuneConfig
-    ranks: Ranks
-    folder: Path
-    start: Start
-    loggers: Sequence[Logger]
-    device: torch.device
-    compute_dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Data:
-    """This rank's part of the batches, and how many steps they make.
-
-    Attributes:
-        about: what the loss curve depends on and is known before the base is loaded, as JSON.
-    """
-
-    train: Batches
-    eval: Batches | None
-    total_steps: int
-    about: dict[str, Any]
 
 
 def begin(cfg: FinetuneConfig, ranks: Ranks) -> Run:
@@ -184,7 +157,7 @@ def load_model(run: Run, data: Data) -> CausalLM:
         compute_dtype=run.compute_dtype,
         shard=sharding(ranks, device.type, **asdict(cfg.distributed)),
     )
-    _check_resumed_base(run, _base(model))
+    _check_resumed_base(run, base_of(model))
     model.model.activation_checkpointing = cfg.training.activation_checkpointing
     bound_heap(model)
     mode = cfg.training.compile
@@ -264,16 +237,6 @@ def look_ahead(
 
 
 # ---- what a step checkpoint says about its run, and whether this one may go on from there --------
-
-
-def about_run(data: Data, model: CausalLM) -> dict[str, Any]:
-    """All that the loss curve depends on, as JSON."""
-    return data.about | {"base": _base(model), "compile": "on" if is_compiled(model) else "off"}
-
-
-def _base(model: CausalLM) -> dict[str, Any]:
-    record = base_record(model)
-    return {"content": record["checkpoint"]["content_hash"], "config": record["config"]}
 
 
 def _check_about(about: Mapping[str, Any]) -> None:

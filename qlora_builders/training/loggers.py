@@ -41,10 +41,7 @@ class Logger(Protocol):
 class TensorBoardLogger:
     """Event files in RUN/tensorboard; `tensorboard --logdir RUN` shows them.
 
-    Args:
-        run_dir: of the run.
-        first_step: the step that the run goes on from; what was logged after it is hidden.
-        config: of the run.
+    Of a run that goes on from a step, what was logged after that step is hidden.
 
     Raises:
         ImportError: without the package tensorboard.
@@ -52,8 +49,7 @@ class TensorBoardLogger:
 
     def __init__(self, *, run_dir: Path, first_step: int, config: Mapping[str, Any]) -> None:
         optional_import("tensorboard", "tensorboard")
-        self.run_dir = run_dir
-        self.first_step = first_step
+        self.run_dir, self.first_step = run_dir, first_step
 
     @cached_property
     def _writer(self) -> Any:
@@ -73,10 +69,9 @@ class TensorBoardLogger:
 class WandbLogger:
     """A Weights & Biases run, which sends metrics, config and machine data to its server.
 
+    Its own files go to RUN/wandb; a run that goes on does so in the W&B run of its directory.
+
     Args:
-        run_dir: of the run; W&B's own files go to RUN/wandb.
-        first_step: the step that the run goes on from, in the W&B run of the same directory.
-        config: of the run.
         project, entity, name: as in `wandb.init`; None: W&B's own choice, the run directory's name.
         mode: "online", "offline" (written to the disk only) or "disabled"; None: online, unless
             W&B's own settings say otherwise.
@@ -97,15 +92,9 @@ class WandbLogger:
         mode: str | None = None,
     ) -> None:
         self._wandb = optional_import("wandb", "wandb")
-        self.run_dir = run_dir
-        self.first_step = first_step
-        self._arguments = {
-            "project": project,
-            "entity": entity,
-            "name": name or run_dir.name,
-            "mode": mode,
-            "config": dict(config),
-        }
+        self.run_dir, self.first_step = run_dir, first_step
+        named = {"project": project, "entity": entity, "name": name or run_dir.name}
+        self._arguments = {**named, "mode": mode, "config": dict(config)}
 
     @cached_property
     def _run(self) -> Any:

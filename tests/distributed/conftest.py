@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from archs import tiny_arch
 
-from qlora_builders import LlamaArch, llama, save_checkpoint
+from qlora_builders import llama, save_checkpoint
 from qlora_builders.checkpoint import read_arch
 from qlora_builders.config.shipped import shipped_dir
 
@@ -18,16 +19,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sizes that no number of ranks divides, and the demo's tokenizer."""
     demo = shipped_dir("demo") / "base"
     torch.manual_seed(0)
-    arch = LlamaArch(
-        vocab_size=read_arch(demo).vocab_size,
-        hidden_size=42,
-        intermediate_size=75,
-        num_layers=2,
-        num_heads=3,
-        num_kv_heads=1,
-        head_dim=14,
-        max_position_embeddings=128,
-    )
+    sizes = {"hidden_size": 42, "intermediate_size": 75, "num_heads": 3, "num_kv_heads": 1}
+    vocab_size = read_arch(demo).vocab_size
+    arch = tiny_arch(vocab_size=vocab_size, head_dim=14, max_position_embeddings=128, **sizes)
     path = tmp_path_factory.mktemp("base") / "hf"
     save_checkpoint(llama(arch, dtype=torch.float32), path)
     for file in demo.glob("tokenizer*"):

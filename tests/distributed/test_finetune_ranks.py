@@ -1,4 +1,4 @@
-"""The recipe on several ranks: the same losses and adapters as in one process, and resume."""
+"""The recipes on several ranks: the same losses and adapters as in one process, and resume."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ NORM_BOUND = 1e-5  # relative
 WEIGHT_BOUND = 1e-5  # of the largest weight
 
 
-def finetune(overrides: list[str], output_dir: Path) -> None:
-    load_recipe(recipe_path("finetune"))(
-        compose("finetune", [*overrides, f"output_dir={output_dir}"])
-    )
+def finetune(overrides: list[str], output_dir: Path, verb: str = "finetune") -> None:
+    load_recipe(recipe_path(verb))(compose(verb, [*overrides, f"output_dir={output_dir}"]))
 
 
 def rows(run: Path, key: str = "loss") -> dict[int, float]:
@@ -46,6 +44,10 @@ def assert_same_run(run: Path, alone: Path) -> None:
         assert ours == pytest.approx(theirs, rel=NORM_BOUND if key == "grad_norm" else LOSS_BOUND)
     for key in ("target_tokens", "eval_tokens"):
         assert rows(run, key) == rows(alone, key)
+    assert_same_weights(run, alone)
+
+
+def assert_same_weights(run: Path, alone: Path) -> None:
     ours, theirs = weights(run), weights(alone)
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
@@ -156,3 +158,27 @@ def test_full_training_is_saved_in_parts_and_resumed(
     shutil.rmtree(tmp_path / "run/checkpoints/step_20")
     run_ranks(2, finetune, [*full, "training.resume=auto"], tmp_path / "run", join=False)
     assert_same_run(tmp_path / "run", tmp_path / "alone")
+
+
+# Log-probabilities are sums of a hundred, so a reward has a larger absolute error than a loss.
+REWARD_BOUND = 1e-5
+
+
+def dpo(overrides: list[str], output_dir: Path) -> None:
+    finetune(["experiment=demo_dpo", *overrides], output_dir, "dpo")
+
+
+def test_preferences_do_not_depend_on_the_number_of_ranks(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    """Of 25 rows, 3 a batch, one is left for the last batch: the other rank has a stand-in."""
+    options = [*overrides, "training.max_steps=10", "data.max_seq_len=100"]
+    options += ["training.eval_every=null", "training.activation_checkpointing=full"]
+    dpo(options, tmp_path / "alone")
+    run_ranks(2, dpo, options, tmp_path / "run", join=False)
+    for key in ("loss", "grad_norm", "target_tokens", "rewards/margins", "rewards/accuracies"):
+        ours, theirs = rows(tmp_path / "run", key), rows(tmp_path / "alone", key)
+        bound = {"loss": LOSS_BOUND, "rewards/margins": REWARD_BOUND}.get(key, NORM_BOUND)
+        assert len(theirs) == 10
+        assert ours == pytest.approx(theirs, rel=bound, abs=REWARD_BOUND)
+    assert_same_weights(tmp_path / "run", tmp_path / "alone")

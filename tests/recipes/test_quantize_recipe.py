@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_conversion_between_the_layouts_is_lossless(checkpoint: Path, tmp_path: 
 
 
 def test_other_verbs_keep_what_is_stored(
-    checkpoint: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, rows: Path, tmp_path: Path, capsys: Any, refused: Callable[..., str]
 ) -> None:
     quantize(checkpoint, tmp_path / "nf4")
     model = load_with_adapter(tmp_path / "nf4", None)
@@ -86,14 +88,9 @@ def test_other_verbs_keep_what_is_stored(
     assert train("finetune", tmp_path / "nf4", rows, run, "training.max_steps=2") == 0
     tuned = load_with_adapter(tmp_path / "nf4", run / "adapter")
     assert torch.equal(tuned.get_parameter(UP).codes, model.get_parameter(UP).codes)
-
-
-def test_an_existing_folder_and_another_block_size(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    quantize(checkpoint, tmp_path / "nf4")
     argv = ["quantize", f"checkpoint.dir={tmp_path / 'nf4'}"]
-    assert cli.main([*argv, f"output_dir={tmp_path / 'nf4'}"]) == 2
-    assert "exists; choose a new folder" in capsys.readouterr().err
-    assert cli.main([*argv, f"output_dir={tmp_path / 'out'}", "block_size=128"]) == 2
-    assert "is stored in NF4 with block_size=64, but rule" in capsys.readouterr().err
+    for output, message in (
+        ("output_dir={0}/nf4", "exists; choose a new folder"),
+        ("output_dir={0}/out block_size=128", "is stored in NF4 with block_size=64, but rule"),
+    ):
+        assert message in refused(*argv, *output.format(tmp_path).split())

@@ -1,7 +1,11 @@
-"""Command lines that cannot be: one message that says why, exit code 2, and nothing is written."""
+"""Command lines that cannot be: one message that says why, exit code 2, and nothing is written.
+
+What a config says without a checkpoint is in tests/config/test_mistakes.py.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,119 +16,72 @@ F32 = "checkpoint.dir={base} compute_dtype=float32"
 # what each verb needs, so that nothing else is wrong
 GIVEN = {
     "finetune": f"checkpoint.dir={{base}} data.train={{rows}} output_dir={{out}} {TINY}",
-    "dpo": "",
     "generate": F32,
     "evaluate": f"{F32} data.eval={{rows}}",
-    "merge": "",
     "quantize": "checkpoint.dir={base} output_dir={out}",
     "plan": f"{F32} data.train={{rows}} data.eval={{rows}} output={{out}}.yaml",
     "inspect": "checkpoint.dir={base}",
-    "estimate": "",
-    "report": "",
 }
-OTHER_FORMAT = "format is 'nf4', but the directory is 'hf'"
-NO_RULES = "no list of rules under components:"
-MISTAKES = [
-    ("evaluate", ["compare=true", "quantize=none"], "quantize=none has no effect: without an adap"),
-    ("evaluate", ["exact_match=3", "data.eval=null"], "exact_match=3 needs questions in data.eval"),
-    ("evaluate", ["data.eval=null"], "data.eval is required: write data.eval=FILE"),
-    ("evaluate", ["lm_eval.limit=3"], "lm_eval.limit=3 has no effect without lm_eval.tasks"),
-    ("evaluate", ["lm_eval.tasks_dir=here"], "lm_eval.tasks_dir=here has no effect without lm_"),
-    ("evaluate", ["lm_eval.task=[a]"], "did you mean 'lm_eval.tasks'?"),
-    ("evaluate", ["data=preference"], "holds pairs of answers, which only `qlora dpo` takes"),
-    ("evaluate", ["checkpoint.format=nf4"], OTHER_FORMAT),
-    ("generate", ["checkpoint.format=nf4", "prompt=hi"], OTHER_FORMAT),
-    ("quantize", ["checkpoint.format=nf4"], OTHER_FORMAT),
-    ("quantize", ["block_size=63"], "block_size is 63"),
-    ("quantize", ["scale_format=bnb", "scale_search=true"], "scale_search cannot be combined with"),
-    ("quantize", ["components=[{match: 'layers.*', kind: frozen_nf4}]"], "layers.*"),
-    ("estimate", ["memory=1GB"], "memory='1GB' is not a size: write a number with MiB or GiB, "),
-    ("estimate", ["memory=0GiB"], "memory='0GiB' is not a size"),
-    ("estimate", ["method.targets=[q_porj]"], "did you mean 'q_proj'?"),
-    ("estimate", ["components=[{match: '**', kind: linear}]"], "the plan trains nothing"),
-    ("inspect", ["checkpoint.format=nf4"], OTHER_FORMAT),
-    ("inspect", ["method.targets=[q_porj]"], "did you mean 'q_proj'?"),
-    ("inspect", ["components=[{match: lm_head, kind: qlora, rnak: 4}]"], "did you mean 'rank'?"),
-    ("inspect", ["components=[{match: layers.99.**, kind: linear}]"], "the layers are 0 to 1"),
-    ("inspect", ["components=[{match: lm_head, kind: qlroa}]"], "did you mean 'qlora'?"),
-    ("inspect", ["training.bach_size=2"], "training.batch_size"),
-    ("plan", [], "a budget is required: write budget=6GiB or bits=4.6"),
-    ("plan", ["bits=4.6", "budget=6GiB"], "budget=6GiB and bits=4.6: give one of them"),
-    ("plan", ["budget=6GB"], "budget='6GB' is not a size: write a number with MiB or GiB"),
-    ("plan", ["bits=0"], "bits=0.0 must be > 0"),
-    ("plan", ["bits=4"], "bits=4 is too small: the smallest plan has bits=4.044 or budget=0.08MiB"),
-    ("plan", ["budget=0.01MiB"], "budget=0.01MiB is too small: the smallest plan has bits=4.044"),
-    ("plan", ["bits=16"], "bits=16 is too large: without quantization the base has bits=16.0 "),
-    ("plan", ["budget=1GiB"], "budget=1GiB is too large: without quantization the base has"),
-    ("plan", ["bits=5", "alpha=8"], "alpha=8.0 has no effect without rank"),
-    ("plan", ["bits=5", "data.eval=null"], "data.eval is required: write data.eval=FILE"),
-    ("plan", ["bits=5", "data.train=nowhere.jsonl"], "nowhere.jsonl"),
-    ("plan", ["bits=5", "data.format=text"], "text"),
-    ("plan", ["bits=5", "output=plan.txt"], "must end in .yaml"),
-    ("report", [], "a run is required: write qlora report RUN"),
-    ("report", ["missing"], "'missing' is no run directory: it has neither metrics.jsonl nor con"),
-    ("report", ["missing", "outptu=x"], "unknown key 'outptu'; did you mean 'output'?"),
-    ("report", ["--html"], "unknown option '--html'"),
-    ("finetune", ["checkpoint.format=nf4", "data.eval=null"], OTHER_FORMAT),
-    ("finetune", ["components=[{match: '**', kind: linear}]"], "the plan trains nothing"),
-    ("finetune", ["output_dir={rows}/run"], "rows.jsonl is a file, not a folder; choose another"),
-    ("finetune", ["loggers=[{project: p}]"], "loggers[0].component is missing"),
-    (
-        "finetune",
-        ["loggers=[{component: os.system}]"],
-        "loggers[0].component='os.system' is no logger that a config may name",
-    ),
-    (
-        "finetune",
-        ["loggers=[{component: qlora_builders.training.loggers.TensorBordLogger}]"],
-        "did you mean 'qlora_builders.training.loggers.TensorBoardLogger'?",
-    ),
-    (
-        "finetune",
-        ["loggers=[{component: qlora_builders.training.loggers.WandbLogger, projct: p}]"],
-        "loggers[0].projct is not an argument of",
-    ),
-    (
-        "finetune",
-        ["training.samples=2", "data.eval=null"],
-        "training.samples=2 needs questions in data.eval",
-    ),
-    ("finetune", ["dpo.beta=1"], "unknown key 'dpo.beta'"),
-    ("finetune", ["data=preference"], "holds pairs of answers, which only `qlora dpo` takes"),
-    ("dpo", [], "data.train is required: the demo file has instruct rows, but data.format=pre"),
-    ("dpo", ["data=chat"], "data.format=chat holds no pairs of answers; dpo takes preference"),
-    ("dpo", ["data.packing=best_fit"], "data.packing=best_fit: dpo does not pack pairs; write"),
-    ("dpo", ["data.train_on=all"], "data.train_on=all has no effect: dpo compares the last an"),
-    ("dpo", ["dpo.beta=0"], "dpo.beta=0.0 must be > 0"),
-    ("dpo", ["dpo.label_smoothing=0.5"], "dpo.label_smoothing=0.5 must be < 0.5"),
-    ("dpo", ["dpo.loss_type=ipo"], "dpo.loss_type='ipo' is not allowed; allowed: sigmoid, hin"),
-    (
-        "dpo",
-        ["dpo.loss_type=hinge", "dpo.label_smoothing=0.1"],
-        "dpo.label_smoothing=0.1 has no effect with dpo.loss_type=hinge",
-    ),
-    ("dpo", ["method=full"], "method=full trains the base, which is the reference of dpo; use"),
-    ("dpo", ["dpo.bata=1"], "unknown key 'dpo.bata'; did you mean 'dpo.beta'?"),
-    ("merge", ["--multirun", "x=1,2"], "qlora merge takes no --multirun; finetune, dpo, "),
-    ("evaluate", ["--multirun", "--nproc-per-node=2"], "qlora evaluate runs in one process; on"),
-    ("finetune", ["--multirun", "--print-config"], "--print-config is for one run; leave out "),
-    ("finetune", ["--multirun", "training.seed=1"], "--multirun needs a key with several val"),
-]
+MISTAKES = """
+evaluate data.eval=null | data.eval is required: write data.eval=FILE
+evaluate lm_eval.tasks_dir=here | lm_eval.tasks_dir=here has no effect without lm_eval.tasks
+evaluate data=preference | holds pairs of answers, which only `qlora dpo` takes
+evaluate checkpoint.format=nf4 | format is 'nf4', but the directory is 'hf'
+generate checkpoint.format=nf4 prompt=hi | format is 'nf4', but the directory is 'hf'
+quantize checkpoint.format=nf4 | format is 'nf4', but the directory is 'hf'
+quantize block_size=63 | block_size is 63
+quantize scale_format=bnb scale_search=true | scale_search cannot be combined with
+quantize components=[{match: 'layers.*', kind: frozen_nf4}] | layers.*
+estimate memory=0GiB | memory='0GiB' is not a size
+estimate method.targets=[q_porj] | did you mean 'q_proj'?
+estimate components=[{match: '**', kind: linear}] | the plan trains nothing
+inspect checkpoint.format=nf4 | format is 'nf4', but the directory is 'hf'
+inspect method.targets=[q_porj] | did you mean 'q_proj'?
+inspect components=[{match: lm_head, kind: qlora, rnak: 4}] | did you mean 'rank'?
+inspect components=[{match: layers.99.**, kind: linear}] | the layers are 0 to 1
+inspect components=[{match: lm_head, kind: qlroa}] | did you mean 'qlora'?
+plan budget=6GB | budget='6GB' is not a size: write a number with MiB or GiB
+plan bits=0 | bits=0.0 must be > 0
+plan bits=4 | bits=4 is too small: the smallest plan has bits=4.044 or budget=0.08MiB
+plan budget=0.01MiB | budget=0.01MiB is too small: the smallest plan has bits=4.044
+plan bits=16 | bits=16 is too large: without quantization the base has bits=16.0
+plan budget=1GiB | budget=1GiB is too large: without quantization the base has
+plan bits=5 data.train=nowhere.jsonl | nowhere.jsonl
+plan bits=5 data.format=text | text
+report missing | 'missing' is no run directory: it has neither metrics.jsonl nor con
+report missing outptu=x | unknown key 'outptu'; did you mean 'output'?
+report --html | unknown option '--html'
+finetune checkpoint.format=nf4 data.eval=null | format is 'nf4', but the directory is 'hf'
+finetune components=[{match: '**', kind: linear}] | the plan trains nothing
+finetune output_dir={rows}/run | rows.jsonl is a file, not a folder; choose another
+finetune loggers=[{component: os.system}] | ='os.system' is no logger that a config may name
+finetune loggers=[{component: {log}TensorBordLogger}] | did you mean '{log}TensorBoardLogger'?
+finetune loggers=[{component: {log}WandbLogger, projct: p}] | loggers[0].projct is not an argument
+finetune dpo.beta=1 | unknown key 'dpo.beta'
+dpo  | data.train is required: the demo file has instruct rows, but data.format=pre
+dpo data=chat | data.format=chat holds no pairs of answers; dpo takes preference
+dpo dpo.beta=0 | dpo.beta=0.0 must be > 0
+dpo dpo.label_smoothing=0.5 | dpo.label_smoothing=0.5 must be < 0.5
+dpo dpo.loss_type=ipo | dpo.loss_type='ipo' is not allowed; allowed: sigmoid, hin
+dpo dpo.bata=1 | unknown key 'dpo.bata'; did you mean 'dpo.beta'?
+merge --multirun x=1,2 | qlora merge takes no --multirun; finetune, dpo,
+evaluate --multirun --nproc-per-node=2 | qlora evaluate runs in one process; on
+finetune --multirun --print-config | --print-config is for one run; leave out
+finetune --multirun training.seed=1 | --multirun needs a key with several val
+finetune --multirun training.epochs=1,0 optimizer.lr=0.1,-1 | error: training.epochs=0 must be >= 1
+finetune --multirun training.epochs=1,0 optimizer.lr=0.1,-1 | error: optimizer.lr=-1 must be a num
+"""
 
 
-@pytest.mark.parametrize(("verb", "options", "message"), MISTAKES)
+@pytest.mark.parametrize("line", MISTAKES.strip("\n").splitlines())
 def test_mistakes(
-    refused: Callable[..., str],
-    checkpoint: Path,
-    rows: Path,
-    tmp_path: Path,
-    verb: str,
-    options: list[str],
-    message: str,
+    refused: Callable[..., str], checkpoint: Path, rows: Path, tmp_path: Path, line: str
 ) -> None:
     names = {"base": checkpoint, "rows": rows, "out": tmp_path / "out"}
-    given = [word.format_map(names) for word in GIVEN[verb].split()]
-    options = [word.replace("{rows}", str(rows)) for word in options]
+    logger = "qlora_builders.training.loggers."
+    command, message = line.replace("{log}", logger).replace("{rows}", str(rows)).split(" | ")
+    verb, *options = re.split(r" (?=[\w.]+=|--|missing)", command.strip())
+    given = [word.format_map(names) for word in GIVEN.get(verb, "").split()]
     error = refused(verb, *given, *options)
     assert error.startswith("error: ")
     assert message in error
@@ -136,8 +93,8 @@ def test_mistakes(
     [
         (None, "no such file"),
         ("- {match: 'layers.**', kind: linnear}\n", "did you mean 'linear'"),
-        ("rules: []\n", NO_RULES),
-        ("components: nothing\n", NO_RULES),
+        ("rules: []\n", "no list of rules under components:"),
+        ("components: nothing\n", "no list of rules under components:"),
         (
             "components: [{match: lm_head, kind: linear}]\ntrain: [norm]\n",
             "train beside components:, which alone is read from such a file",

@@ -31,19 +31,15 @@ def test_a_finished_run_has_its_page(run: Path) -> None:
     assert "eval_tokens: 3 of 3 points" in page
 
 
-def test_a_run_says_where_it_ran(run: Path) -> None:
+def test_a_run_says_where_it_ran_and_what_it_answered(run: Path) -> None:
     (about,) = map(json.loads, (run / "environment.jsonl").read_text().splitlines())
     assert (about["first_step"], about["total_steps"]) == (0, 6)
     assert about["device"].startswith(("cpu (", "cuda:"))
     assert {"torch", "python", "qlora_builders", "command", "started"} <= about.keys()
-
-
-def test_samples_are_answered_before_and_after(run: Path) -> None:
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     order = [(sample["step"], sample["row"]) for sample in samples]
     assert order == [(0, 0), (0, 1), (6, 0), (6, 1)]
-    assert samples[0]["prompt"] == "what comes after one"
-    assert samples[0]["reference"] == "two"
+    assert (samples[0]["prompt"], samples[0]["reference"]) == ("what comes after one", "two")
 
 
 def test_samples_change_no_loss(checkpoint: Path, rows: Path, run: Path, tmp_path: Path) -> None:
@@ -82,9 +78,7 @@ def test_the_command_takes_folders_and_keys(
     page = output.read_text()
     assert "2 runs" in page
     assert "{odd} name: stopped after step 1" in page
-
-
-def test_help_shows_that_runs_come_without_a_key(capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
     assert cli.main(["report", "--help"]) == 0
     assert "usage: qlora report RUN [RUN ...] [OPTION ...]" in capsys.readouterr().out
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from recipe_runs import same_adapter
 
+from qlora_builders.files.folders import write_manifest
 from qlora_builders.runs.folder import find_start
 
 SAVE_EVERY = 3
@@ -49,25 +50,12 @@ def finetune(runner: Any, checkpoint: Path, rows: Path) -> Run:
     """Packing, dropout and accumulation; 3 batches an epoch, so no epoch ends with a step."""
 
     def run(folder: Path, *overrides: str, signals: dict[str, int] | None = None) -> dict[str, Any]:
-        argv = [
-            "finetune",
-            f"checkpoint.dir={checkpoint}",
-            f"data.train={rows}",
-            f"data.eval={rows}",
-            "data.packing=best_fit",
-            "data.max_seq_len=100",
-            "method.dropout=0.1",
-            f"training.max_steps={STEPS}",
-            "training.batch_size=2",
-            "training.grad_accumulation=2",
-            "training.compute_dtype=float32",
-            "training.eval_every=4",
-            f"training.save_every={SAVE_EVERY}",
-            "training.keep_last=2",
-            "optimizer.lr=1e-2",
-            f"output_dir={folder}",
-            *overrides,
-        ]
+        argv = ["finetune", f"checkpoint.dir={checkpoint}", f"data.train={rows}"]
+        argv += [f"data.eval={rows}", "data.packing=best_fit", "data.max_seq_len=100"]
+        argv += ["method.dropout=0.1", f"training.max_steps={STEPS}", "training.batch_size=2"]
+        argv += ["training.grad_accumulation=2", "training.compute_dtype=float32"]
+        argv += ["training.eval_every=4", f"training.save_every={SAVE_EVERY}"]
+        argv += ["training.keep_last=2", "optimizer.lr=1e-2", f"output_dir={folder}", *overrides]
         return runner({"argv": argv, "watch": str(folder), "signals": signals or {}})
 
     return run
@@ -232,12 +220,16 @@ def test_a_damaged_checkpoint_is_skipped(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted[0], run)
-    (run / "checkpoints" / "step_9" / "train_state.pt").write_bytes(b"")
+    folder = run / "checkpoints" / "step_9"
+    about = json.loads((folder / "train_state.json").read_text())
+    (folder / "train_state.json").write_text(json.dumps(about | {"compile": "maybe"}))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
     answer = finetune(run, "training.resume=auto")
     assert answer["code"] == 0
     output = answer["output"]
     assert "warning: a damaged checkpoint is skipped: " in output
-    assert "step_9: train_state.pt has 0 bytes" in output
+    assert "step_9/train_state.json: compile is 'maybe'; expected on or off" in output
     assert f"resumed after step 6 from {run / 'checkpoints' / 'step_6'}" in output
     shutil.rmtree(run / "checkpoints" / "step_9.damaged")
     same_run(run, uninterrupted[0])

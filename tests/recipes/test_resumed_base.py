@@ -88,8 +88,9 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["qlora", "full"])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    ("method", "name"), [*(("qlora", name) for name in CHANGES), ("full", "weights")]
+)
 def test_another_base_is_refused_before_anything_is_touched(
     finetune: Finetune,
     trained: Callable[[str, int], Path],
@@ -121,56 +122,23 @@ def test_a_base_that_moved_goes_on_with_the_same_losses(
     assert losses(run) == expected
 
 
-def test_a_checkpoint_that_does_not_know_its_base_is_compared_by_its_config(
+def test_an_older_checkpoint_knows_less(
     finetune: Finetune, run: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Not its base, which is compared by the config then, nor the rates, which the config has."""
     for folder in (run / "checkpoints").iterdir():
         about = json.loads((folder / "train_state.json").read_text())
         del about["base"]
         (folder / "train_state.json").write_text(json.dumps(about))
+        state = torch.load(folder / "train_state.pt", weights_only=True)
+        del state["optimizer"]["param_groups"][0]["initial_lr"]
+        torch.save(state, folder / "train_state.pt")
         (folder / "manifest.json").unlink()
         write_manifest(folder)
     assert finetune("training.resume=auto") == 2  # its base has moved
     assert "/base, but the checkpoint was trained with" in capsys.readouterr().err
     expected = losses(run)
     assert finetune("training.resume=auto", f"checkpoint.dir={checkpoint}") == 0
-    assert losses(run) == expected
-
-
-ABOUT: dict[str, dict[str, Any]] = {
-    "no config": {"config": None},
-    "total_steps": {"total_steps": "3"},
-    "past its end": {"total_steps": 1},
-    "compile": {"compile": "maybe"},
-    "date": {"date": "yesterday"},
-    "base": {"base": {"content": 3}},
-}
-
-
-@pytest.mark.parametrize("name", ABOUT)
-def test_what_a_checkpoint_says_is_checked(
-    finetune: Finetune, run: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    file = run / "checkpoints" / "step_2" / "train_state.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | ABOUT[name]))
-    (file.parent / "manifest.json").unlink()
-    write_manifest(file.parent)
-    assert finetune("training.resume=auto") == 0
-    output = capsys.readouterr().out
-    assert f"a damaged checkpoint is skipped: {file}: " in output
-    assert "resumed after step 1" in output
-
-
-def test_rates_are_those_of_the_config_whatever_the_state_says(
-    finetune: Finetune, run: Path
-) -> None:
-    expected, folder = losses(run), run / "checkpoints" / "step_2"
-    state = torch.load(folder / "train_state.pt", weights_only=True)
-    del state["optimizer"]["param_groups"][0]["initial_lr"]
-    torch.save(state, folder / "train_state.pt")
-    (folder / "manifest.json").unlink()
-    write_manifest(folder)
-    assert finetune("training.resume=auto") == 0
     assert losses(run) == expected
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from qlora_builders.errors import CheckpointError, ConfigError
 from qlora_builders.files.folders import write_manifest
 from qlora_builders.files.outputs import how_to_go_on, last_checkpoint, step_folders
+from qlora_builders.runs import setup
 from qlora_builders.runs.folder import (
     Start,
     find_start,
@@ -176,14 +178,17 @@ def test_overwriting_removes_everything(run: Path, tmp_path: Path) -> None:
 
 def test_what_dead_processes_left_is_removed(run: Path) -> None:
     add(run, 1)
+    found = start(run)
+    (run / "report.html").touch()  # what is no run's may come meanwhile
     for folder in (run, run / "checkpoints"):
         (folder / ".step_2.abc.partial").mkdir()
         (folder / ".step_2.abc.partial" / "file").touch()
     (run / ".adapter.abc.old").mkdir()
     (run / ".adapter.abc.old" / "adapter_config.json").touch()
-    with run_directory(run, start(run), overwrite=False, keep_last=9):
+    with run_directory(run, found, overwrite=False, keep_last=9):
         assert names(run) == ["step_1"]
-        assert sorted(p.name for p in run.iterdir()) == ["adapter", "checkpoints", "config.yaml"]
+        left = ["adapter", "checkpoints", "config.yaml", "report.html"]
+        assert sorted(p.name for p in run.iterdir()) == left
     assert (run / "adapter" / "adapter_config.json").exists()
 
 
@@ -252,13 +257,6 @@ def test_a_directory_that_was_used_since_is_not_taken(
     assert (run / "config.yaml").read_text() == "another"
 
 
-def test_what_is_no_run_may_come_meanwhile(run: Path) -> None:
-    found = start(run)
-    (run / "report.html").touch()
-    with run_directory(run, found, overwrite=False, keep_last=1):
-        pass
-
-
 def state_file(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
     def damage(folder: Path) -> None:
         state = torch.load(folder / "train_state.pt", weights_only=True)
@@ -266,6 +264,14 @@ def state_file(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]
         torch.save(state if changed is None else changed, folder / "train_state.pt")
 
     return damage
+
+
+def optimizer(**changes: Any) -> Callable[[Path], Any]:
+    return state_file(lambda state: state["optimizer"].update(changes))
+
+
+def generator(**changes: Any) -> Callable[[Path], Any]:
+    return state_file(lambda state: state["random"].update(changes))
 
 
 def info(**changes: Any) -> Callable[[Path], Any]:
@@ -277,7 +283,7 @@ def raw(name: str, content: bytes) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_bytes(content)
 
 
-GROUP = {"params": [0], "lr": 1.0}
+GROUPS = [{"params": [0], "lr": 1.0}]
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (raw("train_state.pt", b""), r"train_state.pt: cannot be read \("),
     "no zip": (raw("train_state.pt", b"x" * 99), r"train_state.pt: cannot be read \("),
@@ -286,45 +292,29 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (state_file(lambda s: [s]), "train_state.pt: it is list, not dict"),
     "no optimizer": (state_file(lambda s: s.pop("optimizer") and None), "optimizer is missing"),
     "no random": (state_file(lambda s: {"optimizer": s["optimizer"]}), "random is missing"),
-    "groups": (
-        state_file(lambda s: s["optimizer"].update(param_groups={})),
-        r"optimizer\['param_groups'\] is dict, not list",
-    ),
-    "params": (
-        state_file(lambda s: s["optimizer"].update(param_groups=[{"params": ["a"]}])),
-        "holds what is no int",
-    ),
-    "numbers": (
-        state_file(lambda s: s["optimizer"].update(param_groups=[{"params": [1]}])),
-        "does not number its parameters from 0 on",
-    ),
-    "stranger": (
-        state_file(lambda s: s["optimizer"].update(state={5: {}})),
-        r"optimizer\['state'\]\[5\] is of no parameter",
-    ),
+    "groups": (optimizer(param_groups={}), r"optimizer\['param_groups'\] is dict, not list"),
+    "params": (optimizer(param_groups=[{"params": ["a"]}]), "holds what is no int"),
+    "numbers": (optimizer(param_groups=[{"params": [1]}]), "does not number its parameters from 0"),
+    "stranger": (optimizer(state={5: {}}), r"optimizer\['state'\]\[5\] is of no parameter"),
     "flat state": (
-        state_file(lambda s: s["optimizer"].update(state={0: 1}, param_groups=[GROUP])),
+        optimizer(state={0: 1}, param_groups=GROUPS),
         r"optimizer\['state'\]\[0\] is int, not dict",
     ),
     **{
         f"step {value}": (
-            state_file(
-                lambda s, v=value: s["optimizer"].update(  # type: ignore[misc]
-                    state={0: {"step": v}}, param_groups=[GROUP]
-                )
-            ),
+            optimizer(state={0: {"step": value}}, param_groups=GROUPS),
             r"optimizer\['state'\]\[0\]\['step'\] is no number of steps",
         )
         for value in (math.nan, -1, "x", torch.tensor(math.inf), torch.zeros(2))
     },
-    "python": (state_file(lambda s: s["random"].update(python=(3, (1,), None))), "'python'"),
-    "numpy": (state_file(lambda s: s["random"].update(numpy=(1, 2))), "'numpy'"),
+    "python": (generator(python=(3, (1,), None)), "'python'"),
+    "numpy": (generator(numpy=(1, 2)), "'numpy'"),
     "numpy far off": (
         state_file(lambda s: s["random"].update(numpy=(*s["random"]["numpy"][:2], 10**9, 0, 0.0))),
         "'numpy'",
     ),
-    "cpu": (state_file(lambda s: s["random"].update(cpu=torch.zeros(3))), "'cpu'"),
-    "cuda": (state_file(lambda s: s["random"].update(cuda=3)), "'cuda'"),
+    "cpu": (generator(cpu=torch.zeros(3)), "'cpu'"),
+    "cuda": (generator(cuda=3), "'cuda'"),
     "info no object": (raw("train_state.json", b"[]"), "train_state.json: holds list"),
     "info nested": (raw("train_state.json", b"[" * 10**5), "nested too deeply"),
     "info NaN": (raw("train_state.json", b'{"step": NaN}'), "NaN is not a number"),
@@ -341,6 +331,26 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 def refuse_bad(about: dict[str, Any]) -> None:
     if about["note"] == "bad":
         raise ValueError("bad note")
+
+
+ABOUT: dict[str, Any] = {"step": 9, "total_steps": 9, "config": {}, "compile": "off"}
+# what a run says about itself, in all of which it is believed, but for:
+UNTRUE: dict[str, tuple[Any, str]] = {
+    "config": (None, "config is None; expected dict"),
+    "total_steps": ("3", "total_steps is '3'; expected int"),
+    "step": (10, "step is 10 of a run of 9"),
+    "compile": ("maybe", "compile is 'maybe'; expected on or off"),
+    "date": ("yesterday", "date is 'yesterday'; expected one such as 2026-12-01T12:00"),
+    "base": ({"content": 3}, "base is {'content': 3}; expected content and config"),
+}
+
+
+@pytest.mark.parametrize("key", UNTRUE)
+def test_what_a_checkpoint_says_is_checked(key: str) -> None:
+    setup._check_about(ABOUT)
+    value, message = UNTRUE[key]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        setup._check_about(ABOUT | {key: value})
 
 
 @pytest.mark.parametrize("name", DAMAGE)
