@@ -40,6 +40,7 @@ from qlora_builders.models import (
     BaseCheckpoint,
     ComponentRule,
     LlamaArch,
+    layer_slots,
     linear_slots,
     llama,
     resolve,
@@ -148,13 +149,10 @@ def _describing_files(path: Path, tensors: Mapping[str, LazyTensor]) -> str:
 
 def _check_sizes(arch: LlamaArch, tensors: Mapping[str, LazyTensor], where: str) -> None:
     """Before anything is built by them: absurd sizes would take forever, or all memory."""
-    layer = "model.layers.0"
-    shapes = {
-        EMBEDDING: (arch.vocab_size, arch.hidden_size),
-        f"{layer}.self_attn.q_proj.weight": (arch.num_heads * arch.head_dim, arch.hidden_size),
-        f"{layer}.self_attn.k_proj.weight": (arch.num_kv_heads * arch.head_dim, arch.hidden_size),
-        f"{layer}.mlp.gate_proj.weight": (arch.intermediate_size, arch.hidden_size),
-    }
+    shapes = {EMBEDDING: (arch.vocab_size, arch.hidden_size)}
+    for part, slots in layer_slots(arch).items():
+        for name, (in_features, out_features, _) in slots.items():
+            shapes[f"model.layers.0.{part}.{name}.weight"] = out_features, in_features
     missing = [name for name in shapes if name not in tensors]
     if missing:
         raise CheckpointError(f"{where}: tensors missing: {listed(missing)}; is it a Llama?")

@@ -36,7 +36,14 @@ from qlora_builders.config.sections import (
     quantize_knob,
     shard_size_knob,
 )
-from qlora_builders.names import DTYPES, QUANTIZED_FORMATS, SCALE_FORMATS, WRITTEN_FORMATS
+from qlora_builders.names import (
+    DTYPES,
+    FUSED_PROJECTIONS,
+    PROJECTIONS,
+    QUANTIZED_FORMATS,
+    SCALE_FORMATS,
+    WRITTEN_FORMATS,
+)
 
 
 @dataclass
@@ -283,7 +290,9 @@ def preset_rules(method: MethodConfig) -> list[dict[str, Any]]:
         return {name: value for name, value in values.items() if value is not None}
 
     adapter, base = PRESETS[method.name]
-    names = method.targets
+    names = list(method.targets)
+    if {*names} >= {*PROJECTIONS}:
+        names += [name for name in FUSED_PROJECTIONS if name not in names]
     targets = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
     adapted = {"match": f"layers.*.*.{targets}", "kind": method.name, **given(adapter + base)}
     if not base:

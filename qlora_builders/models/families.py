@@ -30,6 +30,7 @@ class Family:
         has_output_bias: whether `attention_bias` is of o_proj too.
         qk_norm: RMSNorm of queries and keys before they are rotated: of every head by itself, or of
             all of a token's at once; None: there is none.
+        is_fused: one projection for q, k and v, and one for gate and up.
         norms_after: the norms of a layer are of what attention and MLP give, not of what they get.
     """
 
@@ -41,6 +42,7 @@ class Family:
     rope_theta: float = 10_000.0
     has_output_bias: bool = True
     qk_norm: Literal["heads", "width"] | None = None
+    is_fused: bool = False
     norms_after: bool = False
 
 
@@ -91,6 +93,18 @@ FAMILIES: dict[str, Family] = {
             "attention_multiplier",
             "logits_scaling",
         ),
+    ),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        defaults={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        fixed={"attention_bias": False, "mlp_bias": False},
+        keys=("partial_rotary_factor",),
+        windows="all",
+        is_fused=True,
     ),
     "olmo2": Family(
         architecture="Olmo2ForCausalLM",
@@ -148,6 +162,7 @@ class LlamaArch:
         sliding_window: positions that a token sees, with its own; None: all.
         sliding_layers: those with the window; None: all.
         nope_layers: those without rotary embedding.
+        partial_rotary_factor: the part of a head that is rotated.
         attention_multiplier: of attention's logits; None: 1 / sqrt(head_dim).
 
     Raises:
@@ -174,6 +189,7 @@ class LlamaArch:
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] | None = None
     nope_layers: tuple[int, ...] = ()
+    partial_rotary_factor: float = 1.0
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     attention_multiplier: float | None = None
@@ -199,23 +215,31 @@ class LlamaArch:
         self._check_rope()
 
     def _check_rope(self) -> None:
-        scaling = self.rope_scaling
+        scaling, rotated = self.rope_scaling, self.rotary_dim
+        if rotated < 2 or rotated % 2:
+            raise QLoRAError(
+                f"partial_rotary_factor is {self.partial_rotary_factor}; of {self.head_dim} "
+                f"dimensions that rotates {rotated}, which must be an even number"
+            )
         if scaling is None:
             return
-        if scaling.rope_type in ("yarn", "dynamic") and not (
-            self.rope_theta > 1 and self.head_dim > 2
-        ):
+        if scaling.rope_type in ("yarn", "dynamic") and not (self.rope_theta > 1 and rotated > 2):
             raise QLoRAError(
-                f"rope_theta is {self.rope_theta} and head_dim {self.head_dim}; rope type "
+                f"rope_theta is {self.rope_theta} and rotated dimensions {rotated}; rope type "
                 f"{scaling.rope_type!r} needs more than 1 and more than 2"
             )
         for name in ("short_factor", "long_factor"):
             count = len(getattr(scaling, name))
-            if scaling.rope_type == "longrope" and count != self.head_dim // 2:
+            if scaling.rope_type == "longrope" and count != rotated // 2:
                 raise QLoRAError(
-                    f"{name} has {count} numbers; it must have {self.head_dim // 2}, one for each "
+                    f"{name} has {count} numbers; it must have {rotated // 2}, one for each "
                     "rotated pair"
                 )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def family(self) -> Family:
@@ -283,6 +307,8 @@ _QWEN3 = {
     "max_position_embeddings": 40_960,
     "norm_eps": 1e-6,
 }
+_PHI = {"model_type": "phi3", "vocab_size": 32_064}
+_PHI4 = {"vocab_size": 100_352, "rope_theta": 250_000.0, "max_position_embeddings": 16_384}
 # ibm-granite/granite-3.3-{2b,8b}-instruct
 _GRANITE3_3 = _TIED | {
     "model_type": "granite",
@@ -349,6 +375,9 @@ LLAMA_ARCHS: dict[str, LlamaArch] = {
     "qwen3_8b": _row(4096, 12_288, 36, 32, 8, **_QWEN3),
     "qwen3_14b": _row(5120, 17_408, 40, 40, 8, **_QWEN3),
     "qwen3_32b": _row(5120, 25_600, 64, 64, 8, **_QWEN3),
+    # microsoft/Phi-3-mini-4k-instruct, microsoft/phi-4
+    "phi3_mini_4k": _row(3072, 8192, 32, 32, 32, **_PHI | {"sliding_window": 2047}),
+    "phi4_14b": _row(5120, 17_920, 40, 40, 10, **_PHI | _PHI4),
     "granite3_3_2b": _row(2048, 8192, 40, 32, 8, **_GRANITE3_3),
     "granite3_3_8b": _row(
         4096, 12_800, 40, 32, 8,

@@ -33,7 +33,6 @@ from qlora_builders.modules import (
     TokenHead,
     rope,
 )
-from qlora_builders.names import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 
 
 @dataclass(frozen=True)
@@ -155,9 +154,12 @@ def _decoder_layer(
     arch: LlamaArch, index: int, linear: Callable[..., nn.Module], norm: Callable[..., nn.Module]
 ) -> DecoderLayer:
     """One layer; `linear(name, in_features, out_features, bias)` fills a slot as the plan says."""
-    at, hidden, inner = f"layers.{index}", arch.hidden_size, arch.intermediate_size
+    at = f"layers.{index}"
     q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    bias, mlp_bias = arch.attention_bias, arch.mlp_bias
+    slots = {
+        part: {name: linear(f"{at}.{part}.{name}", *sizes) for name, sizes in names.items()}
+        for part, names in layer_slots(arch).items()
+    }
     widths = (q_size, kv_size) if arch.family.qk_norm == "width" else (arch.head_dim,) * 2
     norms = {name: norm(f"{at}.{name}") for name in _norms(arch) if "." not in name}
     qk_norms = {
@@ -167,12 +169,7 @@ def _decoder_layer(
     }
     return DecoderLayer(
         self_attn=Attention(
-            q_proj=linear(f"{at}.self_attn.q_proj", hidden, q_size, bias),
-            k_proj=linear(f"{at}.self_attn.k_proj", hidden, kv_size, bias),
-            v_proj=linear(f"{at}.self_attn.v_proj", hidden, kv_size, bias),
-            o_proj=linear(
-                f"{at}.self_attn.o_proj", q_size, hidden, bias and arch.family.has_output_bias
-            ),
+            **slots["self_attn"],
             **qk_norms,
             num_heads=arch.num_heads,
             num_kv_heads=arch.num_kv_heads,
@@ -183,12 +180,7 @@ def _decoder_layer(
             window=arch.window(index),
             attention_dropout=arch.attention_dropout,
         ),
-        mlp=FeedForward(
-            gate_proj=linear(f"{at}.mlp.gate_proj", hidden, inner, mlp_bias),
-            up_proj=linear(f"{at}.mlp.up_proj", hidden, inner, mlp_bias),
-            down_proj=linear(f"{at}.mlp.down_proj", inner, hidden, mlp_bias),
-            activation=ACTIVATIONS[arch.hidden_act],
-        ),
+        mlp=FeedForward(**slots["mlp"], activation=ACTIVATIONS[arch.hidden_act]),
         **norms,
         residual_multiplier=arch.residual_multiplier,
     )
@@ -201,12 +193,35 @@ def _norms(arch: LlamaArch) -> list[str]:
     return sorted(own) + ["self_attn.q_norm", "self_attn.k_norm"] * bool(arch.family.qk_norm)
 
 
+def layer_slots(arch: LlamaArch) -> dict[str, dict[str, tuple[int, int, bool]]]:
+    """Part of a layer -> its linear slots -> in_features, out_features, and whether with a bias."""
+    hidden, inner, family = arch.hidden_size, arch.intermediate_size, arch.family
+    q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    into = (
+        {"qkv_proj": q + 2 * kv} if family.is_fused else {"q_proj": q, "k_proj": kv, "v_proj": kv}
+    )
+    wide = (
+        {"gate_up_proj": 2 * inner} if family.is_fused else {"gate_proj": inner, "up_proj": inner}
+    )
+    bias, mlp_bias = arch.attention_bias, arch.mlp_bias
+    return {
+        "self_attn": {
+            **{name: (hidden, size, bias) for name, size in into.items()},
+            "o_proj": (q, hidden, bias and family.has_output_bias),
+        },
+        "mlp": {
+            **{name: (hidden, size, mlp_bias) for name, size in wide.items()},
+            "down_proj": (inner, hidden, mlp_bias),
+        },
+    }
+
+
 def linear_slots(arch: LlamaArch) -> list[str]:
     """Names of all linear slots, without the leading `model.`."""
     slots = [
         f"layers.{index}.{part}.{name}"
         for index in range(arch.num_layers)
-        for part, names in (("self_attn", ATTENTION_PROJECTIONS), ("mlp", MLP_PROJECTIONS))
+        for part, names in layer_slots(arch).items()
         for name in names
     ]
     return [*slots, "lm_head"]
@@ -287,7 +302,7 @@ def _check_tied_head(arch: LlamaArch, rule: ComponentRule, *, embedding_trains: 
 
 
 def _rotary(arch: LlamaArch) -> RotaryEmbedding:
-    frequencies = rope.rope_frequencies(arch.head_dim, arch.rope_theta)
+    frequencies = rope.rope_frequencies(arch.rotary_dim, arch.rope_theta)
     scaling = arch.rope_scaling
     if scaling is None:
         return RotaryEmbedding(frequencies)

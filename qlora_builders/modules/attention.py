@@ -197,6 +197,7 @@ class Attention(nn.Module):
     Args:
         q_proj: [b, s, hidden] -> [b, s, h * d]; o_proj the reverse.
         k_proj, v_proj: [b, s, hidden] -> [b, s, g * d].
+        qkv_proj: those three in one, in place of them.
         q_norm, k_norm: before rotating, of each head [..., d] or of all at once; None: none.
         num_heads: query heads; each kv head serves num_heads / num_kv_heads of them.
         layer: index of this layer in a KV cache.
@@ -209,9 +210,10 @@ class Attention(nn.Module):
     def __init__(
         self,
         *,
-        q_proj: nn.Module,
-        k_proj: nn.Module,
-        v_proj: nn.Module,
+        q_proj: nn.Module | None = None,
+        k_proj: nn.Module | None = None,
+        v_proj: nn.Module | None = None,
+        qkv_proj: nn.Module | None = None,
         o_proj: nn.Module,
         q_norm: nn.Module | None = None,
         k_norm: nn.Module | None = None,
@@ -225,9 +227,10 @@ class Attention(nn.Module):
         attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.q_proj = q_proj
-        self.k_proj = k_proj
-        self.v_proj = v_proj
+        self.q_proj: Any = q_proj
+        self.k_proj: Any = k_proj
+        self.v_proj: Any = v_proj
+        self.qkv_proj = qkv_proj
         self.o_proj = o_proj
         self.q_norm = q_norm
         self.k_norm = k_norm
@@ -251,12 +254,16 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [b, s, hidden]; cos, sin [b, 1, s, d]. x's positions are appended to the cache's."""
         b, s, _ = x.shape
-        q, k = self.q_proj(x), self.k_proj(x)
+        if self.qkv_proj is None:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+            q, k, v = self.qkv_proj(x).split([n * self.head_dim for n in heads], dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         q = q.view(b, s, self.num_heads, self.head_dim).transpose(1, 2)  # [b, h, s, d]
         k = k.view(b, s, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(b, s, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        v = v.view(b, s, self.num_kv_heads, self.head_dim).transpose(1, 2)
         if self.use_rope:
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:

@@ -197,25 +197,31 @@ class FeedForward(nn.Module):
 
     Args:
         gate_proj, up_proj: [..., hidden] -> [..., intermediate]; down_proj the reverse.
+        gate_up_proj: the first two in one, in place of them.
         activation: elementwise; one of `ACTIVATIONS` in a Llama.
     """
 
     def __init__(
         self,
         *,
-        gate_proj: nn.Module,
-        up_proj: nn.Module,
+        gate_proj: nn.Module | None = None,
+        up_proj: nn.Module | None = None,
+        gate_up_proj: nn.Module | None = None,
         down_proj: nn.Module,
         activation: Activation = F.silu,
     ) -> None:
         super().__init__()
-        self.gate_proj = gate_proj
-        self.up_proj = up_proj
+        self.gate_proj: Any = gate_proj
+        self.up_proj: Any = up_proj
+        self.gate_up_proj = gate_up_proj
         self.down_proj = down_proj
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)  # [..., intermediate]
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)  # [..., intermediate]
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         if torch.compiler.is_compiling():
             return self.down_proj(self.activation(gate) * up)
         return self.down_proj(_GatedProduct.apply(self.activation, gate, up))

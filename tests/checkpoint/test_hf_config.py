@@ -180,7 +180,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' needs short_factor, long_factor"),
     (
         {"rope_scaling": {"rope_type": "yarn", "factor": 2}, "rope_theta": 1},
-        "rope_theta is 1.0 and head_dim 16; rope type 'yarn' needs more than 1 and more than 2",
+        "rope_theta is 1.0 and rotated dimensions 16; rope type 'yarn' needs more than 1",
     ),
     ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs factor"),
     (

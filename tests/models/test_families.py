@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qlora_builders import llama, load_checkpoint, save_checkpoint
 from qlora_builders.checkpoint.formats.hf import config_arch
 from qlora_builders.errors import CheckpointError, PlanError
-from qlora_builders.models import FAMILIES, generate_batch
+from qlora_builders.models import FAMILIES, generate_batch, linear_slots
 from qlora_builders.modules import CausalLM
 
 CASES = 25
@@ -76,6 +76,21 @@ def random_config(family: str, seed: int) -> dict[str, Any]:
             config["max_window_layers"] = rng.choice([0, 1])
     if family == "smollm3":
         config["no_rope_layers"] = rng.choice([None, [rng.choice([0, 1]) for _ in range(layers)]])
+    if family == "phi3":
+        config["rope_parameters"] = rng.choice(
+            [
+                {"rope_type": "default", "partial_rotary_factor": rng.choice([0.5, 1.0])},
+                {
+                    "rope_type": "longrope",
+                    "short_factor": factors[0],
+                    "long_factor": factors[1],
+                    "partial_rotary_factor": 1.0,
+                },
+            ]
+        )
+        if config["rope_parameters"]["rope_type"] == "default" and head_dim == 6:
+            config["rope_parameters"]["partial_rotary_factor"] = 0.67  # 4 of 6
+        config["original_max_position_embeddings"] = 32
     if family == "granite":
         for name in FAMILIES[family].keys:
             config[name] = rng.choice([0.3, 1.0, 2.0])
@@ -189,7 +204,7 @@ def test_qlora_is_the_dense_model_on_dequantized_weights(family: str, tmp_path: 
     ids = torch.randint(31, (2, 20))
     assert_close(own(ids), dense(ids))
     trained = [name for name, p in own.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * 7 * own.spec.arch.num_layers
+    assert len(trained) == 2 * (len(linear_slots(own.spec.arch)) - 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -197,6 +197,9 @@ FAMILY_KEYS: dict[str, Key] = {
         "logits_scaling",
     )
 }
+FAMILY_KEYS["partial_rotary_factor"] = Key(
+    field="partial_rotary_factor", kind=float, default=1.0, above=0, high=1
+)
 _WINDOW_KEYS: dict[str, Key] = {
     "use_sliding_window": Key(field="used", kind=bool, default=False),
     "sliding_window": size("window", 2**31 - 1, default=None, null=True),
@@ -265,6 +268,10 @@ def _of_family(config: dict[str, Any], num_layers: int, source: str) -> dict[str
     """Fields that not every family has."""
     family = FAMILIES[config.get("model_type", "llama")]
     keys = {name: FAMILY_KEYS[name] for name in family.keys if name in FAMILY_KEYS}
+    for spelling in _ROPE_SPELLINGS:  # transformers 5 writes it there
+        rope = config.get(spelling)
+        if "partial_rotary_factor" in keys and isinstance(rope, dict):
+            config = config | {k: v for k, v in rope.items() if k == "partial_rotary_factor"}
     values = read_keys(keys, config, source)
     if "no_rope_layers" in family.keys:
         values["nope_layers"] = _nope_layers(config, num_layers, source)
@@ -346,6 +353,8 @@ def _rope_scaling(rope: dict[str, Any], config: dict[str, Any], where: str) -> R
         raise CheckpointError(
             f"{where}: {by_layer} is an object; one set of numbers for all layers is expected"
         )
+    if rope_type in ("su", "yarn") and config.get("model_type") == "phi3":
+        rope_type = "longrope"  # as it was called before
     if rope_type == "default":
         return None
     known = isinstance(rope_type, str) and rope_type in _ROPE_KEYS
@@ -354,10 +363,10 @@ def _rope_scaling(rope: dict[str, Any], config: dict[str, Any], where: str) -> R
             f"{where}: rope type {rope_type!r} is not supported; "
             f"allowed: default, {', '.join(_ROPE_KEYS)}"
         )
-    if rope_type in ("yarn", "longrope"):
-        for name in ("original_max_position_embeddings", "max_position_embeddings"):
-            if config.get(name) is not None:
-                rope = {"original_max_position_embeddings": config[name]} | rope
+    original = "original_max_position_embeddings"
+    if rope_type in ("yarn", "longrope"):  # as transformers: outside comes first, then inside
+        outside = {original: config[original]} if config.get(original) is not None else {}
+        rope = {original: config.get("max_position_embeddings")} | rope | outside
     keys = _ROPE_KEYS[rope_type]
     missing = [name for name, key in keys.items() if key.default is REQUIRED and name not in rope]
     if missing:
@@ -403,6 +412,9 @@ def config_from_arch(arch: LlamaArch, dtype: torch.dtype) -> dict[str, Any]:
         config["no_rope_layers"] = [int(layer not in arch.nope_layers) for layer in layers]
     if family.windows is not None:
         config["sliding_window"] = arch.sliding_window
+    original = "original_max_position_embeddings"
+    if original in family.defaults:
+        config[original] = getattr(arch.rope_scaling, original, family.defaults[original])
     if family.windows in ("last", "without rope"):
         slides = [arch.window(layer) is not None for layer in layers]
         config["use_sliding_window"] = any(slides)
