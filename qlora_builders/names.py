@@ -15,7 +15,6 @@ SCALE_FORMATS = ("geometric", "none", "bnb")  # of NF4; see kernels/nf4_referenc
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ATTENTION_PROJECTIONS + MLP_PROJECTIONS
-FUSED_PROJECTIONS = ("qkv_proj", "gate_up_proj")  # of families with q, k, v or gate and up in one
 
 DATA_FORMATS = ("chat", "instruct", "text", "preference")
 TRAIN_ON = ("assistant", "completion", "all")

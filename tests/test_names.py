@@ -31,7 +31,6 @@ IN_USE = {
     "SCALE_FORMATS": "geometric none bnb",
     "ATTENTION_PROJECTIONS": "q_proj k_proj v_proj o_proj",
     "MLP_PROJECTIONS": "gate_proj up_proj down_proj",
-    "FUSED_PROJECTIONS": "qkv_proj gate_up_proj",
     "PROJECTIONS": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
     "DATA_FORMATS": "chat instruct text preference",
     "TRAIN_ON": "assistant completion all",

@@ -38,7 +38,6 @@ from qlora_builders.config.sections import (
 )
 from qlora_builders.names import (
     DTYPES,
-    FUSED_PROJECTIONS,
     PROJECTIONS,
     QUANTIZED_FORMATS,
     SCALE_FORMATS,
@@ -290,10 +289,10 @@ def preset_rules(method: MethodConfig) -> list[dict[str, Any]]:
         return {name: value for name, value in values.items() if value is not None}
 
     adapter, base = PRESETS[method.name]
-    names = list(method.targets)
-    if {*names} >= {*PROJECTIONS}:
-        names += [name for name in FUSED_PROJECTIONS if name not in names]
+    names = method.targets
     targets = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
+    if set(names) == set(PROJECTIONS):
+        targets = "*_proj"  # those of a family that has some of them in one, too
     adapted = {"match": f"layers.*.*.{targets}", "kind": method.name, **given(adapter + base)}
     if not base:
         return [adapted]
