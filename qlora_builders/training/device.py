@@ -31,8 +31,7 @@ _M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 def resolve_device(name: str, *, local_rank: int = 0) -> torch.device:
     """A torch device; "auto" is the GPU if there is one, of several on a machine this rank's.
 
-    Raises:
-        ConfigError: for a device that this machine or this build of torch does not have.
+    Raises ConfigError for a device that this machine or this build of torch does not have.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
