@@ -64,39 +64,38 @@ def weight_figures(
             raise CheckpointError(
                 f"{path}: {name} has shape {list(stored.shape)}; the model needs {list(own.shape)}"
             )
-        seen, quantized_as = None, format_of(own)
+        error, quantized_as = None, format_of(own)
         if quantized_as is not None:
             try:
                 seen = quantize(stored.to(own.dtype), quantized_as).dequantize()
-            except ValueError as error:
-                raise CheckpointError(f"{path}: {name}: {error}") from error
-        yield slot, _figures(stored, seen)
+            except ValueError as fault:
+                raise CheckpointError(f"{path}: {name}: {fault}") from fault
+            error = _norm_by_rows(stored, seen)
+        yield slot, WeightFigures(_norm_by_rows(stored), error)
 
 
 def together(figures: Sequence[WeightFigures]) -> WeightFigures:
     """The figures of several weights as if they were one."""
     errors = [one.error for one in figures if one.error is not None]
-    return WeightFigures(
-        norm=math.hypot(*(one.norm for one in figures)),
-        error=math.hypot(*errors) if errors else None,
-    )
+    norm = math.hypot(*(one.norm for one in figures))
+    return WeightFigures(norm, math.hypot(*errors) if errors else None)
 
 
-def _figures(stored: Tensor, seen: Tensor | None) -> WeightFigures:
-    """A few rows at a time, for memory, and each row by itself: torch adds up float32 in float32,
-    which is off by 5e-3 for a whole weight and by 2e-8 so."""
-    norm, error = 0.0, 0.0
+def _norm_by_rows(stored: Tensor, seen: Tensor | None = None) -> float:
+    """Of the weight, or of what another is off. A few rows at a time, for memory, and each row by
+    itself: torch adds up float32 in float32, which is off by 5e-3 for a whole weight and by 2e-8
+    so."""
+    squares = 0.0
     for start in range(0, len(stored), _ROWS_AT_ONCE):
-        rows = stored[start : start + _ROWS_AT_ONCE].float()
-        norm += _sum_of_squares(rows)
+        some = slice(start, start + _ROWS_AT_ONCE)
+        rows = stored[some].float()
         if seen is not None:
-            error += _sum_of_squares(rows - seen[start : start + _ROWS_AT_ONCE].float())
-    return WeightFigures(math.sqrt(norm), None if seen is None else math.sqrt(error))
+            rows = rows - seen[some].float()
+        squares += torch.linalg.vector_norm(rows, dim=1).double().square().sum().item()
+    return math.sqrt(squares)
 
 
-def _sum_of_squares(rows: Tensor) -> float:
-    return torch.linalg.vector_norm(rows, dim=1).double().square().sum().item()
-
+# ---- what a merge loses -------------------------------------------------------------------------
 
 # Largest |error| / |delta| that a merge may have unless told otherwise. On normal weights, rounding
 # to bfloat16 has 0.17 for an update of 1 % of the weight's norm and 0.5 for one of 0.32 %; NF4 has
@@ -208,16 +207,13 @@ class MergeReport:
     @property
     def total(self) -> LayerError:
         """All layers as one long vector; a layer that is not written in NF4 keeps its delta."""
+        layers, along = self.layers, None
         norms = {
-            norm: math.hypot(*(getattr(layer, norm) for layer in self.layers))
+            norm: math.hypot(*(getattr(layer, norm) for layer in layers))
             for norm in ("weight", "delta", "lost", "shift")
         }
-        along = None
-        if any(layer.along is not None for layer in self.layers):
-            shares = [
-                layer.delta * (layer.delta if layer.along is None else layer.along)
-                for layer in self.layers
-            ]
+        if any(layer.along is not None for layer in layers):
+            shares = [one.delta * (one.delta if one.along is None else one.along) for one in layers]
             along = _ratio(sum(shares), norms["delta"])
         return LayerError("all layers", **norms, along=along)
 

@@ -139,12 +139,9 @@ def written_format(format: str) -> CheckpointFormat:
 
 def check_types(formats: Collection[Format], row: CheckpointFormat) -> None:
     """
-    Args:
-        formats: of the quantized weights of a model.
-        row: a format of checkpoints that keeps such weights.
-
     Raises:
-        CheckpointError: if there are none, or some that such a checkpoint cannot hold.
+        CheckpointError: if a model with weights in these formats has none that such a checkpoint
+            keeps, or some that it cannot hold.
     """
     if not formats:
         kind = "quantized" if row.types is None else f"in {', '.join(row.types).upper()}"

@@ -4,44 +4,33 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from shared import SIZES, Logits, assert_same_files, edit_json
+from safetensors.torch import load_file
+from shared import (
+    DTYPES,
+    FROZEN,
+    as_stored,
+    assert_same_files,
+    checkpoints,
+    edit_json,
+    edit_tensors,
+    logits,
+)
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint, stored_plan
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import llama
 from qlora_builders.tensor import NF4Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 UP = "model.layers.1.mlp.up_proj"
-
-
-def build(tied: bool) -> LlamaForCausalLM:
-    """Every width is a multiple of 64: bitsandbytes' CPU kernel decodes others wrongly."""
-    torch.manual_seed(0)
-    changes = {"intermediate_size": 128, "attention_bias": True, "tie_word_embeddings": tied}
-    model = LlamaForCausalLM(LlamaConfig(**SIZES | changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    return model
-
-
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
-    paths = {tied: tmp_path_factory.mktemp("plain") for tied in (False, True)}
-    for tied, path in paths.items():
-        build(tied).save_pretrained(path)
-    return paths.__getitem__
+BOTH_HEADS = pytest.mark.parametrize("variant", ["wide", "wide_tied"])
 
 
 def quantized_by_transformers(path: Path, dtype: torch.dtype, **options: Any) -> LlamaForCausalLM:
@@ -80,17 +69,19 @@ def assert_same_model(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype) ->
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tied", [False, True])
+@BOTH_HEADS
 def test_every_bit_and_logit_is_that_of_bitsandbytes(
-    plain: Callable[[bool], Path],
     tmp_path: Path,
     nested: bool,
     storage: torch.dtype,
     dtype: torch.dtype,
-    tied: bool,
+    variant: str,
 ) -> None:
     theirs = quantized_by_transformers(
-        plain(tied), dtype, bnb_4bit_use_double_quant=nested, bnb_4bit_quant_storage=storage
+        checkpoints(variant),
+        dtype,
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_quant_storage=storage,
     )
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
@@ -106,9 +97,9 @@ def test_every_bit_and_logit_is_that_of_bitsandbytes(
     assert_same_model(ours, theirs, dtype)
 
 
-def test_skipped_modules(plain: Callable[[bool], Path], tmp_path: Path) -> None:
+def test_skipped_modules(tmp_path: Path) -> None:
     theirs = quantized_by_transformers(
-        plain(False), torch.bfloat16, llm_int8_skip_modules=[UP, "lm_head"]
+        checkpoints("wide"), torch.bfloat16, llm_int8_skip_modules=[UP, "lm_head"]
     )
     theirs.save_pretrained(tmp_path / "theirs")
     plan = stored_plan(tmp_path / "theirs")
@@ -118,16 +109,18 @@ def test_skipped_modules(plain: Callable[[bool], Path], tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def stored(plain: Callable[[bool], Path], tmp_path: Path) -> Path:
+def stored(tmp_path: Path) -> Path:
     """Nested, in bfloat16; the test may damage it."""
-    model = quantized_by_transformers(plain(False), torch.bfloat16, bnb_4bit_use_double_quant=True)
+    model = quantized_by_transformers(
+        checkpoints("wide"), torch.bfloat16, bnb_4bit_use_double_quant=True
+    )
     model.save_pretrained(tmp_path / "stored")
     return tmp_path / "stored"
 
 
 def test_any_plan_loads(stored: Path) -> None:
     """Plain and LoRA slots get the dequantized weight, cast to the model's dtype."""
-    exact = load_checkpoint(stored, stored_plan(stored))
+    exact = as_stored(stored)
     lora = {"rank": 2, "alpha": 2}
     plan = [
         {"match": "layers.0.**", "kind": "qlora", **lora},
@@ -153,7 +146,7 @@ def test_any_plan_loads(stored: Path) -> None:
         ("NF4Tensor", torch.bfloat16), ("Parameter", torch.bfloat16), ("Parameter", torch.float32)
     }  # fmt: skip
     assert model.lm_head.weight.format.block_size == 32  # stored plain, so the rule decides
-    wide = load_checkpoint(stored, stored_plan(stored), dtype=torch.float32)
+    wide = as_stored(stored, dtype=torch.float32)
     own, expected = (m.get_parameter(UP + ".weight") for m in (wide, exact))
     assert own.dtype == torch.bfloat16  # as it is stored
     assert torch.equal(own.dequantize(), expected.dequantize())
@@ -166,11 +159,11 @@ def test_the_tensors_of_a_file_are_a_strict_state_dict(
     stored: Path, tmp_path: Path, format: str, assign: bool
 ) -> None:
     """What bitsandbytes' own module cannot do with its own file."""
-    expected = load_checkpoint(stored, stored_plan(stored))
+    expected = as_stored(stored)
     save_checkpoint(expected, tmp_path / "out", format=format)
     (file,) = (tmp_path / "out").glob("*.safetensors")
     rule = {"match": "layers.**", "kind": "qlora", "rank": 2, "alpha": 2, "scale_format": "bnb"}
-    for plan in ([rule], [{"match": "layers.**", "kind": "frozen_nf4", "scale_format": "bnb"}]):
+    for plan in ([rule], [FROZEN | {"scale_format": "bnb"}]):
         model = llama(expected.spec.arch, plan, device="meta" if assign else "cpu")
         state = load_file(file)
         state |= {k: torch.zeros(v.shape) for k, v in model.state_dict().items() if ".lora_" in k}
@@ -200,19 +193,18 @@ def test_rules_that_contradict_the_file(
     stored: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=f"is stored in NF4 {message}; leave the option out"):
-        load_checkpoint(stored, [{"match": "layers.**", "kind": "frozen_nf4", **options}])
+        load_checkpoint(stored, [FROZEN | options])
 
 
 # ---- out ----------------------------------------------------------------------------------------
 
-NF4 = {"match": "layers.**", "kind": "frozen_nf4"}
 PLANS = {
-    "geometric": [NF4],
-    "none": [NF4 | {"scale_format": "none"}],
-    "nested": [NF4 | {"scale_format": "bnb"}],
+    "geometric": [FROZEN],
+    "none": [FROZEN | {"scale_format": "none"}],
+    "nested": [FROZEN | {"scale_format": "bnb"}],
     "mixed": [
-        NF4 | {"scale_format": "bnb"},
-        {"match": "layers.0.mlp.*", "kind": "frozen_nf4", "block_size": 32},
+        FROZEN | {"scale_format": "bnb"},
+        FROZEN | {"match": "layers.0.mlp.*", "block_size": 32},
         {"match": "layers.1.mlp.up_proj", "kind": "linear"},
     ],
 }
@@ -220,26 +212,21 @@ PLANS = {
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tied", [False, True])
+@BOTH_HEADS
 def test_transformers_loads_ours_and_gives_our_logits(
-    plain: Callable[[bool], Path],
-    logits: Logits,
-    tmp_path: Path,
-    plan: str,
-    dtype: torch.dtype,
-    tied: bool,
+    tmp_path: Path, plan: str, dtype: torch.dtype, variant: str
 ) -> None:
-    ours = load_checkpoint(plain(tied), PLANS[plan], dtype=dtype)
-    save_checkpoint(ours, tmp_path / "ours", format="bnb-4bit", companions=plain(tied))
+    ours = load_checkpoint(checkpoints(variant), PLANS[plan], dtype=dtype)
+    save_checkpoint(ours, tmp_path / "ours", format="bnb-4bit", companions=checkpoints(variant))
     assert_same_model(ours, load_with_transformers(tmp_path / "ours", dtype), dtype)
-    back = load_checkpoint(tmp_path / "ours", stored_plan(tmp_path / "ours"), dtype=dtype)
+    back = as_stored(tmp_path / "ours", dtype=dtype)
     assert torch.equal(logits(back), logits(ours))
-    assert read_arch(tmp_path / "ours") == read_arch(plain(tied))
+    assert read_arch(tmp_path / "ours") == read_arch(checkpoints(variant))
 
 
-def test_a_quantized_head(plain: Callable[[bool], Path], tmp_path: Path) -> None:
-    plan = [NF4, {"match": "lm_head", "kind": "frozen_nf4"}]
-    ours = load_checkpoint(plain(False), plan, dtype=torch.float32)
+def test_a_quantized_head(tmp_path: Path) -> None:
+    plan = [FROZEN, {"match": "lm_head", "kind": "frozen_nf4"}]
+    ours = load_checkpoint(checkpoints("wide"), plan, dtype=torch.float32)
     save_checkpoint(ours, tmp_path / "ours", format="bnb-4bit")
     theirs = load_with_transformers(tmp_path / "ours", torch.float32)
     assert isinstance(theirs.lm_head, bnb.nn.Linear4bit)
@@ -248,7 +235,7 @@ def test_a_quantized_head(plain: Callable[[bool], Path], tmp_path: Path) -> None
 
 def test_theirs_through_ours_is_the_same_file(stored: Path, tmp_path: Path) -> None:
     """Of one shard, tensor by tensor."""
-    model = load_checkpoint(stored, stored_plan(stored))
+    model = as_stored(stored)
     save_checkpoint(model, tmp_path / "ours", format="bnb-4bit", companions=stored)
     assert_same_files(stored / "model.safetensors", tmp_path / "ours/model.safetensors")
     config = json.loads((tmp_path / "ours/config.json").read_text())
@@ -257,7 +244,7 @@ def test_theirs_through_ours_is_the_same_file(stored: Path, tmp_path: Path) -> N
 
 
 def test_upcast_drops_the_quantization_config(stored: Path, tmp_path: Path) -> None:
-    model = load_checkpoint(stored, stored_plan(stored))
+    model = as_stored(stored)
     save_checkpoint(model, tmp_path / "hf", companions=stored)
     assert "quantization_config" not in json.loads((tmp_path / "hf/config.json").read_text())
     theirs = load_with_transformers(tmp_path / "hf", torch.bfloat16)
@@ -291,12 +278,12 @@ def test_other_quantization(stored: Path, change: dict[str, Any], message: str) 
     assert str(caught.value).startswith(f"{file}: ")
 
 
-def test_fp4_and_8bit_files_of_transformers(plain: Callable[[bool], Path], tmp_path: Path) -> None:
+def test_fp4_and_8bit_files_of_transformers(tmp_path: Path) -> None:
     for name, options in {
         "fp4": {"bnb_4bit_quant_type": "fp4"},
         "8-bit": {"load_in_4bit": False, "load_in_8bit": True},
     }.items():
-        quantized_by_transformers(plain(False), torch.bfloat16, **options).save_pretrained(
+        quantized_by_transformers(checkpoints("wide"), torch.bfloat16, **options).save_pretrained(
             tmp_path / name
         )
         with pytest.raises(CheckpointError, match=f"{name}.*only 4-bit NF4 is read"):
@@ -310,12 +297,12 @@ def test_fp4_and_8bit_files_of_transformers(plain: Callable[[bool], Path], tmp_p
 
 
 def test_damaged_weight_is_named(stored: Path) -> None:
-    tensors = load_file(stored / "model.safetensors")
-    tensors[UP + ".weight.quant_map"][3] = 0.5
-    save_file(tensors, stored / "model.safetensors", metadata={"format": "pt"})
+    file = stored / "model.safetensors"
+    codebook = load_file(file)[UP + ".weight.quant_map"]
+    codebook[3] = 0.5
+    edit_tensors(file, {UP + ".weight.quant_map": codebook})
     with pytest.raises(CheckpointError, match=f"model.safetensors: {UP}.weight: quant_map is not"):
         load_checkpoint(stored)
-    tensors.pop(UP + ".weight.quant_state.bitsandbytes__nf4")
-    save_file(tensors, stored / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(file, {UP + ".weight.quant_state.bitsandbytes__nf4": None})
     with pytest.raises(CheckpointError, match=f"not expected: {UP}.weight.absmax"):
         load_checkpoint(stored)

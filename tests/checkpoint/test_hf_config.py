@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from shared import SIZES, Checkpoints
+from shared import SIZES, checkpoints
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from qlora_builders.checkpoint import (
@@ -259,7 +259,7 @@ def test_unreadable_file(tmp_path: Path, text: str | None, message: str) -> None
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied", "biased", "linear_rope"])
-def test_written_by_transformers(checkpoints: Checkpoints, variant: str) -> None:
+def test_written_by_transformers(variant: str) -> None:
     path = checkpoints(variant)
     assert arch_from_config(LlamaConfig.from_pretrained(path).to_dict()) == read_arch(path)
 

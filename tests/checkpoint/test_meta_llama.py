@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from shared import Checkpoints, Logits, assert_same_bits, assert_same_files, edit_json, edit_tensors
+from shared import Checkpoints, assert_same_bits, assert_same_files, edit_json, edit_tensors, logits
 from torch import Tensor
 
 from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint
@@ -105,7 +105,7 @@ def meta(hf: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("shards", "embedding_axis"), [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("kind", ["linear", "frozen_nf4"])
 def test_meta_equals_hugging_face(
-    hf: Path, logits: Logits, tmp_path: Path, shards: int, embedding_axis: int, kind: str
+    hf: Path, tmp_path: Path, shards: int, embedding_axis: int, kind: str
 ) -> None:
     tensors = to_meta(load_file(hf / "model.safetensors"))
     write_meta(tmp_path / "meta", tensors, shards, embedding_axis)

@@ -8,38 +8,48 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from shared import Checkpoints, Logits, assert_same_bits, assert_same_files, edit_json, edit_tensors
+from shared import (
+    DTYPES,
+    FROZEN,
+    as_stored,
+    assert_same_bits,
+    assert_same_files,
+    checkpoints,
+    dequantized,
+    edit_json,
+    edit_tensors,
+    logits,
+    stored,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint, stored_plan
+from qlora_builders.checkpoint import load_checkpoint, read_arch, save_checkpoint
 from qlora_builders.errors import CheckpointError
 from qlora_builders.kernels import NF4
 from qlora_builders.tensor import NF4Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALL = {"block_size": 32, "scale_block_size": 5, "scale_search": True}
 PLAN = [
-    {"match": "layers.**", "kind": "frozen_nf4"},
-    {"match": "layers.0.self_attn.*", "kind": "frozen_nf4", "scale_format": "bnb"},
-    {"match": "layers.*.mlp.up_proj", "kind": "frozen_nf4", "scale_format": "none"},
-    {
-        "match": "layers.1.self_attn.*",
-        "kind": "frozen_nf4",
-        "block_size": 32,
-        "scale_block_size": 5,
-        "scale_search": True,
-    },
+    FROZEN,
+    FROZEN | {"match": "layers.0.self_attn.*", "scale_format": "bnb"},
+    FROZEN | {"match": "layers.*.mlp.up_proj", "scale_format": "none"},
+    FROZEN | {"match": "layers.1.self_attn.*", **SMALL},
     {"match": "layers.1.mlp.gate_proj", "kind": "linear"},
 ]
+
+
+@pytest.fixture
+def native(tmp_path: Path) -> Path:
+    """The test may damage it."""
+    save_checkpoint(load_checkpoint(checkpoints(), PLAN), tmp_path / "nf4", format="nf4")
+    return tmp_path / "nf4"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", ["biased", "tied"])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 10_000])
 def test_reload_is_bit_identical(
-    checkpoints: Checkpoints,
-    logits: Logits,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     variant: str,
@@ -59,45 +69,36 @@ def test_reload_is_bit_identical(
 
     quantize = NF4.quantize
     monkeypatch.setattr(NF4, "quantize", only_shapes)
-    reloaded = load_checkpoint(tmp_path / "nf4", stored_plan(tmp_path / "nf4"), dtype=dtype)
+    reloaded = as_stored(tmp_path / "nf4", dtype=dtype)
     assert_same_bits(model, reloaded, quantized=13)
     assert torch.equal(logits(model), logits(reloaded))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hf_native_hf_native_is_bit_stable(
-    checkpoints: Checkpoints, tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_hf_native_hf_native_is_bit_stable(tmp_path: Path, dtype: torch.dtype) -> None:
     """HF -> NF4 -> native -> HF (upcast) -> NF4 -> native: the files are equal byte for byte."""
-    plan = [{"match": "layers.**", "kind": "frozen_nf4"}]
-    plan += [{"match": "layers.*.mlp.*", "kind": "frozen_nf4", "scale_format": "none"}]
+    plan = [FROZEN, FROZEN | {"match": "layers.*.mlp.*", "scale_format": "none"}]
     source = checkpoints("biased", dtype)
     files = []
     for i in range(3):
         model = load_checkpoint(source, plan, dtype=dtype)
         save_checkpoint(model, tmp_path / f"nf4-{i}", format="nf4")
         files.append((tmp_path / f"nf4-{i}/nf4.safetensors").read_bytes())
-        stored = load_checkpoint(
-            tmp_path / f"nf4-{i}", stored_plan(tmp_path / f"nf4-{i}"), dtype=dtype
-        )
         source = tmp_path / f"hf-{i}"
-        save_checkpoint(stored, source)
+        save_checkpoint(as_stored(tmp_path / f"nf4-{i}", dtype=dtype), source)
     assert files[0] == files[1] == files[2]
     assert_same_files(*(tmp_path / f"hf-{i}/model.safetensors" for i in (0, 2)))
 
 
-def test_bitsandbytes_scales_survive_the_native_layout(
-    checkpoints: Checkpoints, tmp_path: Path
-) -> None:
-    plan = [{"match": "layers.**", "kind": "frozen_nf4", "scale_format": "bnb"}]
-    model = load_checkpoint(checkpoints(), plan)
+def test_bitsandbytes_scales_survive_the_native_layout(tmp_path: Path) -> None:
+    model = load_checkpoint(checkpoints(), [FROZEN | {"scale_format": "bnb"}])
     for i, format in enumerate(("bnb-4bit", "nf4", "bnb-4bit")):
         save_checkpoint(model, tmp_path / str(i), format=format)
-        model = load_checkpoint(tmp_path / str(i), stored_plan(tmp_path / str(i)))
+        model = as_stored(tmp_path / str(i))
     assert_same_files(*(tmp_path / i / "model.safetensors" for i in "02"))
 
 
-def test_what_is_written(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_what_is_written(tmp_path: Path) -> None:
     source = checkpoints("biased")
     model = load_checkpoint(source, PLAN)
     save_checkpoint(model, tmp_path / "nf4", format="nf4", companions=source, dtype=torch.float32)
@@ -105,7 +106,7 @@ def test_what_is_written(checkpoints: Checkpoints, tmp_path: Path) -> None:
     assert config["quantization_config"] == {"quant_method": "qlora_builders_nf4", "version": 1}
     assert config["eos_token_id"] == [6, 7]
     assert (tmp_path / "nf4/tokenizer.json").exists()
-    tensors = load_file(tmp_path / "nf4/nf4.safetensors")
+    tensors = stored(tmp_path / "nf4")
     up = model.model.layers[0].mlp.up_proj
     key = "model.layers.0.mlp.up_proj.weight"
     assert key not in tensors
@@ -121,39 +122,29 @@ def test_what_is_written(checkpoints: Checkpoints, tmp_path: Path) -> None:
     assert tensors["model.layers.0.mlp.up_proj.bias"].dtype == torch.float32
 
 
-def test_other_tools_do_not_take_it_for_a_checkpoint(
-    checkpoints: Checkpoints, tmp_path: Path
-) -> None:
-    save_checkpoint(load_checkpoint(checkpoints(), PLAN), tmp_path / "nf4", format="nf4")
+def test_other_tools_do_not_take_it_for_a_checkpoint(native: Path) -> None:
     with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
+        AutoModelForCausalLM.from_pretrained(native)
 
 
-def test_plain_plan_dequantizes(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    model = load_checkpoint(checkpoints(), PLAN)
-    save_checkpoint(model, tmp_path / "nf4", format="nf4")
-    plain = load_checkpoint(tmp_path / "nf4")
-    for name, parameter in model.named_parameters():
-        expected = parameter.dequantize() if isinstance(parameter, NF4Tensor) else parameter
-        assert torch.equal(plain.get_parameter(name), expected), name
+def test_plain_plan_dequantizes(native: Path) -> None:
+    plain = load_checkpoint(native)
+    for name, parameter in as_stored(native).named_parameters():
+        assert torch.equal(plain.get_parameter(name), dequantized(parameter)), name
 
 
-def test_what_is_refused(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    plain = load_checkpoint(checkpoints())
+def test_what_is_refused(native: Path, tmp_path: Path) -> None:
     for format in ("nf4", "bnb-4bit"):
         with pytest.raises(CheckpointError, match=f"format is '{format}', but no weight is in NF4"):
-            save_checkpoint(plain, tmp_path / "out", format=format)
-    save_checkpoint(load_checkpoint(checkpoints(), PLAN), tmp_path / "nf4", format="nf4")
+            save_checkpoint(load_checkpoint(native), tmp_path / "out", format=format)
     method = {"quant_method": "qlora_builders_nf4", "version": 2}
-    edit_json(tmp_path / "nf4/config.json", {"quantization_config": method})
+    edit_json(native / "config.json", {"quantization_config": method})
     with pytest.raises(CheckpointError, match="version 2 of qlora_builders_nf4; this release"):
-        load_checkpoint(tmp_path / "nf4")
+        load_checkpoint(native)
 
 
-def test_damage_is_named(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    save_checkpoint(load_checkpoint(checkpoints(), PLAN), tmp_path / "nf4", format="nf4")
-    file = tmp_path / "nf4/nf4.safetensors"
+def test_damage_is_named(native: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight.codes"
-    edit_tensors(file, {name: load_file(file)[name] ^ 16})
+    edit_tensors(native / "nf4.safetensors", {name: stored(native)[name] ^ 16})
     with pytest.raises(CheckpointError, match=r"nf4\.safetensors: model\.layers\.1\.mlp.*: the ch"):
-        load_checkpoint(tmp_path / "nf4", stored_plan(tmp_path / "nf4"))
+        as_stored(native)

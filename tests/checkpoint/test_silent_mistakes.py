@@ -16,12 +16,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from shared import (
     DEPRECATED,
-    Checkpoints,
-    Logits,
-    Randomize,
-    Reference,
+    checkpoints,
     edit_json,
+    logits,
     quiet_peft,
+    randomize_adapters,
+    reference,
     trained_in_peft,
 )
 from torch import Tensor
@@ -33,12 +33,12 @@ pytestmark = quiet_peft
 
 
 @pytest.fixture
-def base(checkpoints: Checkpoints) -> Path:
+def base() -> Path:
     return checkpoints()
 
 
 @pytest.fixture
-def trained(reference: Reference, base: Path, tmp_path: Path) -> Callable[..., Path]:
+def trained(base: Path, tmp_path: Path) -> Callable[..., Path]:
     """(config) -> the directory that PEFT writes, without a word, after training under it."""
 
     def train(**config: Any) -> Path:
@@ -50,7 +50,7 @@ def trained(reference: Reference, base: Path, tmp_path: Path) -> Callable[..., P
 
 
 @pytest.fixture
-def peft_logits(reference: Reference, base: Path, logits: Logits) -> Callable[..., Tensor]:
+def peft_logits(base: Path) -> Callable[..., Tensor]:
     """What PEFT computes with an adapter directory; `warns` is the most it says about it."""
 
     def run(adapter: Path, *, warns: str | None = None) -> Tensor:
@@ -112,9 +112,7 @@ def test_extra_keys(trained: Callable, base: Path, peft_logits: Callable) -> Non
         load_with_adapter(base, adapter)
 
 
-def test_a_wrong_alpha(
-    checkpoints: Checkpoints, randomize_adapters: Randomize, peft_logits: Callable, tmp_path: Path
-) -> None:
+def test_a_wrong_alpha(peft_logits: Callable, tmp_path: Path) -> None:
     """It cannot be seen in the weights; the record beside them knows it."""
     plan = [{"match": "layers.**", "kind": "lora", "rank": 4, "alpha": 8}]
     model = load_checkpoint(checkpoints(), plan, dtype=torch.float32)
@@ -127,9 +125,7 @@ def test_a_wrong_alpha(
         load_with_adapter(checkpoints(), tmp_path / "adapter")
 
 
-def test_keys_with_another_prefix(
-    trained: Callable, reference: Reference, base: Path, logits: Logits, peft_logits: Callable
-) -> None:
+def test_keys_with_another_prefix(trained: Callable, base: Path, peft_logits: Callable) -> None:
     adapter = trained()
     rename(adapter, lambda name: name.removeprefix("base_model."))
     ignored = peft_logits(adapter, warns="Found missing adapter keys")

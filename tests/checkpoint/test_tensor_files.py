@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from shared import FROZEN, Checkpoints, assert_same_bits
+from shared import FROZEN, Checkpoints, as_stored, assert_same_bits, checkpoints
 from test_native_nf4 import PLAN
 from torch import Tensor
 
-from qlora_builders.checkpoint import load_checkpoint, save_checkpoint, stored_plan, tensor_files
+from qlora_builders.checkpoint import load_checkpoint, save_checkpoint, tensor_files
 from qlora_builders.checkpoint.tensor_files import (
     READERS,
     LazyTensor,
@@ -91,14 +91,14 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, max_shard_bytes: int)
 
 
 @pytest.fixture
-def native(checkpoints: Checkpoints, tmp_path: Path) -> Path:
+def native(tmp_path: Path) -> Path:
     model = load_checkpoint(checkpoints("biased"), PLAN, dtype=torch.float32)
     save_checkpoint(model, tmp_path / "nf4", format="nf4")
     return tmp_path / "nf4"
 
 
 def load(native: Path, **options: object) -> CausalLM:
-    return load_checkpoint(native, stored_plan(native), dtype=torch.float32, **options)
+    return as_stored(native, dtype=torch.float32, **options)
 
 
 def mapped_here(file: Path) -> int:
@@ -277,7 +277,7 @@ def test_an_error_stops_the_reading(failing: str) -> None:
     assert not set(threading.enumerate()) - before
 
 
-def test_loading_is_deterministic(checkpoints: Checkpoints) -> None:
+def test_loading_is_deterministic() -> None:
     first = load_checkpoint(checkpoints(sharded=True), [FROZEN])
     for _ in range(5):
         assert_same_bits(load_checkpoint(checkpoints(sharded=True), [FROZEN]), first, quantized=14)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from shared import Checkpoints, Logits, Reference, in_peft, quiet_peft, randomized, trained_in_peft
+from shared import checkpoints, in_peft, logits, quiet_peft, randomized, reference, trained_in_peft
 
 from qlora_builders.checkpoint import (
     adapter_plan,
@@ -46,9 +46,7 @@ PEFT_CONFIG = {"target_modules": ["q_proj"], "trainable_token_indices": TOKENS}
 
 
 @EITHER_HEAD
-def test_twenty_steps_are_those_of_peft(
-    checkpoints: Checkpoints, reference: Reference, variant: str
-) -> None:
+def test_twenty_steps_are_those_of_peft(variant: str) -> None:
     ours = load(checkpoints(variant)).train()
     theirs = in_peft(reference(checkpoints(variant)), **PEFT_CONFIG).train()
     parameters = dict(theirs.named_parameters())
@@ -80,9 +78,7 @@ def test_twenty_steps_are_those_of_peft(
 
 
 @EITHER_HEAD
-def test_peft_reads_ours(
-    checkpoints: Checkpoints, reference: Reference, logits: Logits, tmp_path: Path, variant: str
-) -> None:
+def test_peft_reads_ours(tmp_path: Path, variant: str) -> None:
     path = checkpoints(variant)
     model = randomized(load(path))
     save_adapter(model, tmp_path)
@@ -101,14 +97,7 @@ def test_peft_reads_ours(
 
 @EITHER_HEAD
 @pytest.mark.parametrize("tokens", [TOKENS, {"embed_tokens": TOKENS}])
-def test_we_read_pefts(
-    checkpoints: Checkpoints,
-    reference: Reference,
-    logits: Logits,
-    tmp_path: Path,
-    variant: str,
-    tokens: Any,
-) -> None:
+def test_we_read_pefts(tmp_path: Path, variant: str, tokens: Any) -> None:
     base = reference(checkpoints(variant))
     theirs = trained_in_peft(base, **PEFT_CONFIG | {"trainable_token_indices": tokens})
     theirs.save_pretrained(tmp_path)
@@ -119,9 +108,7 @@ def test_we_read_pefts(
 
 
 @EITHER_HEAD
-def test_merged(
-    checkpoints: Checkpoints, reference: Reference, logits: Logits, tmp_path: Path, variant: str
-) -> None:
+def test_merged(tmp_path: Path, variant: str) -> None:
     model = randomized(load(checkpoints(variant), RULE | {"kind": "qlora"}))
     for base in ("dequantized", checkpoints(variant)):
         out = tmp_path / str(base == "dequantized")
@@ -135,7 +122,7 @@ def test_merged(
 
 
 @EITHER_HEAD
-def test_only_rows_have_gradients(checkpoints: Checkpoints, variant: str) -> None:
+def test_only_rows_have_gradients(variant: str) -> None:
     model = load(checkpoints(variant), dtype=torch.bfloat16)
     ids = torch.tensor([[50, 3, 9, 50, 12]])
     model.loss(ids, ids).backward()
@@ -149,9 +136,7 @@ def test_only_rows_have_gradients(checkpoints: Checkpoints, variant: str) -> Non
 
 
 @EITHER_HEAD
-def test_untrained_rows_change_nothing_and_are_in_the_state_dict(
-    checkpoints: Checkpoints, logits: Logits, variant: str
-) -> None:
+def test_untrained_rows_change_nothing_and_are_in_the_state_dict(variant: str) -> None:
     path = checkpoints(variant)
     model = load(path)
     torch.testing.assert_close(logits(model), logits(load_checkpoint(path, dtype=torch.float32)))
@@ -182,12 +167,12 @@ def test_untrained_rows_change_nothing_and_are_in_the_state_dict(
         (["embed_tokens[1]"], RULE | {"match": "lm_head"}, "some rows of which train; leave the"),
     ],
 )
-def test_plans(checkpoints: Checkpoints, train: list, rule: dict, message: str) -> None:
+def test_plans(train: list, rule: dict, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         load_checkpoint(checkpoints("tied"), [rule], train=train)
 
 
-def test_an_adapter_of_other_tokens(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_an_adapter_of_other_tokens(tmp_path: Path) -> None:
     save_adapter(load(checkpoints()), tmp_path)
     model = load_checkpoint(checkpoints(), [RULE], train=["embed_tokens[1]"], dtype=torch.float32)
     with pytest.raises(CheckpointError, match=r"tokens \[50, 3, 4, 5\], the model those of \[1\]"):
@@ -199,7 +184,7 @@ def test_the_config_key() -> None:
     assert train_patterns(cfg) == ["norm", "embed_tokens[7,9]"]
 
 
-def test_meta(checkpoints: Checkpoints) -> None:
+def test_meta() -> None:
     arch = load(checkpoints("tied")).spec.arch
     model = llama(arch, [RULE], train=TRAIN, device="meta")
     assert model(torch.zeros(1, 3, dtype=torch.long, device="meta")).shape == (1, 3, 53)
