@@ -176,6 +176,8 @@ class _MergePlan:
         # where a lora_bias gave a whole group of slots a bias: its share, or zeros
         for slot in linear_slots(self.arch):
             attention, mlp = ".self_attn." in slot, ".mlp." in slot
+            if slot.endswith("o_proj"):
+                attention = self.arch.family.has_output_bias
             needed = (attention and self.arch.attention_bias) or (mlp and self.arch.mlp_bias)
             module = self.model.get_submodule(hf_name(slot))
             if needed and module.bias is None:
@@ -277,8 +279,14 @@ def _merged_arch(model: CausalLM, adapters: dict[str, LoRALinear]) -> LlamaArch:
     projections of a kind or in none."""
     arch: LlamaArch = model.spec.arch
     biased = [name for name, module in adapters.items() if module.lora_B.bias is not None]
-    if "lm_head" in biased:
-        raise CheckpointError("lm_head has a lora_bias, but the head of a Llama has no bias")
+    for name in biased:
+        of = {".self_attn.": "attention_bias", ".mlp.": "mlp_bias"}
+        key = next((key for part, key in of.items() if part in name), None)
+        fixed = key is None or arch.family.fixed.get(key) is False
+        if fixed or (name.endswith("o_proj") and not arch.family.has_output_bias):
+            raise CheckpointError(
+                f"{name} has a lora_bias, but {arch.model_type} models have no bias there"
+            )
     return replace(
         arch,
         tie_word_embeddings=arch.tie_word_embeddings and "lm_head" not in adapters,

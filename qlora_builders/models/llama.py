@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,13 +31,9 @@ from qlora_builders.modules import (
     RotaryEmbedding,
     TokenEmbedding,
     TokenHead,
-    linear_scaled,
-    llama3_scaled,
-    rope_frequencies,
+    rope,
 )
 from qlora_builders.names import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
-
-_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @dataclass(frozen=True)
@@ -93,8 +89,7 @@ def llama(
     plan = resolve(rules, linear_slots(arch))
     tokens = _resolve_tokens(train, arch, plan)
     trained = set(_resolve_train([p for p in train if token_ids(p) is None], arch))
-    if arch.tie_word_embeddings:
-        _check_tied_head(plan["lm_head"], embedding_trains="embed_tokens" in trained)
+    _check_tied_head(arch, plan["lm_head"], embedding_trains="embed_tokens" in trained)
 
     def linear(name: str, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
         options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
@@ -102,9 +97,9 @@ def llama(
             return TokenHead(in_features, out_features, **options).requires_grad_(False)
         return build_linear(plan[name], in_features, out_features, **options)
 
-    def norm(name: str) -> nn.Module:
+    def norm(name: str, dim: int = arch.hidden_size) -> nn.Module:
         own = torch.float32 if name in trained else dtype
-        module = RMSNorm(arch.hidden_size, eps=arch.norm_eps, device=device, dtype=own)
+        module = RMSNorm(dim, eps=arch.norm_eps, device=device, dtype=own)
         return module.requires_grad_(name in trained)
 
     with _SkipMetaInit():
@@ -112,8 +107,10 @@ def llama(
             embed_tokens=_embedding(arch, tokens, "embed_tokens" in trained, device, dtype),
             layers=[_decoder_layer(arch, index, linear, norm) for index in range(arch.num_layers)],
             norm=norm("norm"),
-            rotary=RotaryEmbedding(_frequencies(arch)),
+            rotary=_rotary(arch),
             compute_dtype=compute_dtype or dtype,
+            embedding_multiplier=arch.embedding_multiplier,
+            logits_scaling=arch.logits_scaling,
         )
         model = CausalLM(
             model=decoder,
@@ -155,22 +152,35 @@ class _SkipMetaInit(TorchFunctionMode):
 
 
 def _decoder_layer(
-    arch: LlamaArch, index: int, linear: Callable[..., nn.Module], norm: Callable[[str], nn.Module]
+    arch: LlamaArch, index: int, linear: Callable[..., nn.Module], norm: Callable[..., nn.Module]
 ) -> DecoderLayer:
     """One layer; `linear(name, in_features, out_features, bias)` fills a slot as the plan says."""
     at, hidden, inner = f"layers.{index}", arch.hidden_size, arch.intermediate_size
     q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     bias, mlp_bias = arch.attention_bias, arch.mlp_bias
+    widths = (q_size, kv_size) if arch.family.qk_norm == "width" else (arch.head_dim,) * 2
+    norms = {name: norm(f"{at}.{name}") for name in _norms(arch) if "." not in name}
+    qk_norms = {
+        name: norm(f"{at}.self_attn.{name}", width)
+        for name, width in zip(("q_norm", "k_norm"), widths, strict=True)
+        if arch.family.qk_norm
+    }
     return DecoderLayer(
         self_attn=Attention(
             q_proj=linear(f"{at}.self_attn.q_proj", hidden, q_size, bias),
             k_proj=linear(f"{at}.self_attn.k_proj", hidden, kv_size, bias),
             v_proj=linear(f"{at}.self_attn.v_proj", hidden, kv_size, bias),
-            o_proj=linear(f"{at}.self_attn.o_proj", q_size, hidden, bias),
+            o_proj=linear(
+                f"{at}.self_attn.o_proj", q_size, hidden, bias and arch.family.has_output_bias
+            ),
+            **qk_norms,
             num_heads=arch.num_heads,
             num_kv_heads=arch.num_kv_heads,
             head_dim=arch.head_dim,
             layer=index,
+            scale=arch.attention_multiplier,
+            use_rope=index not in arch.nope_layers,
+            window=arch.window(index),
             attention_dropout=arch.attention_dropout,
         ),
         mlp=FeedForward(
@@ -179,9 +189,16 @@ def _decoder_layer(
             down_proj=linear(f"{at}.mlp.down_proj", inner, hidden, mlp_bias),
             activation=ACTIVATIONS[arch.hidden_act],
         ),
-        input_layernorm=norm(f"{at}.input_layernorm"),
-        post_attention_layernorm=norm(f"{at}.post_attention_layernorm"),
+        **norms,
+        residual_multiplier=arch.residual_multiplier,
     )
+
+
+def _norms(arch: LlamaArch) -> list[str]:
+    """Of a layer."""
+    before, after = "input_layernorm", "post_feedforward_layernorm"
+    own = ["post_attention_layernorm", after if arch.family.norms_after else before]
+    return sorted(own) + ["self_attn.q_norm", "self_attn.k_norm"] * bool(arch.family.qk_norm)
 
 
 def linear_slots(arch: LlamaArch) -> list[str]:
@@ -207,7 +224,7 @@ def slot_name(parameter: str) -> str:
 
 def other_modules(arch: LlamaArch) -> list[str]:
     """Names of the modules with parameters outside the linear slots: what `train` may name."""
-    norms = [f"layers.{index}.{name}" for index in range(arch.num_layers) for name in _NORMS]
+    norms = [f"layers.{index}.{name}" for index in range(arch.num_layers) for name in _norms(arch)]
     return ["embed_tokens", *norms, "norm"]
 
 
@@ -254,8 +271,10 @@ def _resolve_tokens(
     return tokens
 
 
-def _check_tied_head(rule: ComponentRule, *, embedding_trains: bool) -> None:
+def _check_tied_head(arch: LlamaArch, rule: ComponentRule, *, embedding_trains: bool) -> None:
     """The head of a model with tied embeddings can only be what the embedding is too."""
+    if not arch.tie_word_embeddings:
+        return
     shared = f"rule {rule.match!r}: lm_head shares the embedding's weight in this model"
     if rule.base != "none":
         raise PlanError(f"{shared} and cannot be quantized; use kind 'lora' or 'linear' for it")
@@ -267,11 +286,43 @@ def _check_tied_head(rule: ComponentRule, *, embedding_trains: bool) -> None:
         raise PlanError(f"{shared}; to train both add 'embed_tokens' to `train`")
 
 
-def _frequencies(arch: LlamaArch) -> list[float]:
-    frequencies = rope_frequencies(arch.head_dim, arch.rope_theta)
-    if arch.rope_scaling is None:
-        return frequencies
-    options = asdict(arch.rope_scaling)
-    if options.pop("rope_type") == "linear":
-        return linear_scaled(frequencies, factor=options["factor"])
-    return llama3_scaled(frequencies, **options)
+def _rotary(arch: LlamaArch) -> RotaryEmbedding:
+    frequencies = rope.rope_frequencies(arch.head_dim, arch.rope_theta)
+    scaling = arch.rope_scaling
+    if scaling is None:
+        return RotaryEmbedding(frequencies)
+    original, attention = scaling.original_max_position_embeddings, scaling.attention_factor
+    factor = scaling.factor or arch.max_position_embeddings / original
+    if scaling.rope_type == "linear":
+        return RotaryEmbedding(rope.linear_scaled(frequencies, factor=factor))
+    if scaling.rope_type == "dynamic":
+        dynamic = arch.rope_theta, factor
+        return RotaryEmbedding(frequencies, limit=arch.max_position_embeddings, dynamic=dynamic)
+    if scaling.rope_type == "longrope":
+        return RotaryEmbedding(
+            rope.divided(frequencies, scaling.short_factor),
+            scale=attention or rope.longrope_attention_factor(factor, original),
+            limit=original,
+            long=rope.divided(frequencies, scaling.long_factor),
+        )
+    if scaling.rope_type == "yarn":
+        slowed = rope.yarn_scaled(
+            frequencies,
+            theta=arch.rope_theta,
+            factor=factor,
+            beta_fast=scaling.beta_fast,
+            beta_slow=scaling.beta_slow,
+            original_max_position_embeddings=original,
+            truncate=scaling.truncate,
+        )
+        own = rope.yarn_attention_factor(factor, scaling.mscale, scaling.mscale_all_dim)
+        return RotaryEmbedding(slowed, scale=own if attention is None else attention)
+    return RotaryEmbedding(
+        rope.llama3_scaled(
+            frequencies,
+            factor=factor,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=original,
+        )
+    )

@@ -1,14 +1,6 @@
 """Layers: flat keyword arguments and finished submodules in, no config objects."""
 
-from qlora_builders.modules.attention import (
-    Attention,
-    KVCache,
-    RotaryEmbedding,
-    apply_rope,
-    linear_scaled,
-    llama3_scaled,
-    rope_frequencies,
-)
+from qlora_builders.modules.attention import Attention, KVCache
 from qlora_builders.modules.decoder import CausalLM, Decoder
 from qlora_builders.modules.layers import (
     ACTIVATIONS,
@@ -35,6 +27,7 @@ from qlora_builders.modules.loss import (
     sequence_log_probs,
     trained_rows,
 )
+from qlora_builders.modules.rope import RotaryEmbedding, apply_rope
 
 __all__ = [
     "ACTIVATIONS",
@@ -60,13 +53,10 @@ __all__ = [
     "check_lora_options",
     "chunked_next_token_loss",
     "is_adapter",
-    "linear_scaled",
-    "llama3_scaled",
     "log_probabilities",
     "next_token_loss",
     "num_target_tokens",
     "quantize_",
-    "rope_frequencies",
     "sequence_log_probs",
     "stored_rank",
     "trained_rows",

@@ -1,6 +1,5 @@
-"""Causal self-attention with grouped key/value heads (https://arxiv.org/abs/2305.13245), rotary
-position embedding (https://arxiv.org/abs/2104.09864), half-split as Hugging Face has it, and the
-keys and values of positions decoded before.
+"""Causal self-attention with grouped key/value heads (https://arxiv.org/abs/2305.13245), in a
+window where a layer has one, and the keys and values of positions decoded before.
 
 Packed rows attend inside their documents, at the cost of the documents and not of the rows. A
 document is a run of equal `document_ids` in a row. CPUs call the flash kernel once per document,
@@ -15,14 +14,15 @@ g = num_kv_heads, d = head_dim, m = max_seq_len, n = documents.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from qlora_builders.modules.rope import apply_rope
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -35,14 +35,22 @@ class Documents(NamedTuple):
     borders: Tensor | None = None  # [n, 3] int64: row, first position, end; on CPUs
     block_mask: BlockMask | None = None  # on GPUs
 
+    window: int | None = None
+
     def dense_mask(self) -> Tensor:
         """bool [b, 1, s, s], True where attention is allowed."""
-        same = self.runs[:, :, None] == self.runs[:, None, :]
-        return same.tril()[:, None]
+        allowed = (self.runs[:, :, None] == self.runs[:, None, :]).tril()
+        if self.window is not None:
+            allowed = allowed.triu(1 - self.window)
+        return allowed[:, None]
 
 
-def find_documents(document_ids: Tensor) -> Documents:
-    """[b, s] ids -> where documents begin and end."""
+def find_documents(document_ids: Tensor, window: int | None = None) -> Documents:
+    """[b, s] ids -> where documents begin and end.
+
+    Args:
+        window: positions that a token sees, with its own; None: all.
+    """
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     runs = starts.cumsum(1)
@@ -51,28 +59,33 @@ def find_documents(document_ids: Tensor) -> Documents:
         end = torch.full_like(first[:, :1], document_ids.shape[1])
         same_row = first[1:, 0] == first[:-1, 0]
         end[:-1, 0] = torch.where(same_row, first[1:, 1], end[:-1, 0])
+        if window is not None and bool((end[:, 0] - first[:, 1] > window).any()):
+            return Documents(runs, window=window)
         return Documents(runs, borders=torch.cat([first, end], dim=1))
     if document_ids.is_cuda:
-        return Documents(runs, block_mask=make_block_mask(runs))
-    return Documents(runs)
+        return Documents(runs, block_mask=make_block_mask(runs, window), window=window)
+    return Documents(runs, window=window)
 
 
-def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor | None:
+def attend_in_documents(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None = None
+) -> Tensor | None:
     """Causal attention of q [b, h, s, d] to k, v [b, g, s, d]; None where only a mask serves."""
     if documents.borders is not None:
-        return DOCUMENT_ATTENTION(q, k, v, documents.borders)[0]
+        return DOCUMENT_ATTENTION(q, k, v, documents.borders, scale)[0]
     if documents.block_mask is not None and q.shape[-1] in (16, 32, 64, 128, 256):
         compiling = torch.compiler.is_compiling()
         flex: Callable[..., Tensor] = flex_attention if compiling else _compiled_flex_attention()  # type: ignore[assignment]
-        return flex(q, k, v, block_mask=documents.block_mask, enable_gqa=True)
+        return flex(q, k, v, block_mask=documents.block_mask, scale=scale, enable_gqa=True)
     return None
 
 
-def make_block_mask(runs: Tensor) -> BlockMask:
-    """Causal inside runs [b, s]."""
+def make_block_mask(runs: Tensor, window: int | None = None) -> BlockMask:
+    """Causal inside runs [b, s], and in the window."""
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (runs[b, q] == runs[b, k])
+        seen = (q >= k) & (runs[b, q] == runs[b, k])
+        return seen if window is None else seen & (q - k < window)
 
     rows, length = runs.shape
     return create_block_mask(allowed, rows, None, length, length, device=str(runs.device))
@@ -87,17 +100,21 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 
 @torch.library.custom_op("qlora_builders::document_attention", mutates_args=(), device_types="cpu")
-def document_attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
+def document_attention(
+    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """(attention [b, h, s, d], log-sum-exp [b, h, s]) of every document by itself."""
-    output, logsumexp = _document_attention_fake(q, k, v, borders)
+    output, logsumexp = _document_attention_fake(q, k, v, borders, scale)
     for document, keys, values in _each(borders, k, v, q.shape[1]):
-        output[document], logsumexp[document] = _flash(q[document], keys, values, is_causal=True)
+        output[document], logsumexp[document] = _flash(
+            q[document], keys, values, is_causal=True, scale=scale
+        )
     return output, logsumexp
 
 
 @document_attention.register_fake
 def _document_attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, borders: Tensor
+    q: Tensor, k: Tensor, v: Tensor, borders: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     b, h, s, d = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -108,13 +125,21 @@ def _document_attention_fake(
     "qlora_builders::document_attention_backward", mutates_args=(), device_types="cpu"
 )
 def _document_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, borders: Tensor
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    borders: Tensor,
+    scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _backward_fake(grad, q, k, v, out, logsumexp, borders)
+    grads = _backward_fake(grad, q, k, v)
     for document, keys, values in _each(borders, k, v, q.shape[1]):
         grad_out, own_q, own_out = grad[document], q[document], out[document]
+        sums = logsumexp[document]
         parts = _flash_backward(
-            grad_out, own_q, keys, values, own_out, logsumexp[document], 0.0, is_causal=True
+            grad_out, own_q, keys, values, own_out, sums, 0.0, is_causal=True, scale=scale
         )
         for total, part in zip(grads, parts, strict=True):
             total[document] = part.unflatten(1, (total.shape[1], -1)).sum(2)
@@ -123,7 +148,7 @@ def _document_attention_backward(
 
 @_document_attention_backward.register_fake
 def _backward_fake(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, borders: Tensor
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (tensor.transpose(1, 2).shape for tensor in (q, k, v))  # memory as [b, s, h, d]
     grad_q, grad_k, grad_v = (q.new_empty(shape).transpose(1, 2) for shape in shapes)
@@ -131,12 +156,12 @@ def _backward_fake(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, borders = inputs
+    q, k, v, borders, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output, borders)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_document_attention_backward(grad, *ctx.saved_tensors), None
+    return *_document_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
 
 
 document_attention.register_autograd(_backward, setup_context=_keep_for_backward)
@@ -160,14 +185,24 @@ def _each(
 Mask = Tensor | Documents | None
 
 
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """Every stretch of x [..., n * width] that is as long as the norm's weight by itself."""
+    weight = cast(Tensor, norm.weight)
+    return norm(x.unflatten(-1, (-1, len(weight)))).flatten(-2)
+
+
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v over finished projections.
+    """softmax(q k^T * scale) v over finished projections.
 
     Args:
         q_proj: [b, s, hidden] -> [b, s, h * d]; o_proj the reverse.
         k_proj, v_proj: [b, s, hidden] -> [b, s, g * d].
+        q_norm, k_norm: before rotating, of each head [..., d] or of all at once; None: none.
         num_heads: query heads; each kv head serves num_heads / num_kv_heads of them.
         layer: index of this layer in a KV cache.
+        scale: of the logits; None: 1 / sqrt(d).
+        use_rope: rotate queries and keys.
+        window: positions that a token sees, with its own; None: all. `Decoder` makes the mask.
         attention_dropout: probability of dropping an attention weight in training.
     """
 
@@ -178,10 +213,15 @@ class Attention(nn.Module):
         k_proj: nn.Module,
         v_proj: nn.Module,
         o_proj: nn.Module,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
         layer: int,
+        scale: float | None = None,
+        use_rope: bool = True,
+        window: int | None = None,
         attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -189,10 +229,15 @@ class Attention(nn.Module):
         self.k_proj = k_proj
         self.v_proj = v_proj
         self.o_proj = o_proj
+        self.q_norm = q_norm
+        self.k_norm = k_norm
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.layer = layer
+        self.scale = scale
+        self.use_rope = use_rope
+        self.window = window
         self.attention_dropout = attention_dropout
 
     def forward(
@@ -206,10 +251,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [b, s, hidden]; cos, sin [b, 1, s, d]. x's positions are appended to the cache's."""
         b, s, _ = x.shape
-        q = self.q_proj(x).view(b, s, self.num_heads, self.head_dim).transpose(1, 2)  # [b, h, s, d]
-        k = self.k_proj(x).view(b, s, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q, k = self.q_proj(x), self.k_proj(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
+        q = q.view(b, s, self.num_heads, self.head_dim).transpose(1, 2)  # [b, h, s, d]
+        k = k.view(b, s, self.num_kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(b, s, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if self.use_rope:
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [b, g, k, d]
         output = self._attend(q, k, v, mask, causal=mask is None and (cache is None or s > 1))
@@ -219,77 +268,20 @@ class Attention(nn.Module):
         """[b, h, s, d]"""
         dropout = self.attention_dropout if self.training else 0.0
         if isinstance(mask, Documents):
-            output = attend_in_documents(q, k, v, mask) if dropout == 0 else None
+            output = attend_in_documents(q, k, v, mask, self.scale) if dropout == 0 else None
             if output is not None:
                 return output
             mask = mask.dense_mask()
-        grouped = self.num_heads != self.num_kv_heads
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=self.scale,
+            enable_gqa=self.num_heads != self.num_kv_heads,
         )
-
-
-# ---- rotary positions ---------------------------------------------------------------------------
-
-
-class RotaryEmbedding(nn.Module):
-    """cos and sin tables for given positions.
-
-    The frequencies, radians per position of each of the d / 2 rotated pairs, are Python numbers
-    and not a buffer: building on meta, `to_empty` and `Module.to(bfloat16)` cannot lose or round
-    them.
-    """
-
-    def __init__(self, frequencies: list[float]) -> None:
-        super().__init__()
-        self.frequencies = frequencies
-
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[b, s] integer positions -> cos, sin [b, 1, s, d] in `dtype`, computed in float32."""
-        device = position_ids.device
-        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=device)
-        angles = position_ids[:, None, :, None].float() * frequencies  # [b, 1, s, d / 2]
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + d/2) of [b, h, s, d] by the angles in cos and sin [b, 1, s, d]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def rope_frequencies(head_dim: int, theta: float) -> list[float]:
-    """Unscaled radians per position: theta^(-2i / head_dim) for i = 0 .. head_dim / 2 - 1."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
-    return (1.0 / (theta**exponents)).tolist()  # float32 arithmetic, as the checkpoints assume
-
-
-def linear_scaled(frequencies: list[float], *, factor: float) -> list[float]:
-    """Position interpolation: every rotation `factor` times slower (arXiv 2306.15595)."""
-    return [frequency / factor for frequency in frequencies]
-
-
-def llama3_scaled(
-    frequencies: list[float],
-    *,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_max_position_embeddings: int,
-) -> list[float]:
-    """Llama 3.1's scaling: slow rotations are slowed by `factor`, fast ones kept, blended between.
-
-    A rotation is slow when its wavelength exceeds original_max / low_freq_factor positions, and
-    fast below original_max / high_freq_factor (The Llama 3 Herd of Models, arXiv 2407.21783).
-    """
-    scaled = []
-    for frequency in frequencies:
-        turns = original_max_position_embeddings * frequency / (2 * math.pi)
-        blend = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
-        blend = min(max(blend, 0.0), 1.0)
-        scaled.append((1 - blend) * frequency / factor + blend * frequency)
-    return scaled
 
 
 # ---- positions decoded before -------------------------------------------------------------------
@@ -337,11 +329,14 @@ class KVCache:
             for tensor in (self.tensor, self.rows):  # CUDA graphs may write to them
                 torch._dynamo.mark_static_address(tensor)
 
-    def row_mask(self) -> Tensor:
+    def row_mask(self, window: int | None = None) -> Tensor:
         """bool [b, 1, 1, m]: what the one new position of each row may attend to."""
         assert self.rows is not None
         index = torch.arange(self.max_seq_len, device=self.rows.device)
-        return (index <= self.rows[:, None])[:, None, None]
+        allowed = index <= self.rows[:, None]
+        if window is not None:
+            allowed &= index > self.rows[:, None] - window
+        return allowed[:, None, None]
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write [b, g, s, d] at the end of `layer`; returns all its keys and values so far."""

@@ -6,13 +6,19 @@ Shapes: b = batch, s = sequence, k = key positions (s without a cache).
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from qlora_builders.modules.attention import KVCache, Mask, find_documents
-from qlora_builders.modules.layers import DecoderLayer, TokenEmbedding, TokenHead, input_on_host
+from qlora_builders.modules.attention import Attention, KVCache, Mask, find_documents
+from qlora_builders.modules.layers import (
+    DecoderLayer,
+    TokenEmbedding,
+    TokenHead,
+    input_on_host,
+    scaled,
+)
 from qlora_builders.modules.lora import LoRALinear
 from qlora_builders.modules.loss import chunked_next_token_loss, sequence_log_probs
 
@@ -23,6 +29,8 @@ class Decoder(nn.Module):
     Args:
         rotary: (position_ids, dtype) -> cos, sin; shared by all layers.
         compute_dtype: dtype of the activations; every layer computes in its input's dtype.
+        embedding_multiplier: of the embeddings.
+        logits_scaling: what logits are divided by; here the hidden states are.
 
     Attributes:
         activation_checkpointing: what a layer keeps for backward, one of `CHECKPOINTING_MODES`.
@@ -36,6 +44,8 @@ class Decoder(nn.Module):
         norm: nn.Module,
         rotary: nn.Module,
         compute_dtype: torch.dtype,
+        embedding_multiplier: float = 1.0,
+        logits_scaling: float = 1.0,
     ) -> None:
         super().__init__()
         self.embed_tokens = embed_tokens
@@ -43,6 +53,8 @@ class Decoder(nn.Module):
         self.norm = norm
         self.rotary = rotary
         self.compute_dtype = compute_dtype
+        self.embedding_multiplier = embedding_multiplier
+        self.logits_scaling = logits_scaling
         self.activation_checkpointing = "none"
 
     def forward(
@@ -58,22 +70,28 @@ class Decoder(nn.Module):
         if cache is not None and document_ids is not None:
             raise ValueError("document_ids cannot be combined with a KV cache")
         past, s = 0 if cache is None else cache.length, input_ids.shape[1]
-        mask: Mask
+        windows = [cast(Attention, layer.self_attn).window for layer in self.layers]
+        masks: dict[int | None, Mask]
         if cache is not None and cache.rows is not None:
-            position_ids, mask = cache.rows[:, None], cache.row_mask()
+            position_ids = cache.rows[:, None]
+            masks = {window: cache.row_mask(window) for window in set(windows)}
         else:
             if position_ids is None:
                 position_ids = _positions(input_ids, document_ids, past)
-            mask = _attention_mask(document_ids, s=s, past=past, device=input_ids.device)
+            masks = {
+                window: _attention_mask(document_ids, window, s=s, past=past, like=input_ids)
+                for window in set(windows)
+            }
         x = self.embed_tokens(input_ids).to(self.compute_dtype)
+        x = scaled(x, self.embedding_multiplier)
         cos, sin = self.rotary(position_ids, self.compute_dtype)
         mode = self.activation_checkpointing
-        for layer in self.layers:
+        for layer, window in zip(self.layers, windows, strict=True):
             with input_on_host(x) if mode == "offload" else nullcontext():
-                x = layer(x, cos, sin, mask, cache, mode)
+                x = layer(x, cos, sin, masks[window], cache, mode)
         if cache is not None:
             cache.advance(s)
-        return self.norm(x)
+        return scaled(self.norm(x), 1 / self.logits_scaling)
 
 
 class CausalLM(nn.Module):
@@ -196,15 +214,17 @@ def _positions(input_ids: Tensor, document_ids: Tensor | None, past: int) -> Ten
 
 
 def _attention_mask(
-    document_ids: Tensor | None, *, s: int, past: int, device: torch.device
+    document_ids: Tensor | None, window: int | None, *, s: int, past: int, like: Tensor
 ) -> Mask:
     """bool [b, 1, s, k], or None where SDPA's own causal (s = k) or full (s = 1) case serves."""
+    if window is not None and past + s <= window:
+        window = None
     if document_ids is not None:
-        return find_documents(document_ids)
-    if past == 0 or s == 1:
+        return find_documents(document_ids, window)
+    if window is None and (past == 0 or s == 1):
         return None
-    queries = torch.arange(past, past + s, device=device)
-    return (queries[:, None] >= torch.arange(past + s, device=device)[None, :])[None, None]
+    allowed = torch.ones(s, past + s, dtype=torch.bool, device=like.device).tril(past)
+    return (allowed if window is None else allowed.triu(past + 1 - window))[None, None]
 
 
 def _tie_state_dict(

@@ -87,31 +87,52 @@ def input_on_host(x: Tensor) -> Iterator[None]:
 
 
 Activation = Callable[[Tensor], Tensor]
-# Hugging Face's names for `hidden_act`
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+# Hugging Face's names for `hidden_act`: those that are functions of torch
 ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
+    "swish": F.silu,
     "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_python": F.gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_accurate": _gelu_tanh,
     "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "hardswish": F.hardswish,
+    "mish": F.mish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
 }
 
 
 class DecoderLayer(nn.Module):
-    """x + self_attn(norm(x)), then x + mlp(norm(x))."""
+    """x + self_attn(norm(x)), then x + mlp(norm(x)); each addend times `residual_multiplier`.
+
+    With a `post_feedforward_layernorm` instead of an `input_layernorm` the norms come after:
+    x + norm(self_attn(x)), then x + norm(mlp(x)).
+    """
 
     def __init__(
         self,
         *,
         self_attn: nn.Module,
         mlp: nn.Module,
-        input_layernorm: nn.Module,
+        input_layernorm: nn.Module | None = None,
         post_attention_layernorm: nn.Module,
+        post_feedforward_layernorm: nn.Module | None = None,
+        residual_multiplier: float = 1.0,
     ) -> None:
         super().__init__()
         self.self_attn = self_attn
         self.mlp = mlp
         self.input_layernorm = input_layernorm
         self.post_attention_layernorm = post_attention_layernorm
+        self.post_feedforward_layernorm = post_feedforward_layernorm
+        self.residual_multiplier = residual_multiplier
 
     def forward(
         self,
@@ -127,8 +148,19 @@ class DecoderLayer(nn.Module):
     def _forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask=mask, cache=cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if self.input_layernorm is None:
+            assert self.post_feedforward_layernorm is not None
+            attended = self.self_attn(x, cos, sin, mask=mask, cache=cache)
+            x = x + self.post_attention_layernorm(attended)
+            return x + self.post_feedforward_layernorm(self.mlp(x))
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask=mask, cache=cache)
+        x = x + scaled(attended, self.residual_multiplier)
+        return x + scaled(self.mlp(self.post_attention_layernorm(x)), self.residual_multiplier)
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x * factor; x itself for the factor of nearly every model."""
+    return x if factor == 1 else x * factor
 
 
 class RMSNorm(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from shared import LLAMA3, SIZES, checkpoints
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from qlora_builders.checkpoint import (
     arch_from_config,
@@ -19,12 +19,13 @@ from qlora_builders.checkpoint import (
     read_arch,
     save_checkpoint,
 )
-from qlora_builders.checkpoint.formats.hf import KEYS
+from qlora_builders.checkpoint.formats.hf import FAMILY_KEYS, KEYS
 from qlora_builders.errors import CheckpointError
 from qlora_builders.models import LLAMA_ARCHS, LlamaArch, RopeScaling
 
 SOUND = SIZES | {"model_type": "llama", "head_dim": 16}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 # as transformers 4 writes it
 OLD_STYLE: dict[str, Any] = SIZES | {
     "architectures": ["LlamaForCausalLM"],
@@ -129,7 +130,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "silo"}, "hidden_act is 'silo'; did you mean 'silu'?"),
     ({"hidden_act": None}, "hidden_act is None; expected a string"),
     ({"hidden_act": ["silu"]}, "hidden_act is ['silu']; expected a string"),
-    ({"model_type": None}, "model_type is None; allowed: llama, mistral"),
+    ({"model_type": None}, "model_type is None; allowed: granite, llama, mistral"),
     ({"model_type": ["llama"]}, "model_type is ['llama']; did you mean 'llama'?"),
     ({"rope_scaling": [2.0]}, "rope_scaling is [2.0]; expected an object, or null"),
     ({"rope_scaling": 0}, "rope_scaling is 0; expected an object, or null"),
@@ -164,10 +165,20 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
         {"rope_parameters": LINEAR, "rope_scaling": LINEAR | {"factor": 4.0}},
         "rope_parameters and rope_scaling contradict each other",
     ),
-    ({"model_type": "gemma"}, "model_type is 'gemma'; allowed: llama, mistral"),
-    ({"model_type": "mistral"}, "sliding_window is 4096; of mistral models only those with slid"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn' is not supported"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "supported; allowed: default, linear, l"),
+    ({"model_type": "gemma"}, "model_type is 'gemma'; allowed: granite, llama, mistral"),
+    ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0; expected an integer"),
+    ({"model_type": "qwen2", "use_sliding_window": 1}, "use_sliding_window is 1; expected true"),
+    ({"model_type": "qwen2", "layer_types": ["full"]}, "layer_types is ['full']; expected a list"),
+    ({"model_type": "smollm3", "no_rope_layers": [2, 0]}, "no_rope_layers is [2, 0]; expected a"),
+    ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling is 0; expected a number > 0"),
+    ({"rope_scaling": {"rope_type": "proportional"}}, "allowed: default, linear, dynamic, yarn, l"),
+    ({"rope_scaling": LONG | {"long_factor": [1]}}, "long_factor has 1 numbers; it must have 8"),
+    ({"rope_scaling": LONG | {"short_factor": [0]}}, "short_factor is [0]; expected a list of nu"),
+    ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' needs short_factor, long_factor"),
+    (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2}, "rope_theta": 1},
+        "rope_theta is 1.0 and head_dim 16; rope type 'yarn' needs more than 1 and more than 2",
+    ),
     ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs factor"),
     (
         {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
@@ -231,6 +242,8 @@ def test_both_spellings_may_stand_beside_each_other_when_they_agree() -> None:
 def test_every_published_size_is_in_range() -> None:
     for arch in LLAMA_ARCHS.values():
         assert all(rule.holds(getattr(arch, rule.field)) for rule in KEYS.values())
+        read = [FAMILY_KEYS[name] for name in arch.family.keys if name in FAMILY_KEYS]
+        assert all(rule.holds(getattr(arch, rule.field)) for rule in read)
 
 
 @pytest.mark.parametrize("variant", ["gqa", "tied", "biased", "linear_rope"])
@@ -243,7 +256,7 @@ def test_written_by_transformers(variant: str) -> None:
 def test_ours_is_read_back_by_us_and_by_transformers(arch: LlamaArch) -> None:
     config = json.loads(json.dumps(config_from_arch(arch, torch.bfloat16)))
     assert arch_from_config(config) == arch
-    theirs = LlamaConfig(**config)
+    theirs = AutoConfig.for_model(**config)
     assert arch_from_config(theirs.to_dict()) == arch
     assert theirs.dtype == torch.bfloat16
 

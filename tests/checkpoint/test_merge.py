@@ -216,7 +216,7 @@ def test_lora_bias_gives_a_llama_biases(tmp_path: Path, match: str) -> None:
     ("plan", "message"),
     [
         ([FROZEN], "no LoRA adapter to merge; load one first"),
-        ([LORA_HEAD[0] | {"lora_bias": True}], "lm_head has a lora_bias, but the head of a Llama"),
+        ([LORA_HEAD[0] | {"lora_bias": True}], "lm_head has a lora_bias, but llama models have"),
     ],
 )
 def test_nothing_that_merges(tmp_path: Path, plan: list, message: str) -> None:

@@ -15,7 +15,8 @@ from qlora_builders.models import LLAMA_ARCHS, get_arch, linear_slots, llama
 # rotary buffers that the Llama 2 files also hold. Repositories: meta-llama/Llama-2-{7b,13b,70b}-hf,
 # codellama/CodeLlama-{7b,13b,34b,70b}-hf, meta-llama/Meta-Llama-3-{8B,70B},
 # meta-llama/Llama-3.1-{8B,70B,405B}, meta-llama/Llama-3.2-{1B,3B},
-# meta-llama/Llama-3.3-70B-Instruct, TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T.
+# meta-llama/Llama-3.3-70B-Instruct, TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T, and those
+# named in families.py. A tied head is counted once, also where the files of Qwen3 hold it too.
 PUBLISHED_PARAMETERS = {
     "llama2_7b": 6_738_415_616,
     "llama2_13b": 13_015_864_320,
@@ -33,6 +34,27 @@ PUBLISHED_PARAMETERS = {
     "llama3_2_3b": 3_212_749_824,
     "llama3_3_70b": 70_553_706_496,
     "tinyllama_1_1b": 1_100_048_384,
+    "smollm2_135m": 134_515_008,
+    "smollm2_360m": 361_821_120,
+    "smollm2_1_7b": 1_711_376_384,
+    "smollm3_3b": 3_075_098_624,
+    "mistral_7b": 7_248_023_552,
+    "mistral_nemo_12b": 12_247_782_400,
+    "qwen2_5_0_5b": 494_032_768,
+    "qwen2_5_1_5b": 1_543_714_304,
+    "qwen2_5_3b": 3_085_938_688,
+    "qwen2_5_7b": 7_615_616_512,
+    "qwen2_5_14b": 14_770_033_664,
+    "qwen2_5_32b": 32_763_876_352,
+    "qwen2_5_72b": 72_706_203_648,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_1_7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_14b": 14_768_307_200,
+    "qwen3_32b": 32_762_123_264,
+    "granite3_3_2b": 2_533_539_840,
+    "granite3_3_8b": 8_170_864_640,
 }
 
 

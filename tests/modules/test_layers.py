@@ -7,14 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_builders.modules import (
-    RMSNorm,
-    RotaryEmbedding,
-    apply_rope,
-    linear_scaled,
-    llama3_scaled,
-    rope_frequencies,
-)
+from qlora_builders.modules import RMSNorm, RotaryEmbedding, apply_rope
+from qlora_builders.modules.rope import linear_scaled, llama3_scaled, rope_frequencies
 
 transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("transformers.models.llama.modeling_llama")

@@ -65,7 +65,7 @@ class Key:
 
     Attributes:
         field: the name of the same thing in `LlamaArch` or `RopeScaling`.
-        kind: int, float (an integer is one too), bool or str.
+        kind: int, float (an integer is one too), bool, str, or a list of positive numbers.
         default: what a missing key stands for.
         low, high: the least and the most, both allowed.
         above: a bound that is not allowed itself.
@@ -82,8 +82,9 @@ class Key:
 
     @property
     def allowed(self) -> str:
-        if self.kind in (bool, str):
-            text = "true or false" if self.kind is bool else "a string"
+        words = {bool: "true or false", str: "a string", list: "a list of numbers > 0"}
+        if self.kind in words:
+            text = words[self.kind]
         else:
             text = "an integer" if self.kind is int else "a number"
             least = f"> {self.above:g}" if self.low is None else f">= {self.low:g}"
@@ -93,6 +94,8 @@ class Key:
     def holds(self, value: Any) -> bool:
         if type(value) not in ((int, float) if self.kind is float else (self.kind,)):
             return False
+        if self.kind is list:
+            return all(type(x) in (int, float) and 0 < x < 1e30 for x in value)
         return self.kind in (bool, str) or (
             (self.low is None or value >= self.low)
             and (self.above is None or value > self.above)
@@ -125,6 +128,8 @@ def read_keys(keys: Mapping[str, Key], content: Mapping[str, Any], source: str) 
             raise CheckpointError(f"{source}: {name} is {value!r}; expected {key.allowed}")
         elif key.kind is float:
             value = float(value)
+        elif key.kind is list:
+            value = tuple(map(float, value))
         values[key.field] = value
     return values
 
@@ -176,15 +181,55 @@ KEYS: dict[str, Key] = {
     "tie_word_embeddings": Key(field="tie_word_embeddings", kind=bool, default=False),
     "rope_theta": THETA,
 }
-_FACTOR = Key(field="factor", kind=float, above=0, high=1e30)
-# rope type -> what it needs
+
+
+def positive(field: str, **options: Any) -> Key:
+    return Key(field=field, kind=float, above=0, high=1e30, **options)
+
+
+# those of some families
+FAMILY_KEYS: dict[str, Key] = {
+    name: positive(name, default=1.0)
+    for name in (
+        "embedding_multiplier",
+        "residual_multiplier",
+        "attention_multiplier",
+        "logits_scaling",
+    )
+}
+_WINDOW_KEYS: dict[str, Key] = {
+    "use_sliding_window": Key(field="used", kind=bool, default=False),
+    "sliding_window": size("window", 2**31 - 1, default=None, null=True),
+    "max_window_layers": Key(field="first", kind=int, default=28, low=0, high=2**10),
+}
+_NULL: Any = {"default": None, "null": True}
+_ORIGINAL = size("original_max_position_embeddings", 2**31 - 1)
+# rope type -> what it needs, and what it may have
 _ROPE_KEYS: dict[str, dict[str, Key]] = {
-    "linear": {"factor": _FACTOR},
+    "linear": {"factor": positive("factor")},
+    "dynamic": {"factor": positive("factor")},
+    "yarn": {
+        "factor": positive("factor", **_NULL),
+        "original_max_position_embeddings": _ORIGINAL,
+        "attention_factor": positive("attention_factor", **_NULL),
+        "beta_fast": positive("beta_fast", default=32.0, null=True),
+        "beta_slow": positive("beta_slow", default=1.0, null=True),
+        "mscale": positive("mscale", **_NULL),
+        "mscale_all_dim": positive("mscale_all_dim", **_NULL),
+        "truncate": Key(field="truncate", kind=bool, default=True, null=True),
+    },
+    "longrope": {
+        "short_factor": Key(field="short_factor", kind=list),
+        "long_factor": Key(field="long_factor", kind=list),
+        "factor": positive("factor", **_NULL),
+        "original_max_position_embeddings": _ORIGINAL,
+        "attention_factor": positive("attention_factor", **_NULL),
+    },
     "llama3": {
-        "factor": _FACTOR,
-        "low_freq_factor": Key(field="low_freq_factor", kind=float, above=0, high=1e30),
-        "high_freq_factor": Key(field="high_freq_factor", kind=float, above=0, high=1e30),
-        "original_max_position_embeddings": size("original_max_position_embeddings", 2**31 - 1),
+        "factor": positive("factor"),
+        "low_freq_factor": positive("low_freq_factor"),
+        "high_freq_factor": positive("high_freq_factor"),
+        "original_max_position_embeddings": _ORIGINAL,
     },
 }
 # transformers 5 writes the first, with rope_theta in it; 4 the second, with rope_theta beside it
@@ -211,8 +256,60 @@ def arch_from_config(config: dict[str, Any], *, source: str = "config.json") -> 
         raise CheckpointError(f"{source}: {error}") from error
     values = read_keys(KEYS, config, source)
     values["rope_theta"], values["rope_scaling"] = _rope(config, source)
+    values |= _of_family(config, values["num_layers"], source)
     values["model_type"] = config.get("model_type", "llama")
     return make_arch(KEYS, values, source)
+
+
+def _of_family(config: dict[str, Any], num_layers: int, source: str) -> dict[str, Any]:
+    """Fields that not every family has."""
+    family = FAMILIES[config.get("model_type", "llama")]
+    keys = {name: FAMILY_KEYS[name] for name in family.keys if name in FAMILY_KEYS}
+    values = read_keys(keys, config, source)
+    if "no_rope_layers" in family.keys:
+        values["nope_layers"] = _nope_layers(config, num_layers, source)
+    if family.windows is None:
+        return values
+    windows = read_keys(_WINDOW_KEYS, config, source)
+    sliding = {
+        "all": None,
+        "last": tuple(range(windows["first"], num_layers)),
+        "without rope": values.get("nope_layers"),
+    }[family.windows]
+    if family.windows != "all":
+        types = config.get("layer_types")
+        if types is not None:
+            known = ("full_attention", "sliding_attention")
+            if not isinstance(types, list) or [t in known for t in types] != [True] * num_layers:
+                raise CheckpointError(
+                    f"{source}: layer_types is {types!r:.200}; expected a list of {num_layers}, "
+                    f"each of them {' or '.join(known)}"
+                )
+            sliding = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+        if not windows["used"] or not sliding:
+            windows["window"] = None
+    if windows["window"] is not None:
+        values |= {"sliding_window": windows["window"], "sliding_layers": sliding}
+    return values
+
+
+def _nope_layers(config: dict[str, Any], num_layers: int, source: str) -> tuple[int, ...]:
+    flags = config.get("no_rope_layers")
+    if flags is None:
+        key = size("interval", 2**10, default=4)
+        name = "no_rope_layer_interval"
+        every = read_keys({name: key}, config, source)["interval"]
+        return tuple(range(every - 1, num_layers, every))
+    if (
+        not isinstance(flags, list)
+        or len(flags) < num_layers
+        or any(f not in (0, 1) for f in flags)
+    ):
+        raise CheckpointError(
+            f"{source}: no_rope_layers is {flags!r:.200}; expected a list of {num_layers}, each "
+            "of them 1 for a layer with RoPE or 0"
+        )
+    return tuple(index for index, rope in enumerate(flags[:num_layers]) if not rope)
 
 
 def _rope(config: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
@@ -224,7 +321,7 @@ def _rope(config: dict[str, Any], source: str) -> tuple[float, RopeScaling | Non
         if rope is not None and not isinstance(rope, dict):
             raise CheckpointError(f"{source}: {key} is {rope!r}; expected an object, or null")
         if rope:
-            scalings[key] = _rope_scaling(rope, f"{source}: {key}")
+            scalings[key] = _rope_scaling(rope, config, f"{source}: {key}")
             if "rope_theta" in rope:
                 thetas[f"{key}.rope_theta"] = rope["rope_theta"]
     values = [read_keys({key: THETA}, {key: thetas[key]}, source)["rope_theta"] for key in thetas]
@@ -234,11 +331,11 @@ def _rope(config: dict[str, Any], source: str) -> tuple[float, RopeScaling | Non
                 f"{source}: {' and '.join(spelled)} contradict each other; keep the one that the "
                 "model was trained with"
             )
-    theta = values[0] if values else THETA.default
+    theta = values[0] if values else FAMILIES[config.get("model_type", "llama")].rope_theta
     return theta, next(iter(scalings.values()), None)
 
 
-def _rope_scaling(rope: dict[str, Any], where: str) -> RopeScaling | None:
+def _rope_scaling(rope: dict[str, Any], config: dict[str, Any], where: str) -> RopeScaling | None:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("type", rope_type) != rope_type:
         raise CheckpointError(
@@ -257,8 +354,12 @@ def _rope_scaling(rope: dict[str, Any], where: str) -> RopeScaling | None:
             f"{where}: rope type {rope_type!r} is not supported; "
             f"allowed: default, {', '.join(_ROPE_KEYS)}"
         )
+    if rope_type in ("yarn", "longrope"):
+        for name in ("original_max_position_embeddings", "max_position_embeddings"):
+            if config.get(name) is not None:
+                rope = {"original_max_position_embeddings": config[name]} | rope
     keys = _ROPE_KEYS[rope_type]
-    missing = [key for key in keys if key not in rope]
+    missing = [name for name, key in keys.items() if key.default is REQUIRED and name not in rope]
     if missing:
         raise CheckpointError(f"{where}: rope type {rope_type!r} needs {', '.join(missing)}")
     values = read_keys(keys, rope, where)
@@ -273,33 +374,51 @@ def function_keys(arch: LlamaArch) -> dict[str, Any]:
     Every arch has the same keys. `max_position_embeddings` is none: it bounds rows, and RoPE that
     depends on a length has `original_max_position_embeddings`.
     """
-    keys = {name: getattr(arch, key.field) for name, key in KEYS.items()}
+    keys = {name: getattr(arch, key.field) for name, key in (KEYS | FAMILY_KEYS).items()}
     del keys["max_position_embeddings"]
+    keys["sliding_window"] = arch.sliding_window
+    keys["sliding_layers"] = arch.sliding_layers and list(arch.sliding_layers)
+    keys["nope_layers"] = list(arch.nope_layers)
     scaling = arch.rope_scaling
     rope_type = "default" if scaling is None else scaling.rope_type
     keys["rope_scaling.rope_type"] = rope_type
-    for key in _ROPE_KEYS["llama3"]:  # has those of linear too
+    for key in {key: None for keys in _ROPE_KEYS.values() for key in keys}:
         used = key in _ROPE_KEYS.get(rope_type, ())
-        keys[f"rope_scaling.{key}"] = getattr(scaling, key) if used else None
+        value = getattr(scaling, key) if used else None
+        keys[f"rope_scaling.{key}"] = list(value) if isinstance(value, tuple) else value
     return keys
 
 
 def config_from_arch(arch: LlamaArch, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a model of this arch, readable by transformers 4 and 5."""
     dtype_name = str(dtype).removeprefix("torch.")
-    family = FAMILIES[arch.model_type]
+    family, layers = arch.family, range(arch.num_layers)
+    names = KEYS | {name: FAMILY_KEYS[name] for name in family.keys if name in FAMILY_KEYS}
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": arch.model_type,
-        **{name: getattr(arch, key.field) for name, key in KEYS.items()},
-        **family.only,
+        **{name: getattr(arch, key.field) for name, key in names.items()},
     }
-    config |= {"rope_scaling": None, "torch_dtype": dtype_name}
+    if "no_rope_layers" in family.keys:
+        config["no_rope_layers"] = [int(layer not in arch.nope_layers) for layer in layers]
+    if family.windows is not None:
+        config["sliding_window"] = arch.sliding_window
+    if family.windows in ("last", "without rope"):
+        slides = [arch.window(layer) is not None for layer in layers]
+        config["use_sliding_window"] = any(slides)
+        config["max_window_layers"] = slides.index(True) if any(slides) else arch.num_layers
+        kinds = "full_attention", "sliding_attention"
+        config["layer_types"] = [kinds[slid] for slid in slides]
+    # some families have a default that need not be in this vocabulary
+    config |= {"rope_scaling": None, "torch_dtype": dtype_name, "pad_token_id": None}
     scaling = arch.rope_scaling
     if scaling is not None:
-        keys = _ROPE_KEYS[scaling.rope_type]
-        config["rope_scaling"] = {"rope_type": scaling.rope_type}
-        config["rope_scaling"] |= {key: getattr(scaling, key) for key in keys}
+        values = {key: getattr(scaling, key) for key in _ROPE_KEYS[scaling.rope_type]}
+        config["rope_scaling"] = {"rope_type": scaling.rope_type} | {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in values.items()
+            if value is not None
+        }
     return config
 
 
