@@ -43,9 +43,8 @@ def sharding(
 ) -> Callable[[CausalLM], None] | None:
     """What shards a model over the ranks; None for a process alone.
 
-    Raises:
-        ConfigError: if `shard` does not divide the number of ranks, or a process alone is asked to
-            offload.
+    Raises ConfigError if `shard` does not divide the number of ranks, or a process alone is asked
+    to offload.
     """
     if shard is not None and ranks.size % shard:
         processes = "one process" if ranks.size == 1 else f"{ranks.size} processes"
@@ -188,8 +187,7 @@ def write_parts(
 def stored_parts(directory: Path) -> dict[str, TensorStorageMetadata]:
     """Shape (`size`) and dtype (`properties.dtype`) of every whole tensor, by name.
 
-    Raises:
-        CheckpointError: if a file is damaged.
+    Raises CheckpointError if a file is damaged.
     """
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -208,8 +206,7 @@ def read_parts(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill `tensors`, which may be sharded in another way than what is stored; ranks do not wait
     for each other.
 
-    Raises:
-        CheckpointError: if one is not stored, or not with that shape.
+    Raises CheckpointError if one is not stored, or not with that shape.
     """
     from torch.distributed import checkpoint as dcp
 

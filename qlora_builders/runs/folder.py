@@ -184,8 +184,7 @@ def _start_at(folder: Path, check_about: CheckAbout, messages: Iterable[str] = (
 def read_step(folder: Path) -> tuple[int, dict[str, Any]]:
     """The step of a checkpoint whose files are those that were written, and what it says.
 
-    Raises:
-        CheckpointError: if it is no step checkpoint, or a damaged one.
+    Raises CheckpointError if it is no step checkpoint, or a damaged one.
     """
     if folder.is_symlink():
         raise CheckpointError(f"{folder}: is a symbolic link; name the folder it leads to")
@@ -231,8 +230,7 @@ def run_directory(
     checkpoint newer than the one that the run goes on from. Those are damaged; they get the name
     step_N.damaged.
 
-    Raises:
-        ConfigError: if another process is using it, or has used it since `start` was found.
+    Raises ConfigError if another process is using it, or has used it since `start` was found.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = os.open(run_dir, os.O_RDONLY)  # ends with the process, however that ends
@@ -399,8 +397,7 @@ class Checkpoints:
 def save_result(run: Run, model: CausalLM, log: Log) -> None:
     """adapter/ (PEFT layout) or model/ (Hugging Face layout).
 
-    Raises:
-        TrainingError: if the adapters have learned nothing.
+    Raises TrainingError if the adapters have learned nothing.
     """
     check_adapters_learned(model, gather=run.ranks.gather)
     cfg, adapters = run.cfg, has_adapters(model)

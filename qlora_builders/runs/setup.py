@@ -53,8 +53,7 @@ _ABOUT: dict[str, type] = {"total_steps": int, "config": dict, "compile": str}
 def begin(cfg: FinetuneConfig, ranks: Ranks) -> Run:
     """Find the run's folder and start, set its seed.
 
-    Raises:
-        ConfigError: if the folder holds something else, or the device is not there.
+    Raises ConfigError if the folder holds something else, or the device is not there.
     """
     folder = Path(ranks.on_main(lambda: cfg.output_dir))  # its default holds the time
     resume, overwrite = cfg.training.resume, cfg.overwrite or ranks.restarts > 0
@@ -85,9 +84,9 @@ def load_data(run: Run) -> Data:
         DataError: for rows that cannot be trained on.
         ConfigError: if the run goes on from a checkpoint with other data or another config.
     """
-    cfg = run.cfg
+    cfg, start = run.cfg, run.start
     # that a chat template prints: the run keeps it when it goes on another day
-    date = run.start.about.get("date") or run.ranks.on_main(lambda: datetime.now().isoformat())
+    date = start.about.get("date") or run.ranks.on_main(lambda: datetime.now().isoformat())
     tokenizer = Tokenizer.from_dir(
         cfg.tokenizer.path or cfg.checkpoint.dir, now=datetime.fromisoformat(date)
     )
@@ -116,16 +115,25 @@ def load_data(run: Run) -> Data:
     }
     # infinity, which an optimizer may take, is no JSON
     config = json.loads(json.dumps(config), parse_constant=str)
-    _check_resumed(run, config, total_steps)
+    if start.folder is not None:  # the run that was stopped; its base is looked at later
+        free = _LEAD_TO_BASE if "base" in start.about else ()
+        before, now = (
+            {key: value for key, value in one.items() if key not in free}
+            for one in (start.about["config"], config)
+        )
+        check_same_curve(before, now, str(start.folder))
+        check_same_past(
+            asdict(cfg.lr_schedule),
+            total_steps=total_steps,
+            before=start.about["total_steps"],
+            steps_done=start.step,
+        )
     about = {"total_steps": total_steps, "config": config, "date": date}
     return Data(train, evaluated, total_steps, about)
 
 
 def read_dataset(source: str, tokenizer: Tokenizer, data: DataConfig) -> TokenizedDataset:
-    """
-    Raises:
-        DataError: for rows that cannot be used.
-    """
+    """Raises DataError for rows that cannot be used."""
     return build_dataset(
         source,
         tokenizer,
@@ -157,7 +165,20 @@ def load_model(run: Run, data: Data) -> CausalLM:
         compute_dtype=run.compute_dtype,
         shard=sharding(ranks, device.type, **asdict(cfg.distributed)),
     )
-    _check_resumed_base(run, base_of(model))
+    before, base = run.start.about.get("base"), base_of(model)
+    if before is not None:  # content decides, wherever the base lies
+        problems = differing_keys(before["config"], base["config"])
+        if before["content"] != base["content"]:
+            problems.append(
+                f"content of its weights: trained with {before['content'][:12]}, here "
+                f"{base['content'][:12]}"
+            )
+        name = f"checkpoint.dir={cfg.checkpoint.dir}"
+        if cfg.model.arch is not None:
+            name += f" model.arch={cfg.model.arch}"
+        if problems:
+            lines = [f"{name}: {problem}" for problem in problems]
+            raise refuse_to_resume(str(run.start.folder), "with another base", lines)
     model.model.activation_checkpointing = cfg.training.activation_checkpointing
     bound_heap(model)
     mode = cfg.training.compile
@@ -191,10 +212,7 @@ def make_optimizer(
 
 
 def build_optimizer(cfg: FinetuneConfig, parameters: list[Any]) -> torch.optim.Optimizer:
-    """
-    Raises:
-        ConfigError: for arguments that it refuses, and for one that a run cannot step.
-    """
+    """Raises ConfigError for arguments that it refuses, and for one that a run cannot step."""
     optimizer = instantiate(cfg.optimizer, "optimizer", [parameters], key="optimizer")
     problem = None
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -218,8 +236,7 @@ def look_ahead(
 ) -> list[str]:
     """Lines about the run: how it starts, its data, what looks wrong.
 
-    Raises:
-        DataError: for rows with ids or positions that the model does not have.
+    Raises DataError for rows with ids or positions that the model does not have.
     """
     compiled = "on" if is_compiled(model) else "off"
     checked = check_run(run.cfg, model, data.train, data.eval, optimizer, compiled)
@@ -236,14 +253,8 @@ def look_ahead(
     return [*run.start.messages, *checked, about, f"{steps} to do{ends}"]
 
 
-# ---- what a step checkpoint says about its run, and whether this one may go on from there --------
-
-
 def _check_about(about: Mapping[str, Any]) -> None:
-    """
-    Raises:
-        ValueError: if it is not what a run says about itself.
-    """
+    """Raises ValueError if it is not what a run says about itself in a step checkpoint."""
     for key, kind in _ABOUT.items():
         if type(about.get(key)) is not kind:
             raise ValueError(f"{key} is {about.get(key)!r:.80}; expected {kind.__name__}")
@@ -263,49 +274,3 @@ def _check_about(about: Mapping[str, Any]) -> None:
         and isinstance(base.get("config"), dict)
     ):
         raise ValueError(f"base is {base!r:.80}; expected content and config")
-
-
-def _check_resumed(run: Run, config: Mapping[str, Any], total_steps: int) -> None:
-    """The run that goes on has to be the run that was stopped; its base is looked at later.
-
-    Raises:
-        ConfigError: if its config is another.
-    """
-    start = run.start
-    if start.folder is None:
-        return
-    free = _LEAD_TO_BASE if "base" in start.about else ()
-    before, now = (
-        {key: value for key, value in one.items() if key not in free}
-        for one in (start.about["config"], config)
-    )
-    check_same_curve(before, now, str(start.folder))
-    check_same_past(
-        asdict(run.cfg.lr_schedule),
-        total_steps=total_steps,
-        before=start.about["total_steps"],
-        steps_done=start.step,
-    )
-
-
-def _check_resumed_base(run: Run, base: Mapping[str, Any]) -> None:
-    """Content decides, wherever the base lies.
-
-    Raises:
-        ConfigError: if its weights, or what decides their function, are others.
-    """
-    before, cfg = run.start.about.get("base"), run.cfg
-    if before is None:
-        return
-    problems = differing_keys(before["config"], base["config"])
-    if before["content"] != base["content"]:
-        problems.append(
-            f"content of its weights: trained with {before['content'][:12]}, here "
-            f"{base['content'][:12]}"
-        )
-    name = f"checkpoint.dir={cfg.checkpoint.dir}"
-    if cfg.model.arch is not None:
-        name += f" model.arch={cfg.model.arch}"
-    if problems:
-        lines = [f"{name}: {problem}" for problem in problems]
-        raise refuse_to_resume(str(run.start.folder), "with another base", lines)

@@ -133,8 +133,7 @@ def capture_step(
 def write_step(folder: Path, state: StepState, ranks: Ranks | None = None) -> None:
     """Write a step checkpoint, atomically. All ranks must call it.
 
-    Raises:
-        CheckpointError: if it cannot be written, or the optimizer's state could not be read back.
+    Raises CheckpointError if it cannot be written, or the optimizer's state could not be read back.
     """
     folder, ranks = folder.absolute(), ranks or Ranks()
 
@@ -165,16 +164,26 @@ def load_step(folder: Path, model: CausalLM, optimizer: torch.optim.Optimizer) -
 
     The number of ranks may have changed.
 
-    Raises:
-        CheckpointError: if model or optimizer are not those of the checkpoint.
+    Raises CheckpointError if model or optimizer are not those of the checkpoint.
     """
-    sharded = has_parts(folder)
+    sharded, trained = has_parts(folder), _trained_weights(model)
     if has_adapters(model):
         load_adapter(model, folder)
     elif sharded:
-        read_parts(folder, _trained_weights(model))
+        read_parts(folder, trained)
     else:
-        _load_trained(model, folder)
+        stored = open_tensors(folder)
+        for name, parameter in trained.items():
+            if name not in stored:
+                raise CheckpointError(f"{folder}: {name} is missing, which the model trains")
+            tensor = stored[name]
+            if tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{tensor.source}: {name} has shape {list(tensor.shape)}; "
+                    f"the model needs {list(parameter.shape)}"
+                )
+            with torch.no_grad():
+                copy_whole_(parameter, tensor.load())
     file = folder / STATE_FILE
     device = compute_device(model)
     state = read_state(file)
@@ -239,27 +248,8 @@ def _trained_weights(model: CausalLM) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-@torch.no_grad()
-def _load_trained(model: CausalLM, folder: Path) -> None:
-    stored = open_tensors(folder)
-    for name, parameter in _trained_weights(model).items():
-        if name not in stored:
-            raise CheckpointError(f"{folder}: {name} is missing, which the model trains")
-        tensor = stored[name]
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(
-                f"{tensor.source}: {name} has shape {list(tensor.shape)}; "
-                f"the model needs {list(parameter.shape)}"
-            )
-        copy_whole_(parameter, tensor.load())
-
-
 def _load_parts(folder: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Add to an optimizer's state what was written in parts, sharded as its parameters are now.
-
-    Raises:
-        CheckpointError: if the optimizer has no such parameters.
-    """
+    """Add to an optimizer's state what was written in parts, sharded as its parameters are now."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parts: dict[str, Tensor] = {}
     for name, stored in stored_parts(folder).items():
@@ -305,8 +295,7 @@ def read_state(file: Path, *, mapped: bool = False) -> dict[str, Any]:
 def restore_optimizer(file: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
     """`optimizer.load_state_dict(state)`, where the state is one of such an optimizer.
 
-    Raises:
-        CheckpointError: with the key that does not fit.
+    Raises CheckpointError with the key that does not fit.
     """
     options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     try:

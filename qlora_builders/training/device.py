@@ -31,8 +31,7 @@ _M_MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
 def resolve_device(name: str, *, local_rank: int = 0) -> torch.device:
     """A torch device; "auto" is the GPU if there is one, of several on a machine this rank's.
 
-    Raises:
-        ConfigError: for a device that this machine or this build of torch does not have.
+    Raises ConfigError for a device that this machine or this build of torch does not have.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,17 +158,14 @@ def is_compiled(model: CausalLM) -> bool:
     return model.model.layers[0]._compiled_call_impl is not None
 
 
-def matmul_seconds(model: CausalLM, num_tokens: int) -> float:
-    """Estimated seconds of two products of all layers' weights with `num_tokens` tokens."""
+def matmul_seconds(model: CausalLM, num_tokens: int, *, rows: int = 512, size: int = 2048) -> float:
+    """Estimated seconds of two products of all layers' weights with `num_tokens` tokens, by those
+    that [rows, size] @ [size, size] takes."""
     weights = sum(
         module.weight.numel()
         for name, module in model.model.layers.named_modules()
         if hasattr(module, "in_features") and "lora_" not in name
     )
-    return 2 * weights * num_tokens / _multiplications_per_second(model)
-
-
-def _multiplications_per_second(model: CausalLM, *, rows: int = 512, size: int = 2048) -> float:
     device, dtype = compute_device(model), model.model.compute_dtype
     a = torch.ones(rows, size, device=device, dtype=dtype)
     b = torch.ones(size, size, device=device, dtype=dtype)
@@ -178,7 +174,7 @@ def _multiplications_per_second(model: CausalLM, *, rows: int = 512, size: int =
         started = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for a GPU
         times.append(time.perf_counter() - started)
-    return rows * size * size / min(times)
+    return 2 * weights * num_tokens * min(times) / (rows * size * size)
 
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "datasets")

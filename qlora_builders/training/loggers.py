@@ -43,8 +43,7 @@ class TensorBoardLogger:
 
     Of a run that goes on from a step, what was logged after that step is hidden.
 
-    Raises:
-        ImportError: without the package tensorboard.
+    Raises ImportError without the package tensorboard.
     """
 
     def __init__(self, *, run_dir: Path, first_step: int, config: Mapping[str, Any]) -> None:

@@ -150,10 +150,8 @@ def _are_pairs(labels: Tensor) -> Tensor:
 
 
 def check_reference(model: nn.Module) -> None:
-    """
-    Raises:
-        PlanError: if something trains that is no adapter, so that the base would not stay the
-            reference.
+    """Raises PlanError if something trains that is no adapter, so that the base would not stay the
+    reference.
     """
     adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
     own = {id(parameter) for module in adapters for parameter in module.parameters()}

@@ -16,10 +16,7 @@ from qlora_builders.tensor.sharded import local_part
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """
-    Raises:
-        PlanError: if nothing trains.
-    """
+    """Raises PlanError if nothing trains."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise PlanError(

@@ -41,6 +41,13 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "tied": {"tie_word_embeddings": True, "vocab_size": 53},
@@ -48,14 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "mlp_bias": True,
         "head_dim": 12,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500_000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
+        "rope_parameters": LLAMA3 | {"rope_theta": 500_000.0},
     },
     # every width is a multiple of 64: bitsandbytes' CPU kernel decodes others wrongly
     "wide": {"intermediate_size": 128, "attention_bias": True},

@@ -9,6 +9,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -195,28 +197,26 @@ class Source:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.alive = self.most = self.most_tensors = self.tensors_alive = 0
+        self.alive: list[int] = []  # sizes of what is loaded and not consumed
+        self.most = self.most_tensors = 0
         self.threads: set[int] = set()
-        self.tensors = [self.lazy(i, size) for i, size in enumerate(SIZES)]
+        self.tensors = [
+            LazyTensor(str(i), torch.Size([size]), torch.uint8, partial(self.load, i, size))
+            for i, size in enumerate(SIZES)
+        ]
 
-    def lazy(self, index: int, size: int) -> LazyTensor:
-        def load() -> Tensor:
-            with self.lock:
-                self.threads.add(threading.get_ident())
-                self.alive += size
-                self.tensors_alive += 1
-                self.most = max(self.most, self.alive)
-                self.most_tensors = max(self.most_tensors, self.tensors_alive)
-            time.sleep(0.002 * (index % 3))
-            return torch.full((size,), index, dtype=torch.uint8)
-
-        shape = torch.Size([size])
-        return LazyTensor(str(index), shape, torch.uint8, load)
+    def load(self, index: int, size: int) -> Tensor:
+        with self.lock:
+            self.threads.add(threading.get_ident())
+            self.alive.append(size)
+            self.most = max(self.most, sum(self.alive))
+            self.most_tensors = max(self.most_tensors, len(self.alive))
+        time.sleep(0.002 * (index % 3))
+        return torch.full((size,), index, dtype=torch.uint8)
 
     def consumed(self, tensor: LazyTensor) -> None:
         with self.lock:
-            self.alive -= tensor.nbytes
-            self.tensors_alive -= 1
+            self.alive.remove(tensor.nbytes)
 
 
 def test_order_values_and_bound() -> None:
@@ -236,15 +236,14 @@ def test_order_values_and_bound() -> None:
 
 
 def test_what_is_kept_is_no_page_of_a_file_that_may_change() -> None:
-    def lazy(name: str, mappable: bool) -> LazyTensor:
-        def ways(way: str) -> Callable[[], Tensor]:
-            return lambda: torch.tensor([ord(way)], dtype=torch.uint8)
-
-        shape, dtype = torch.Size([1]), torch.uint8
-        return LazyTensor(name, shape, dtype, ways("l"), map=ways("m"), mappable=mappable)
-
+    ways = {way: partial(torch.tensor, [ord(way)], dtype=torch.uint8) for way in "lm"}
+    one = LazyTensor("", torch.Size([1]), torch.uint8, ways["l"], map=ways["m"])
+    tensors = [
+        replace(one, name=kept + own, mappable=own == "own")
+        for kept in ("kept", "")
+        for own in ("own", "")
+    ]
     came = {}
-    tensors = [lazy(f"{kept}{own}", own == "own") for kept in ("kept", "") for own in ("own", "")]
     stream(
         tensors,
         lambda tensor, value: came.update({tensor.name: chr(value.item())}),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -102,23 +104,17 @@ def test_off_does_nothing() -> None:
 
 
 def test_auto_compiles_long_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_module, "_multiplications_per_second", lambda _: 1e9)
-    per_token = 2 * sum(
-        parameter.numel()
-        for n, parameter in build().model.layers.named_parameters()
-        if "proj.weight" in n
-    )
+    clock = itertools.count()
+    monkeypatch.setattr(compile_module.time, "perf_counter", lambda: next(clock) * 2**22 / 1e9)
     model = build()
-    assert matmul_seconds(model, 7) == pytest.approx(7 * per_token / 1e9)
+    weights = sum(p.numel() for n, p in model.named_parameters() if "proj.weight" in n)
+    seconds = partial(matmul_seconds, model, rows=1024, size=64)  # 2**22 products of two numbers
+    assert seconds(7) == pytest.approx(2 * 7 * weights / 1e9)
     enough = compile_module._PAYS_AFTER_SECONDS["cpu"]
-    tokens = round(enough * 1e9 / per_token)
+    tokens = round(enough * 1e9 / (2 * weights))
+    monkeypatch.setattr(compile_module, "matmul_seconds", lambda _, num_tokens: seconds(num_tokens))
     assert not compile_layers(model, "auto", num_tokens=tokens - 1000)
     assert compile_layers(model, "auto", num_tokens=tokens + 1000)
-
-
-def test_the_rate_of_products_is_measured() -> None:
-    rate = compile_module._multiplications_per_second(build(), rows=8, size=64)
-    assert 1e6 < rate < 1e15
 
 
 def test_no_gradient_is_asked_for_in_evaluation() -> None:
