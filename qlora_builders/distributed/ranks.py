@@ -191,30 +191,25 @@ def launch(arguments: Sequence[str], *, nproc_per_node: int, max_restarts: int =
     logging.disable()  # what torch's launcher logs is summed up below
     try:
         elastic_launch(config, sys.executable)(*arguments)
+        return 0
     except ChildFailedError as error:
-        named = [word for word in arguments if word.startswith("output_dir=")]
-        run_dir = Path(named[-1].partition("=")[2]) if named else None
-        return _report(error.failures, max_restarts, run_dir)
+        failures = error.failures
     except SignalException as error:
         return 128 + signal.SIGINT if error.sigval == signal.SIGINT else 0
     finally:
         logging.disable(logging.NOTSET)
-    return 0
-
-
-def _report(failures: dict[int, Any], max_restarts: int, run_dir: Path | None = None) -> int:
-    """One line about the rank that failed by itself; those that only lost a peer do not count."""
+    # one line about the rank that failed by itself; those that only lost a peer do not count
     aside = (LOST_PEER, -signal.SIGTERM)
     own = {rank: f for rank, f in failures.items() if f.exitcode not in aside} or failures
     rank, failure = min(own.items())
     if failure.exitcode == USER_ERROR:
         return USER_ERROR
+    what = f"failed with exit code {failure.exitcode}"
     if failure.exitcode < 0:
         what = f"was killed by {signal.Signals(-failure.exitcode).name}"
-        if failure.exitcode == -signal.SIGKILL:
-            what += " (out of memory?)"
-    else:
-        what = f"failed with exit code {failure.exitcode}"
-    how = f"; {how_to_go_on(run_dir)}" if run_dir else ""
+    if failure.exitcode == -signal.SIGKILL:
+        what += " (out of memory?)"
+    named = [word for word in arguments if word.startswith("output_dir=")]
+    how = f"; {how_to_go_on(Path(named[-1].partition('=')[2]))}" if named else ""
     print(f"error: rank {rank} {what} after {max_restarts} restarts{how}", file=sys.stderr)
     return 1

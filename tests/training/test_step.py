@@ -7,17 +7,16 @@ import os
 import random
 import signal
 import statistics
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from archs import tiny_arch
-from torch import Tensor
 
 from qlora_builders import llama
 from qlora_builders.config.compose import compose
 from qlora_builders.console import StopRequest, stop_on_signal
+from qlora_builders.data import Batch
 from qlora_builders.errors import PlanError, TrainingError
 from qlora_builders.modules import CausalLM
 from qlora_builders.runs.loop import until_stopped
@@ -27,14 +26,6 @@ from qlora_builders.training.step import evaluate_objective, train_step
 
 VOCAB = 31
 LORA = [{"match": "layers.**", "kind": "lora", "rank": 2, "alpha": 4}]
-
-
-@dataclass
-class Batch:
-    input_ids: Tensor
-    labels: Tensor
-    rows: list[int]
-    document_ids: Tensor | None = None
 
 
 def make_batch(rows: int, length: int, seed: int, trained_from: int = 1) -> Batch:
