@@ -195,8 +195,7 @@ def check_base(
     Raises:
         CheckpointError: if the model's base is not the recorded one.
     """
-    problems = []
-    known, own = record.checkpoint, model.spec.base
+    problems, known, own = [], record.checkpoint, model.spec.base
     if "content" in aspects and known and own and known.content_hash != own.content_hash:
         problems.append(
             f"checkpoint: trained on {known.format} {known.content_hash[:12]}, "
@@ -215,11 +214,10 @@ def check_base(
     if problems:
         config = read_json_object(source / CONFIG_FILE, expected="a PEFT adapter directory")
         name = config.get("base_model_name_or_path")
-        that_one = f"that one, {name}" if name else "that one"
         raise CheckpointError(
             f"{source / BASE_FILE}: this is not the base that the adapter was trained on "
-            f"({'; '.join(problems)}). Load {that_one}, or accept what may be another function "
-            f"with {ALLOW}"
+            f"({'; '.join(problems)}). Load that one{f', {name}' if name else ''}, or accept what "
+            f"may be another function with {ALLOW}"
         )
 
 

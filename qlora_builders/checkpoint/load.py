@@ -92,9 +92,8 @@ def load_checkpoint(
         shard: shards a model whose base is on meta; then a rank reads and quantizes what it holds.
 
     Raises:
-        CheckpointError: for missing, unexpected or wrongly shaped tensors, NaN or infinity in a
-            weight, a rule that contradicts how a weight is stored, or a directory that is not such
-            a checkpoint.
+        CheckpointError: for another directory than that, tensors that are missing, unexpected, of
+            another shape or not finite, or a rule that contradicts how a weight is stored.
         PlanError: for a plan that does not fit the model.
     """
     path = Path(path)
@@ -222,7 +221,13 @@ def _load_weights(
         transient=lambda part: _is_transient(part, parameters[part.name], device),
     )
     if tied and HEAD in tensors:
-        _check_tied(tensors[HEAD], model.get_parameter(EMBEDDING))
+        head, embedding = tensors[HEAD], model.get_parameter(EMBEDDING)
+        rows = slice(*held_rows(embedding)) if is_sharded(embedding) else slice(None)
+        own = local_part(embedding)
+        if not torch.equal(head.load()[rows].to(own), own):
+            raise CheckpointError(
+                f"{head.source}: {HEAD} differs from {EMBEDDING}, but config.json ties them"
+            )
     model.tie_weights()
     if tied and isinstance(model.lm_head, LoRALinear):
         model.lm_head.init_from_base()
@@ -311,15 +316,6 @@ def _check_stored(tensor: LazyTensor, stored: QuantizedTensor, rule: ComponentRu
         raise CheckpointError(
             f"{tensor.source}: {tensor.name} is stored in {stored.title} with {is_so}, but rule "
             f"{rule.match!r} asks for {wanted}; leave the option out, or start from 16-bit weights"
-        )
-
-
-def _check_tied(head: LazyTensor, embedding: Tensor) -> None:
-    rows = slice(*held_rows(embedding)) if is_sharded(embedding) else slice(None)
-    own = local_part(embedding)
-    if not torch.equal(head.load()[rows].to(own), own):
-        raise CheckpointError(
-            f"{head.source}: {HEAD} differs from {EMBEDDING}, but config.json ties them"
         )
 
 

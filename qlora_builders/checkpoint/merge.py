@@ -187,12 +187,7 @@ class _MergePlan:
                 yield self._merged(bias, bias)
 
     def _merged(self, source: LazyTensor, trained: LazyTensor) -> LazyTensor:
-        """What is added is added in float32 and rounded once.
-
-        Args:
-            source: what is added to.
-            trained: the model's own tensor of that name.
-        """
+        """`source`, added to in float32 and rounded once; `trained` is the model's own tensor."""
         owner, _, leaf = source.name.rpartition(".")
         module, slot = self.model.get_submodule(owner), slot_name(source.name)
         dtype = self.dtype or trained.dtype

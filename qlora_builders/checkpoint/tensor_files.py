@@ -94,8 +94,7 @@ def find_tensors(directory: Path, *, stem: str = STEM) -> dict[str, Path]:
     """Tensor name -> file, for a single-file or sharded checkpoint directory.
 
     Raises:
-        CheckpointError: if there is no checkpoint, a shard is missing, or the index points outside
-            the directory.
+        CheckpointError: if a file is missing, or the index points outside the directory.
     """
     index = directory / f"{stem}.safetensors.index.json"
     if index.exists():
@@ -132,8 +131,7 @@ def open_tensors(
         mappable: nobody changes these files in place, so tensors may be kept mapped.
 
     Raises:
-        CheckpointError: as `find_tensors` and `read_header`, or for a shard without a tensor that
-            the index expects in it.
+        CheckpointError: as those two, or for a shard without a tensor that the index has there.
     """
     files = find_tensors(directory, stem=stem)
     headers = {file: read_header(file) for file in dict.fromkeys(files.values())}

@@ -235,12 +235,13 @@ def run_directory(
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = os.open(run_dir, os.O_RDONLY)  # ends with the process, however that ends
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno == errno.EWOULDBLOCK:
-                raise ConfigError(f"output_dir={run_dir} is in use by another process") from error
-            # some network file systems have no locks; then nothing keeps two runs apart
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            os.close(lock)
+            raise ConfigError(f"output_dir={run_dir} is in use by another process") from error
+        # some network file systems have no locks; then nothing keeps two runs apart
+    try:
         if start.seen not in (None, _marks(run_dir)):
             raise ConfigError(
                 f"output_dir={run_dir} was used by another process while this one was loading; "

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from qlora_builders.checkpoint import load_checkpoint, stored_plan
+from qlora_builders.errors import CheckpointError
 from qlora_builders.modules import CausalLM, LoRALinear
 from qlora_builders.tensor import NF4Tensor
 
@@ -135,6 +136,12 @@ def as_stored(path: Path, **options: Any) -> CausalLM:
 
 def dequantized(tensor: Tensor) -> Tensor:
     return tensor.dequantize() if isinstance(tensor, NF4Tensor) else tensor
+
+
+def refused(message: str, function: Callable, *args: Any, **options: Any) -> str:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        function(*args, **options)
+    return str(caught.value)
 
 
 def randomize_adapters(model: nn.Module) -> None:

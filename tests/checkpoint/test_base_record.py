@@ -18,6 +18,7 @@ from shared import (
     edit_tensors,
     logits,
     randomize_adapters,
+    refused,
 )
 from torch import Tensor, nn
 
@@ -218,8 +219,7 @@ def test_a_plan_that_is_not_that_of_the_weights(
     message = (
         r"plans other adapters, ranks or use_dora than .* holds: model\.layers\.0\.mlp\.up_proj$"
     )
-    with pytest.raises(CheckpointError, match=message):
-        load_with_adapter(checkpoints(), adapter)
+    refused(message, load_with_adapter, checkpoints(), adapter)
 
 
 # ---- another base -------------------------------------------------------------------------------
@@ -230,8 +230,7 @@ def test_other_weights(adapter: Path, own_copy: Checkpoints) -> None:
     path = own_copy()
     file = path / "model.safetensors"
     edit_tensors(file, {name: tensor * 1.01 for name, tensor in load_file(file).items()})
-    with pytest.raises(CheckpointError, match=rf"{OTHER} \(checkpoint: .*\).*{WAIVER}"):
-        load_with_adapter(path, adapter)
+    refused(rf"{OTHER} \(checkpoint: .*\).*{WAIVER}", load_with_adapter, path, adapter)
     waived = load_with_adapter(path, adapter, allow_base_mismatch=True)
     assert torch.isfinite(logits(waived)).all()
 
@@ -239,18 +238,15 @@ def test_other_weights(adapter: Path, own_copy: Checkpoints) -> None:
 def test_other_quantization(adapter: Path) -> None:
     plan = [PLAN[0], {**PLAN[1], "block_size": 64}]
     message = rf"{OTHER} \(quantization: .*differs: model\.layers\.0\.mlp\.up_proj\)"
-    with pytest.raises(CheckpointError, match=message):
-        load_adapter(build(plan), adapter)
+    refused(message, load_adapter, build(plan), adapter)
     load_adapter(build(plan), adapter, allow_base_mismatch=True)
     plain = [{"match": "layers.0.mlp.up_proj", "kind": "lora", "rank": 4, "alpha": 8}]
-    with pytest.raises(CheckpointError, match=r"quantization: .* and 6 more\)"):
-        load_adapter(build(plain), adapter)
+    refused(r"quantization: .* and 6 more\)", load_adapter, build(plain), adapter)
 
 
 def test_other_dtype(adapter: Path) -> None:
     message = rf"{OTHER} \(dtype: trained on torch\.float32, here torch\.bfloat16\)"
-    with pytest.raises(CheckpointError, match=message):
-        load_adapter(build(dtype=torch.bfloat16), adapter)
+    refused(message, load_adapter, build(dtype=torch.bfloat16), adapter)
 
 
 OLD = {"rope_parameters": None}  # the spelling before it
@@ -299,8 +295,7 @@ def test_a_record_without_the_newer_keys_is_readable(adapter: Path, own_copy: Ch
 
 def test_what_the_caller_names_is_not_compared(adapter: Path) -> None:
     load_with_adapter(checkpoints(), adapter, quantize="none", dtype=torch.bfloat16)
-    with pytest.raises(CheckpointError, match=OTHER):
-        load_with_adapter(checkpoints(dtype=torch.bfloat16), adapter, quantize="none")
+    refused(OTHER, load_with_adapter, checkpoints(dtype=torch.bfloat16), adapter, quantize="none")
 
 
 def test_weights_from_no_checkpoint_are_not_compared(adapter: Path) -> None:

@@ -33,38 +33,32 @@ pytestmark = quiet_peft
 
 
 @pytest.fixture
-def base() -> Path:
-    return checkpoints()
-
-
-@pytest.fixture
-def trained(base: Path, tmp_path: Path) -> Callable[..., Path]:
+def trained(tmp_path: Path) -> Callable[..., Path]:
     """(config) -> the directory that PEFT writes, without a word, after training under it."""
 
     def train(**config: Any) -> Path:
-        targets = {"target_modules": ["q_proj", "up_proj"]}
-        trained_in_peft(reference(base), **targets | config).save_pretrained(tmp_path / "adapter")
+        options = {"target_modules": ["q_proj", "up_proj"]} | config
+        trained_in_peft(reference(checkpoints()), **options).save_pretrained(tmp_path / "adapter")
         return tmp_path / "adapter"
 
     return train
 
 
-@pytest.fixture
-def peft_logits(base: Path) -> Callable[..., Tensor]:
+def peft_logits(adapter: Path, *, warns: str | None = None) -> Tensor:
     """What PEFT computes with an adapter directory; `warns` is the most it says about it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.filterwarnings(DEPRECATED.partition(":")[0], category=FutureWarning)
+        result = logits(PeftModel.from_pretrained(reference(checkpoints()), adapter))
+    said = [str(warning.message) for warning in caught]
+    assert all(warns is not None and warns in message for message in said), said
+    assert bool(said) == (warns is not None)
+    return result
 
-    def run(adapter: Path, *, warns: str | None = None) -> Tensor:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            warnings.filterwarnings(DEPRECATED.partition(":")[0], category=FutureWarning)
-            model = PeftModel.from_pretrained(reference(base), adapter)
-            result = logits(model)
-        said = [str(warning.message) for warning in caught]
-        assert all(warns is not None and warns in message for message in said), said
-        assert bool(said) == (warns is not None)
-        return result
 
-    return run
+def loading_fails(adapter: Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_with_adapter(checkpoints(), adapter)
 
 
 def rename(adapter: Path, new_name: Callable[[str], str | None]) -> None:
@@ -83,16 +77,14 @@ def rename(adapter: Path, new_name: Callable[[str], str | None]) -> None:
     ],
 )
 def test_an_entry_that_selects_nothing(
-    trained: Callable, base: Path, peft_logits: Callable, key: str, entries: list, unused: str
+    trained: Callable, key: str, entries: list, unused: str
 ) -> None:
     adapter = trained(**{key: entries})
     peft_logits(adapter)
-    message = f"{key} entries without a module in the file: {unused}"
-    with pytest.raises(CheckpointError, match=message):
-        load_with_adapter(base, adapter)
+    loading_fails(adapter, f"{key} entries without a module in the file: {unused}")
 
 
-def test_extra_keys(trained: Callable, base: Path, peft_logits: Callable) -> None:
+def test_extra_keys(trained: Callable) -> None:
     adapter = trained()
     before = peft_logits(adapter)
     file = adapter / "adapter_model.safetensors"
@@ -103,16 +95,14 @@ def test_extra_keys(trained: Callable, base: Path, peft_logits: Callable) -> Non
     }
     save_file(load_file(file) | extra, file)
     assert torch.equal(peft_logits(adapter), before)
-    with pytest.raises(CheckpointError, match=r"does not fit .*: the layers are 0 to 1"):
-        load_with_adapter(base, adapter)
+    loading_fails(adapter, r"does not fit .*: the layers are 0 to 1")
     save_file({k: v for k, v in load_file(file).items() if k not in extra}, file)
     save_file(load_file(file) | {f"{prefix}.scale": torch.ones(1)}, file)
     assert torch.equal(peft_logits(adapter), before)
-    with pytest.raises(CheckpointError, match=r"neither lora_A, .*layers\.5\.self_attn\.q_proj\.s"):
-        load_with_adapter(base, adapter)
+    loading_fails(adapter, r"neither lora_A, .*layers\.5\.self_attn\.q_proj\.s")
 
 
-def test_a_wrong_alpha(peft_logits: Callable, tmp_path: Path) -> None:
+def test_a_wrong_alpha(tmp_path: Path) -> None:
     """It cannot be seen in the weights; the record beside them knows it."""
     plan = [{"match": "layers.**", "kind": "lora", "rank": 4, "alpha": 8}]
     model = load_checkpoint(checkpoints(), plan, dtype=torch.float32)
@@ -121,20 +111,18 @@ def test_a_wrong_alpha(peft_logits: Callable, tmp_path: Path) -> None:
     before = peft_logits(tmp_path / "adapter")
     edit_json(tmp_path / "adapter/adapter_config.json", {"lora_alpha": 16})
     assert (peft_logits(tmp_path / "adapter") - before).abs().max() > 0.1
-    with pytest.raises(CheckpointError, match=r"rank or alpha differ: .*file: rank 4, scaling 4; "):
-        load_with_adapter(checkpoints(), tmp_path / "adapter")
+    loading_fails(tmp_path / "adapter", r"rank or alpha differ: .*file: rank 4, scaling 4; ")
 
 
-def test_keys_with_another_prefix(trained: Callable, base: Path, peft_logits: Callable) -> None:
+def test_keys_with_another_prefix(trained: Callable) -> None:
     adapter = trained()
     rename(adapter, lambda name: name.removeprefix("base_model."))
     ignored = peft_logits(adapter, warns="Found missing adapter keys")
-    assert torch.equal(ignored, logits(reference(base)))  # the base alone
-    with pytest.raises(CheckpointError, match="keys must begin with 'base_model"):
-        load_with_adapter(base, adapter)
+    assert torch.equal(ignored, logits(reference(checkpoints())))  # the base alone
+    loading_fails(adapter, "keys must begin with 'base_model")
 
 
-def test_half_of_the_keys_missing(trained: Callable, base: Path, peft_logits: Callable) -> None:
+def test_half_of_the_keys_missing(trained: Callable) -> None:
     adapter = trained()
     rename(adapter, lambda name: None if "layers.1.self_attn" in name else name)
     peft_logits(adapter, warns="Found missing adapter keys")
@@ -142,35 +130,31 @@ def test_half_of_the_keys_missing(trained: Callable, base: Path, peft_logits: Ca
         CheckpointError,
         match=r"lacks what adapter_config.json selects: model\.layers\.1\.self_attn\.q_proj$",
     ):
-        load_with_adapter(base, adapter)
+        load_with_adapter(checkpoints(), adapter)
 
 
-def test_a_saved_module_missing(trained: Callable, base: Path) -> None:
+def test_a_saved_module_missing(trained: Callable) -> None:
     """Here PEFT fails too, with a KeyError."""
     adapter = trained(modules_to_save=["input_layernorm"])
     rename(adapter, lambda name: None if "layers.1.input" in name else name)
-    with pytest.raises(CheckpointError, match=r"selects: model\.layers\.1\.input_layernorm\.weigh"):
-        load_with_adapter(base, adapter)
+    loading_fails(adapter, r"selects: model\.layers\.1\.input_layernorm\.weigh")
 
 
 @pytest.mark.parametrize(
     ("key", "entry"), [("rank_pattern", "q_porj"), ("alpha_pattern", "up_porj")]
 )
-def test_a_pattern_that_matches_nothing(
-    trained: Callable, base: Path, key: str, entry: str
-) -> None:
+def test_a_pattern_that_matches_nothing(trained: Callable, key: str, entry: str) -> None:
     adapter = trained()
     edit_json(adapter / "adapter_config.json", {key: {entry: 2}})
-    with pytest.raises(CheckpointError, match=f"{key} entries without a module in the file: "):
-        load_with_adapter(base, adapter)
+    loading_fails(adapter, f"{key} entries without a module in the file: ")
 
 
-def test_several_mistakes_are_one_message(trained: Callable, base: Path) -> None:
+def test_several_mistakes_are_one_message(trained: Callable) -> None:
     adapter = trained()
     changes = {"target_modules": ["z", "a", "q_proj"], "alpha_pattern": {"v_proj": 3}}
     edit_json(adapter / "adapter_config.json", changes)
     with pytest.raises(CheckpointError) as caught:
-        load_with_adapter(base, adapter)
+        load_with_adapter(checkpoints(), adapter)
     for part in (
         "target_modules entries without a module in the file: a, z; ",
         "alpha_pattern entries without a module in the file: v_proj; ",

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from shared import FROZEN, Checkpoints, as_stored, assert_same_bits, checkpoints
+from shared import FROZEN, Checkpoints, as_stored, assert_same_bits, checkpoints, refused
 from test_native_nf4 import PLAN
 from torch import Tensor
 
@@ -270,8 +270,7 @@ def test_an_error_stops_the_reading(failing: str) -> None:
         if failing == "consume" and tensor.name == "2":
             raise CheckpointError("the disk is gone")
 
-    with pytest.raises(CheckpointError, match="the disk is gone"):
-        stream(source.tensors, consume, transient=lambda tensor: False)
+    refused("the disk is gone", stream, source.tensors, consume, transient=lambda tensor: False)
     assert seen == ["0", "1", "2"][: 2 if failing == "load" else 3]
     assert not set(threading.enumerate()) - before
 
@@ -290,8 +289,10 @@ def test_a_file_that_shrinks_while_it_is_read(own_copy: Checkpoints) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
     for name, tensor in tensors.items():
         for read in (tensor.load, tensor.map):
-            with pytest.raises(CheckpointError, match=rf"safetensors: {name} cannot be read: "):
-                read()
+            refused(
+                rf"safetensors: {name} cannot be read: ",
+                read,
+            )
 
 
 # ---- finite --------------------------------------------------------------------------------------

@@ -198,7 +198,15 @@ def _hold(run: Path, held: object, done: object) -> None:
         done.wait()  # type: ignore[attr-defined]
 
 
-def test_two_processes_cannot_share_a_directory(run: Path) -> None:
+def test_two_processes_cannot_share_a_directory(run: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"overwrite": False, "keep_last": 9}
+    with (
+        run_directory(tmp_path / "new", Start(), **options),
+        pytest.raises(ConfigError, match=r"new is in use by another process"),
+        run_directory(tmp_path / "new", Start(), **options),
+    ):
+        pass
+    assert (tmp_path / "new").is_dir()  # the first one's, empty as it is
     context = multiprocessing.get_context("spawn")
     held, done = context.Event(), context.Event()
     process = context.Process(target=_hold, args=(run, held, done))

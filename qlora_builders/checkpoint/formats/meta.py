@@ -66,12 +66,7 @@ _Shapes = dict[str, dict[str, tuple[torch.Size, torch.dtype]]]
 
 
 def _read(directory: Path) -> dict[str, LazyTensor]:
-    """Hugging Face name -> lazy tensor.
-
-    Raises:
-        CheckpointError: for files that cannot be read or say something unsupported, tensors that
-            they do not all hold, or whose slices do not make up a whole.
-    """
+    """By Hugging Face name; a slice that some file lacks, or that does not fit, is an error."""
     arch, shapes = _described(directory)
     files = list(shapes)
     source = directory / files[0]
