@@ -142,7 +142,9 @@ BASES: dict[str, Case] = {
     "twice_config": ("config.json: not JSON: key 'vocab_size' appears twice",),
     "latin_config": ("config.json: not UTF-8 text: ",),
     "list_config": ("config.json: holds list, expected an object",),
-    "gemma": ("config.json: model_type is 'gemma'; allowed: granite, llama, mistral, olmo2, qw",),
+    "gemma": (
+        "config.json: model_type is 'gemma'; allowed: granite, llama, mistral, olmo2, phi3, ",
+    ),
     "no_layers": ("config.json: missing keys: num_hidden_layers",),
     "many_layers": ("many_layers", "1000 layers are announced, but there are 12 tensors"),
     "negative": ("negative/config.json: ", "hidden_size"),

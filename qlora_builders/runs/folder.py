@@ -132,9 +132,11 @@ def find_start(
     seen, folders = _marks(run_dir), step_folders(run_dir)
     is_run = (run_dir / CONFIG_FILE).is_file()
     if _is_taken(run_dir) and resume is None and not overwrite:
-        ways = "choose another"
-        ways += ", go on with its run by training.resume=auto" if is_run and folders else ""
-        ways += ", or set overwrite=true" if is_run else ""
+        ways = "choose another, or set overwrite=true" if is_run else "choose another"
+        if is_run and folders:
+            ways = (
+                "choose another, go on with its run by training.resume=auto, or set overwrite=true"
+            )
         raise ConfigError(f"output_dir={run_dir} is not empty; {ways}")
     if _is_taken(run_dir) and not is_run:
         key = "overwrite=true replaces" if overwrite else "training.resume goes on with"
