@@ -62,7 +62,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
         defaults=_QWEN,
-        fixed={"attention_bias": True, "mlp_bias": False, "head_dim": None},
+        fixed={"attention_bias": True, "mlp_bias": False},
         windows="last",
         has_output_bias=False,
     ),

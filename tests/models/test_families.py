@@ -59,7 +59,7 @@ def random_config(family: str, seed: int) -> dict[str, Any]:
         "pad_token_id": None,
         "attn_implementation": "eager",
     }
-    if family in ("llama", "mistral", "qwen3"):
+    if family != "phi3":
         config["head_dim"] = head_dim
         config["hidden_size"] = rng.choice([24, 36, 48])
     if family in ("llama", "qwen3", "smollm3", "granite", "olmo2"):

@@ -18,6 +18,7 @@ from qlora_builders.modules import (
     LoRALinear,
     adapters_disabled,
     chunked_next_token_loss,
+    log_probabilities,
     loss,
     next_token_loss,
     num_target_tokens,
@@ -283,3 +284,21 @@ def test_adapters_are_off_inside_and_as_before_after(options: dict[str, Any]) ->
         fail_inside()
     assert [layer.adapter_enabled for layer in layers] == [True, False]
     assert not torch.equal(layers[0](x), base)
+
+
+@pytest.mark.parametrize("shift", [0.0, 200.0])
+def test_log_probabilities_are_those_of_every_row(shift: float) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(8, 30)
+    with torch.no_grad():
+        head.bias += shift  # too large for exp in float32, and no other distribution
+    rows = torch.randn(7, 8)
+    expected = head(rows).log_softmax(-1)
+    torch.testing.assert_close(torch.cat([*log_probabilities(head, rows)]), expected)
+    labels = torch.randint(30, (1, 7))
+    value = chunked_next_token_loss(rows[None], labels, head)
+    targets = labels[0, 1:, None]
+    wanted = -expected[:-1].gather(1, targets).sum()
+    torch.testing.assert_close(value, wanted)
+    (gradient,) = torch.autograd.grad(value, head.weight)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, head.weight)[0])

@@ -111,6 +111,17 @@ def test_evaluation_turns_dropout_off_and_the_mode_back() -> None:
     assert model.training
 
 
+def test_figures_of_all_batches_and_ranks_are_added_up() -> None:
+    class Counting(NextToken):
+        def sums(self, model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+            return super().sums(model, batch)[0], {"rows": float(len(batch.input_ids))}
+
+    model, batches = llama(tiny_arch(), dtype=torch.float32), [make_batch(n, 5, n) for n in (1, 3)]
+    count = sum(NextToken().count(batch) for batch in batches)
+    result = evaluate_objective(model, batches, Counting(), gather=lambda part: [part, part])
+    assert result.figures == {"rows": 2 * (1 + 3) / (2 * count)}
+
+
 def test_nothing_to_evaluate_or_to_train_is_an_error() -> None:
     with pytest.raises(TrainingError, match="no token to evaluate on"):
         evaluate(make_model(), [])
