@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +58,8 @@ def trace_step(
     model.train()
     if device_type == "cpu":
         _cast_large_weights(model)
-    there: list[Tensor] = [
-        p for p in model.parameters() if not is_traceable_wrapper_subclass(p)
-    ]  # not quantized
+    # those that are not quantized
+    there: list[Tensor] = [p for p in model.parameters() if not is_traceable_wrapper_subclass(p)]
     if accumulate:
         for parameter in filter(lambda p: p.requires_grad, there):
             parameter.grad = torch.empty_like(parameter)
@@ -211,14 +210,10 @@ def _segments_at_layers(model: CausalLM, tracer: MemoryTracer) -> Iterator[None]
         return hook
 
     layers = model.model.layers
-    handles = [
-        layer.register_forward_pre_hook(starts(f"forward {index}", f"backward {index - 1}"))
-        for index, layer in enumerate(layers)
-    ]
-    hook = starts("loss", f"backward {len(layers) - 1}")
-    handles.append(model.model.norm.register_forward_pre_hook(hook))
-    try:
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+            hook = starts(f"forward {index}", f"backward {index - 1}")
+            hooks.enter_context(layer.register_forward_pre_hook(hook))
+        hook = starts("loss", f"backward {len(layers) - 1}")
+        hooks.enter_context(model.model.norm.register_forward_pre_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -178,10 +178,8 @@ def predicted_peak(
     model: CausalLM, *, batch_size: int, seq_len: int, accumulate: bool, compiled: bool
 ) -> int:
     """Bytes at the peak of a step, with fused AdamW, as `qlora estimate` predicts it."""
-    spec, dtypes = (
-        model.spec,
-        {"dtype": model.spec.dtype, "compute_dtype": model.model.compute_dtype},
-    )
+    spec = model.spec
+    dtypes = {"dtype": spec.dtype, "compute_dtype": model.model.compute_dtype}
     like = llama(spec.arch, spec.components, train=spec.train, device="meta", **dtypes)
     like.model.activation_checkpointing = model.model.activation_checkpointing
     phases = predict_phases(

@@ -18,7 +18,7 @@ Shapes: in, out = features of a slot; n = positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,13 +130,11 @@ def _hooks(
     def start_graph(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return output.requires_grad_()  # all weights are frozen: gradients begin here
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in slots.items()]
-    handles.append(model.model.embed_tokens.register_forward_hook(start_graph))
-    try:
+    with ExitStack() as hooks:
+        for name, module in slots.items():
+            hooks.enter_context(module.register_forward_hook(watch(name)))
+        hooks.enter_context(model.model.embed_tokens.register_forward_hook(start_graph))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _drawn_labels(

@@ -150,9 +150,8 @@ def _beside(
         columns: of each run, and then the defaults if there is one more.
         keys: of the rows; None: all that a column has.
     """
-    keys = (
-        list(dict.fromkeys(key for column in columns for key in column)) if keys is None else keys
-    )
+    if keys is None:
+        keys = list(dict.fromkeys(key for column in columns for key in column))
     head = [what, *(run.name for run in runs), "default"][: len(columns) + 1]
     rows = [
         [key, *(_spelled(each[key]) if key in each else "–" for each in columns)] for key in keys
