@@ -151,6 +151,7 @@ def _compose(
                 choices[key] = value
             else:
                 typed.append((path_of(key), value))
+    own: dict[str, OwnConfig] = {}
     try:
         own = own_configs(folders, [f"{group}/{option}" for group, option in choices.items()])
         for name, one in own.items():
@@ -160,7 +161,8 @@ def _compose(
         circle = ", ".join(f"{name}.yaml" for name in own)
         raise ConfigError(f"{circle}: their defaults lead back to themselves") from error
     except _REFUSALS as error:
-        said = getattr(error, "problems", None) or [_first_line(error, None)]
+        names = ", ".join(f"{name}.yaml" for name in own)
+        said = getattr(error, "problems", None) or [f"{names}: {_first_line(error, None)}"]
         raise ConfigError(*problems, *said) from error
     for path, value in typed:
         _put(tree, path, value)

@@ -280,7 +280,7 @@ def _bases(entries: Any, group: str, folders: Sequence[Path]) -> tuple[list[str]
         for head, options in entry.items() if isinstance(entry, dict) else [("", entry)]:
             place = re.sub(r"^((override|optional)\s+)+", "", str(head).strip())
             for option in options if isinstance(options, list) else [options]:
-                if option in (None, "_self_"):
+                if option == "_self_" or (option is None and head):
                     continue
                 if not isinstance(option, str):
                     faults.append(f"Unsupported item {option!r} in defaults; write the name of one")

@@ -179,11 +179,19 @@ def numbers_of_config(case: Case) -> str | None:
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         kind = rope.get("rope_type", rope.get("type"))
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        default = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        default["original_max_position_embeddings"] = 8192
-        used = keys[:1] if kind == "linear" else keys
-        scaling = {"rope_type": kind, **default, **{key: rope[key] for key in used}}
-        scaling = {key: scaling[key] for key in ("rope_type", *keys)}
+        others = {  # as every type has them
+            "attention_factor": None,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": None,
+            "mscale_all_dim": None,
+            "truncate": True,
+            "short_factor": (),
+            "long_factor": (),
+        }
+        default = dict(zip(keys, (None, 1.0, 4.0, 8192), strict=True))
+        used = keys[:1] if kind in ("linear", "dynamic") else keys
+        scaling = {"rope_type": kind, **default, **{key: rope[key] for key in used}, **others}
     said = {
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),

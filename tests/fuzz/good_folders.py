@@ -288,7 +288,7 @@ def _in_parts(state: Any, model: CausalLM) -> Any:
     for index, values in tensors.items():
         for key in ("exp_avg", "exp_avg_sq"):
             parts[f"optimizer.{index}.{key}"] = values.pop(key)
-    return replace(state, parts=parts, trained=None)
+    return replace(state, parts=parts, write_trained=None)
 
 
 def _write_run(path: Path) -> None:
