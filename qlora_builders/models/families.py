@@ -242,6 +242,12 @@ class LlamaArch:
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
+    def rope(self) -> tuple[int, float, int, RopeScaling | None]:
+        """What `modules.rotary_embedding` takes."""
+        limit = self.max_position_embeddings
+        return self.rotary_dim, self.rope_theta, limit, self.rope_scaling
+
+    @property
     def family(self) -> Family:
         return FAMILIES[self.model_type]
 

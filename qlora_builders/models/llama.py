@@ -28,10 +28,9 @@ from qlora_builders.modules import (
     DecoderLayer,
     FeedForward,
     RMSNorm,
-    RotaryEmbedding,
     TokenEmbedding,
     TokenHead,
-    rope,
+    rotary_embedding,
 )
 
 
@@ -106,7 +105,7 @@ def llama(
             embed_tokens=_embedding(arch, tokens, "embed_tokens" in trained, device, dtype),
             layers=[_decoder_layer(arch, index, linear, norm) for index in range(arch.num_layers)],
             norm=norm("norm"),
-            rotary=_rotary(arch),
+            rotary=rotary_embedding(*arch.rope),
             compute_dtype=compute_dtype or dtype,
             embedding_multiplier=arch.embedding_multiplier,
             logits_scaling=arch.logits_scaling,
@@ -299,45 +298,3 @@ def _check_tied_head(arch: LlamaArch, rule: ComponentRule, *, embedding_trains: 
         )
     if rule.trainable and not embedding_trains:
         raise PlanError(f"{shared}; to train both add 'embed_tokens' to `train`")
-
-
-def _rotary(arch: LlamaArch) -> RotaryEmbedding:
-    frequencies = rope.rope_frequencies(arch.rotary_dim, arch.rope_theta)
-    scaling = arch.rope_scaling
-    if scaling is None:
-        return RotaryEmbedding(frequencies)
-    original, attention = scaling.original_max_position_embeddings, scaling.attention_factor
-    factor = scaling.factor or arch.max_position_embeddings / original
-    if scaling.rope_type == "linear":
-        return RotaryEmbedding(rope.linear_scaled(frequencies, factor=factor))
-    if scaling.rope_type == "dynamic":
-        dynamic = arch.rope_theta, factor
-        return RotaryEmbedding(frequencies, limit=arch.max_position_embeddings, dynamic=dynamic)
-    if scaling.rope_type == "longrope":
-        return RotaryEmbedding(
-            rope.divided(frequencies, scaling.short_factor),
-            scale=attention or rope.longrope_attention_factor(factor, original),
-            limit=original,
-            long=rope.divided(frequencies, scaling.long_factor),
-        )
-    if scaling.rope_type == "yarn":
-        slowed = rope.yarn_scaled(
-            frequencies,
-            theta=arch.rope_theta,
-            factor=factor,
-            beta_fast=scaling.beta_fast,
-            beta_slow=scaling.beta_slow,
-            original_max_position_embeddings=original,
-            truncate=scaling.truncate,
-        )
-        own = rope.yarn_attention_factor(factor, scaling.mscale, scaling.mscale_all_dim)
-        return RotaryEmbedding(slowed, scale=own if attention is None else attention)
-    return RotaryEmbedding(
-        rope.llama3_scaled(
-            frequencies,
-            factor=factor,
-            low_freq_factor=scaling.low_freq_factor,
-            high_freq_factor=scaling.high_freq_factor,
-            original_max_position_embeddings=original,
-        )
-    )

@@ -27,7 +27,7 @@ from qlora_builders.modules.loss import (
     sequence_log_probs,
     trained_rows,
 )
-from qlora_builders.modules.rope import RotaryEmbedding, apply_rope
+from qlora_builders.modules.rope import RotaryEmbedding, apply_rope, rotary_embedding
 
 __all__ = [
     "ACTIVATIONS",
@@ -57,6 +57,7 @@ __all__ = [
     "next_token_loss",
     "num_target_tokens",
     "quantize_",
+    "rotary_embedding",
     "sequence_log_probs",
     "stored_rank",
     "trained_rows",

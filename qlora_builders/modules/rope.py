@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class RotaryEmbedding(nn.Module):
@@ -166,3 +169,46 @@ def divided(frequencies: Sequence[float], factors: Sequence[float]) -> list[floa
     """LongRoPE: every pair slowed by a factor of its own."""
     pairs = zip(frequencies, factors, strict=True)
     return [frequency / factor for frequency, factor in pairs]
+
+
+def rotary_embedding(
+    dim: int, theta: float, max_position_embeddings: int, scaling: Any = None
+) -> RotaryEmbedding:
+    """
+    Args:
+        dim: rotated dimensions of a head.
+        scaling: None, or what was done to the frequencies: a `models.RopeScaling`.
+    """
+    frequencies = rope_frequencies(dim, theta)
+    if scaling is None:
+        return RotaryEmbedding(frequencies)
+    original, attention = scaling.original_max_position_embeddings, scaling.attention_factor
+    factor = scaling.factor or max_position_embeddings / original
+    match scaling.rope_type:
+        case "linear":
+            return RotaryEmbedding(linear_scaled(frequencies, factor=factor))
+        case "dynamic":
+            limit = max_position_embeddings
+            return RotaryEmbedding(frequencies, limit=limit, dynamic=(theta, factor))
+        case "longrope":
+            return RotaryEmbedding(
+                divided(frequencies, scaling.short_factor),
+                scale=attention or longrope_attention_factor(factor, original),
+                limit=original,
+                long=divided(frequencies, scaling.long_factor),
+            )
+        case "yarn":
+            slowed = yarn_scaled(
+                frequencies,
+                theta=theta,
+                factor=factor,
+                beta_fast=scaling.beta_fast,
+                beta_slow=scaling.beta_slow,
+                original_max_position_embeddings=original,
+                truncate=scaling.truncate,
+            )
+            own = yarn_attention_factor(factor, scaling.mscale, scaling.mscale_all_dim)
+            return RotaryEmbedding(slowed, scale=own if attention is None else attention)
+        case _:
+            bands = {name: getattr(scaling, name) for name in _LLAMA3}
+            return RotaryEmbedding(llama3_scaled(frequencies, factor=factor, **bands))
